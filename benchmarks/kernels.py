@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""One MoE layer on one GPU: this project's kernels against vLLM's, for the layers of named models.
+
+    benchmarks/kernels.py --out results/kernels-h100.json              every model, token count and rival
+    benchmarks/kernels.py --tune --out ../puzzlemoe_vllm/backends/cuda_dispatch.json   rewrite the dispatch table
+
+Times are CUDA-graph replays over several copies of the layer, each with its own routing, that together exceed the L2
+cache.  The floor is the time to read every distinct pair that the routing touches, at the bandwidth that a large
+device copy reaches on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from puzzlemoe_vllm.backends import ExpertWeights, cuda
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass(frozen=True)
+class Model:
+    experts: int
+    topk: int
+    hidden: int
+    intermediate: int
+    copies: int
+    """Layers to rotate among, so that even one token's experts do not stay in the L2 cache."""
+
+    def words(self) -> int:
+        return 3 * self.hidden * self.intermediate
+
+
+MODELS = {
+    "Mixtral-8x7B": Model(8, 2, 4096, 14336, 2),
+    "Qwen3-30B-A3B": Model(128, 8, 2048, 768, 6),
+    "DeepSeek-MoE-16B": Model(64, 6, 2048, 1408, 4),
+    "Qwen1.5-MoE": Model(60, 4, 2048, 1408, 4),
+}
+
+
+def routing(model: Model, tokens: int, skew: float, generator: torch.Generator) -> Tensor:
+    """int32 [tokens, topk]; experts drawn without replacement with odds rank^-skew, ranks shuffled."""
+    odds = torch.arange(1, model.experts + 1, device="cuda", dtype=torch.float32) ** -skew
+    odds = odds[torch.randperm(model.experts, device="cuda", generator=generator)]
+    noise = torch.rand(tokens, model.experts, device="cuda", generator=generator)
+    return (noise.log() / odds).topk(model.topk).indices.to(torch.int32)
+
+
+def graph_microseconds(calls: list[Callable[[], object]]) -> float:
+    """Median time of one call, from replays of a graph of all of them."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    while len(times) < 5 or (sum(times) < 40 and len(times) < 30):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times) * 1e3 / len(calls)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large device-to-device copy."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (graph_microseconds([lambda: target.copy_(source)] * 3) * 1e-6)
+
+
+Call = Callable[[Tensor, Tensor, Tensor], object]
+
+
+def random_words(*shape: int) -> Tensor:
+    """Pair words whose exponents are those of usual weights."""
+    words = torch.randint(0, 1 << 16, shape, dtype=torch.int32, device="cuda")
+    return ((words & 0xF07F) | ((words >> 7 & 3) + 6 << 7)).to(torch.int16)
+
+
+def pair_weights(model: Model) -> ExpertWeights:
+    pairs, hidden, intermediate = model.experts // 2, model.hidden, model.intermediate
+    words = [torch.empty(pairs, *shape, dtype=torch.int16, device="cuda")
+             for shape in ((2 * intermediate, hidden), (hidden, intermediate))]  # fmt: skip
+    for tensor in words:
+        for matrix in tensor:
+            matrix.copy_(random_words(*matrix.shape))
+    dense = torch.empty(0, 2 * intermediate, hidden, dtype=torch.bfloat16, device="cuda")
+    return ExpertWeights(*words, dense, dense.new_empty(0, hidden, intermediate), None, "mask16")
+
+
+def ours(model: Model, kernel: str | None = None) -> Call:
+    weights = pair_weights(model)
+    cuda.prepare(weights)
+    return lambda x, topk_weights, topk_ids: cuda.fused_experts(x, topk_weights, topk_ids, weights, kernel=kernel)
+
+
+def triton_backend(model: Model) -> Call:
+    from puzzlemoe_vllm.backends import triton
+
+    weights = pair_weights(model)
+    weights = dataclasses.replace(
+        weights,
+        w13_pairs=triton.prepare(weights.w13_pairs, weights.code),
+        w2_pairs=triton.prepare(weights.w2_pairs, weights.code),
+    )
+    return lambda x, topk_weights, topk_ids: triton.fused_experts(x, topk_weights, topk_ids, weights)
+
+
+def random_matrices(model: Model) -> tuple[Tensor, Tensor]:
+    shapes = (
+        (model.experts, 2 * model.intermediate, model.hidden),
+        (model.experts, model.hidden, model.intermediate),
+    )
+    return tuple(torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02) for shape in shapes)
+
+
+def vllm_bf16(model: Model) -> Call:
+    from vllm.model_executor.layers.fused_moe import fused_experts
+
+    w13, w2 = random_matrices(model)
+    return lambda x, topk_weights, topk_ids: fused_experts(x, w13, w2, topk_weights, topk_ids)
+
+
+def vllm_fp8(model: Model) -> Call:
+    from vllm.model_executor.layers.fused_moe import fused_experts
+    from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+
+    scale = torch.ones(model.experts, device="cuda")
+    config = fp8_w8a8_moe_quant_config(w1_scale=scale, w2_scale=scale)
+    w13, w2 = (matrix.to(torch.float8_e4m3fn) for matrix in random_matrices(model))
+    return lambda x, topk_weights, topk_ids: fused_experts(x, w13, w2, topk_weights, topk_ids, quant_config=config)
+
+
+def vllm_int4(model: Model) -> Call:
+    from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
+    from vllm.scalar_type import scalar_types
+
+    def packed(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        bits = torch.randint(-(1 << 31), 1 << 31, (model.experts, columns // 16, rows * 2), device="cuda")
+        scales = torch.full((model.experts, columns // 128, rows), 0.01, device="cuda", dtype=torch.bfloat16)
+        return bits.to(torch.int32), scales
+
+    w13, scales13 = packed(2 * model.intermediate, model.hidden)
+    w2, scales2 = packed(model.hidden, model.intermediate)
+    return lambda x, topk_weights, topk_ids: fused_marlin_moe(
+        x, w13, w2, None, None, scales13, scales2, topk_weights, topk_ids, quant_type_id=scalar_types.uint4b8.id
+    )
+
+
+CONTENDERS: dict[str, Callable[[Model], Call]] = {
+    "puzzlemoe cuda": ours,
+    "puzzlemoe triton": triton_backend,
+    "vllm bf16": vllm_bf16,
+    "vllm fp8": vllm_fp8,
+    "vllm int4 marlin": vllm_int4,
+}
+
+
+def machine() -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "python": platform.python_version()}
+    if "vllm" in sys.modules:
+        versions["vllm"] = sys.modules["vllm"].__version__
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    return {"device": torch.cuda.get_device_name(), "driver": driver, **versions}
+
+
+@dataclass
+class Point:
+    model: str
+    routing: str
+    tokens: int
+    experts: float
+    """Distinct experts that a layer's routing touches, mean over the copies; pairs likewise."""
+    pairs: float
+    floor: float
+    microseconds: dict[str, float]
+
+
+def measure(name: str, contenders: list[str], tokens: list[int], skews: list[float], bandwidth: float) -> Iterator[Point]:
+    """Every point of one model, one contender in memory at a time."""
+    model = MODELS[name]
+    points: dict[tuple[float, int], Point] = {}
+    for contender in contenders:
+        try:
+            layers = [CONTENDERS[contender](model) for _ in range(model.copies)]
+            generator = torch.Generator("cuda").manual_seed(0)
+            for skew in skews:
+                for count in tokens:
+                    ids = [routing(model, count, skew, generator) for _ in layers]
+                    x = torch.randn(count, model.hidden, device="cuda", dtype=torch.bfloat16, generator=generator)
+                    weights = torch.rand(count, model.topk, device="cuda", generator=generator)
+                    time = graph_microseconds(
+                        [lambda layer=layer, chosen=chosen: layer(x, weights, chosen)
+                         for layer, chosen in zip(layers, ids, strict=True)]
+                    )  # fmt: skip
+                    pairs = statistics.mean((chosen // 2).unique().numel() for chosen in ids)
+                    experts = statistics.mean(chosen.unique().numel() for chosen in ids)
+                    floor = pairs * model.words() * 2 / bandwidth * 1e6
+                    kind = f"skew {skew:g}" if skew else "random"
+                    point = points.setdefault((skew, count), Point(name, kind, count, experts, pairs, floor, {}))
+                    point.microseconds[contender] = time
+        except Exception as reason:  # a rival may lack a kernel for this GPU: its column stays empty, and says why
+            print(f"{name}: {contender} was not measured: {type(reason).__name__}: {str(reason)[:300]}", file=sys.stderr)
+        layers = None
+        torch.cuda.empty_cache()
+    yield from points.values()
+
+
+def show(point: Point, contenders: list[str]) -> str:
+    own = point.microseconds.get("puzzlemoe cuda")
+    cells = [f"{point.tokens:6d} {point.experts:6.1f} {point.pairs:5.1f} {point.floor:7.0f}"]
+    for contender in contenders:
+        time = point.microseconds.get(contender)
+        ratio = f"{time / own:5.2f}x" if time and own else "      "
+        cells.append(f"{time:9.1f} {ratio}" if time else " " * 16)
+    if own:
+        cells.append(f"{point.floor / own * 100:4.0f}% of floor")
+    return " ".join(cells)
+
+
+def tune(models: list[str], tokens: list[int]) -> dict:
+    """For each load, the kernel with the least time summed over the models, each model's times relative to its best."""
+    kernels = cuda.runnable_kernels(torch.device("cuda"))
+    losses: dict[float, dict[str, list[float]]] = {}
+    for name in models:
+        model = MODELS[name]
+        prepared = [pair_weights(model) for _ in range(model.copies)]
+        for weights in prepared:
+            cuda.prepare(weights)
+        generator = torch.Generator("cuda").manual_seed(0)
+        for count in tokens:
+            ids = [routing(model, count, 0.0, generator) for _ in prepared]
+            x = torch.randn(count, model.hidden, device="cuda", dtype=torch.bfloat16)
+            topk_weights = torch.rand(count, model.topk, device="cuda")
+            times = {
+                kernel: graph_microseconds(
+                    [lambda weights=weights, chosen=chosen, kernel=kernel: cuda.fused_experts(
+                        x, topk_weights, chosen, weights, kernel=kernel) for weights, chosen in zip(prepared, ids)]
+                )
+                for kernel in kernels
+            }  # fmt: skip
+            best, load = min(times.values()), count * model.topk / model.experts
+            print(f"{name:18s} {count:6d} tokens, {load:8.2f} slots per expert: "
+                  + "  ".join(f"{kernel} {time:.1f}" for kernel, time in times.items()))  # fmt: skip
+            for kernel, time in times.items():
+                losses.setdefault(load, {}).setdefault(kernel, []).append(time / best)
+        prepared = None
+        torch.cuda.empty_cache()
+
+    rows: list[dict] = []
+    for load in sorted(losses):
+        best = min(losses[load], key=lambda kernel: statistics.mean(losses[load][kernel]))
+        if rows and rows[-1]["kernel"] == best:
+            rows[-1]["slots_per_expert"] = load
+        else:
+            rows.append({"slots_per_expert": load, "kernel": best})
+    return {"rows": rows, "machine": machine()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--skews", nargs="+", type=float, default=[0.0, 0.5], help="0 is uniform routing")
+    parser.add_argument("--tune", action="store_true", help="time every kernel and write the dispatch table")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+
+    if arguments.tune:
+        result = tune(arguments.models, arguments.tokens)
+        major, minor = torch.cuda.get_device_capability()
+        table = json.loads(cuda.DISPATCH.read_text())
+        table["kernels"][f"{major}{minor}"] = result["rows"]
+        table.setdefault("measured", {})[f"{major}{minor}"] = result["machine"]
+        text = json.dumps(table, indent=2) + "\n"
+    else:
+        bandwidth = copy_bandwidth()
+        print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+        points = []
+        for name in arguments.models:
+            print(f"{name}\ntokens experts pairs floor us " + " ".join(f"{c:>16s}" for c in arguments.contenders))
+            for point in measure(name, arguments.contenders, arguments.tokens, arguments.skews, bandwidth):
+                print(show(point, arguments.contenders) + f" {point.routing}", flush=True)
+                points.append(asdict(point))
+        result = {"machine": machine(), "copy_bandwidth": bandwidth, "points": points}
+        text = json.dumps(result, indent=1) + "\n"
+    if arguments.out:
+        arguments.out.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+#include <cstdio>
+
+#include "kernels.cuh"
+#include "puzzlemoe.h"
+#include "routing.cuh"
+
+namespace {
+
+thread_local char last_error[256] = "";
+
+int fail(const char* reason) {
+  snprintf(last_error, sizeof last_error, "%s", reason);
+  return 1;
+}
+
+const Kernel* find_kernel(int index) {
+  if (index >= 0 && index < kMmaKernelCount) return kMmaKernels + index;
+  index -= kMmaKernelCount;
+  return index >= 0 && index < kWgmmaKernelCount ? kWgmmaKernels + index : nullptr;
+}
+
+// Hands out consecutive, 256-byte aligned pieces; of a null buffer, to learn the size.
+struct Scratch {
+  uint8_t* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base + used);
+    used += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
+    return piece;
+  }
+};
+
+struct Workspace {
+  Routing routing;
+  __nv_bfloat16 *hidden, *slots;
+  int64_t bytes;
+
+  Workspace(const pm_layer& layer, int part_tokens) {
+    routing = {layer.topk_ids, layer.expert_map, layer.tokens * layer.topk, layer.topk, layer.pairs, layer.dense,
+               nullptr, nullptr, nullptr, nullptr};
+    Scratch scratch{static_cast<uint8_t*>(layer.scratch)};
+    routing.counts = scratch.take<int>(routing.experts());
+    routing.sorted_slots = scratch.take<int>(routing.slots);
+    routing.groups = scratch.take<TokenGroup>(routing.max_groups(part_tokens));
+    routing.group_count = scratch.take<int>(1);
+    hidden = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.intermediate);
+    slots = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.hidden);
+    bytes = scratch.used;
+  }
+};
+
+}  // namespace
+
+int pm_abi_version(void) { return PM_ABI_VERSION; }
+
+const char* pm_last_error(void) { return last_error; }
+
+int pm_kernel_count(void) { return kMmaKernelCount + kWgmmaKernelCount; }
+
+const char* pm_kernel_name(int kernel) {
+  const Kernel* found = find_kernel(kernel);
+  return found ? found->name : nullptr;
+}
+
+int pm_kernel_runs(int kernel) {
+  const Kernel* found = find_kernel(kernel);
+  int device, major, minor;
+  if (!found || cudaGetDevice(&device) || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device))
+    return 0;
+  const int capability = 10 * major + minor;
+  return found->min_capability <= capability && capability <= found->max_capability;
+}
+
+int64_t pm_scratch_bytes(const pm_layer* layer) {
+  const Kernel* kernel = find_kernel(layer->kernel);
+  return kernel ? Workspace(*layer, kernel->part_tokens).bytes : 0;
+}
+
+int pm_fused_experts(const pm_layer* layer, void* stream_handle) {
+  const Kernel* kernel = find_kernel(layer->kernel);
+  if (!kernel) return fail("no such kernel");
+  if (layer->hidden % 16 || layer->intermediate % 16) return fail("hidden and intermediate sizes must be multiples of 16");
+  if (2 * layer->pairs + layer->dense > kMaxExperts) return fail("more than 512 experts on one device");
+  if (int64_t(layer->tokens) * layer->topk > INT32_MAX) return fail("more than 2^31 - 1 (token, expert) slots");
+  if (layer->tokens == 0) return 0;
+
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const Workspace work(*layer, kernel->part_tokens);
+  auto product = [&](const void* words, const void* dense, const void* activations, void* out, int rows, int depth) {
+    return GroupedGemm{static_cast<const uint8_t*>(words), static_cast<const uint8_t*>(dense),
+                       static_cast<const __nv_bfloat16*>(activations), static_cast<__nv_bfloat16*>(out),
+                       work.routing.sorted_slots, work.routing.groups, work.routing.group_count,
+                       layer->topk, layer->pairs, rows, depth};
+  };
+  route(work.routing, kernel->part_tokens, stream);
+  cudaError_t error = cudaGetLastError();
+  if (!error)
+    error = kernel->launch(layer->code, true, product(layer->w13_pairs, layer->w13_dense, layer->x, work.hidden,
+                                                      2 * layer->intermediate, layer->hidden), stream);
+  if (!error)
+    error = kernel->launch(layer->code, false, product(layer->w2_pairs, layer->w2_dense, work.hidden, work.slots,
+                                                       layer->hidden, layer->intermediate), stream);
+  if (!error) {
+    combine(work.slots, layer->topk_weights, work.routing, static_cast<__nv_bfloat16*>(layer->out), layer->tokens,
+            layer->hidden, stream);
+    error = cudaGetLastError();
+  }
+  if (error) {
+    snprintf(last_error, sizeof last_error, "%s: %s", kernel->name, cudaGetErrorString(error));
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,98 @@
+// What the two grouped GEMM kernels share: the work items, which strip of which weights they read, the epilogues.
+#pragma once
+#include "ptx.cuh"
+#include "words.cuh"
+
+// Up to two parts of tokens that are multiplied with one pair's weights from one load of them.  A part belongs to
+// one position of the pair, so a group serves both experts, or twice the tokens of one.
+struct TokenGroup {
+  int unit;         // pair, or pairs + dense expert
+  int first;        // first group of this unit
+  int unit_groups;  // groups of this unit
+  int positions;    // bit h: position of part h
+  int start[2];     // first row of part h in expert order
+  int count[2];     // rows of part h, 0: nothing to do
+};
+
+// One of the two matrix products: activations [rows in expert order, depth] times the units' [rows, depth] weights.
+struct GroupedGemm {
+  const uint8_t* words;             // pairs, kernel order
+  const uint8_t* dense;             // dense experts, kernel order
+  const __nv_bfloat16* activations;
+  __nv_bfloat16* out;
+  const int* sorted_slots;          // (token, k) slot of every row in expert order
+  const TokenGroup* groups;
+  const int* group_count;
+  int topk, pairs;
+  int rows, depth;                  // of a unit's weight matrix
+};
+
+// Tells the compiler that all lanes of the warp hold the same value.
+__device__ inline int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
+// The items of a launch are groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row tiles,
+// then the next band, so that a band's words and the unit's tokens stay in the L2 cache between its groups.
+struct WorkItem {
+  TokenGroup group;
+  int row_tile;
+
+  static constexpr int kBand = 16;
+
+  __device__ WorkItem(const GroupedGemm& gemm, int item, int row_tiles) {
+    group = load(gemm.groups + item / row_tiles);
+    int rest = item - group.first * row_tiles;
+    int band = rest / (kBand * group.unit_groups);
+    rest -= band * kBand * group.unit_groups;
+    int tiles = min(kBand, row_tiles - band * kBand);
+    int index = rest / tiles;
+    row_tile = band * kBand + rest - index * tiles;
+    if (index + group.first != item / row_tiles) group = load(gemm.groups + group.first + index);
+  }
+
+  __device__ bool dense(const GroupedGemm& gemm) const { return group.unit >= gemm.pairs; }
+  __device__ int position(int part) const { return (group.positions >> part) & 1; }
+
+ private:
+  __device__ static TokenGroup load(const TokenGroup* from) {
+    const int4* quads = reinterpret_cast<const int4*>(from);
+    int4 low = quads[0], high = quads[1];
+    return {low.x, low.y, low.z, low.w, {high.x, high.y}, {high.z, high.w}};
+  }
+};
+
+// First byte of the unit's weights.
+template <class Code>
+__device__ inline const uint8_t* unit_weights(const GroupedGemm& gemm, int unit) {
+  const int64_t bytes = int64_t(gemm.rows / 16) * (gemm.depth / 16) * Code::kTileBytes;
+  return unit < gemm.pairs ? gemm.words + unit * bytes : gemm.dense + (unit - gemm.pairs) * bytes;
+}
+
+// The activations that a row in expert order multiplies: gate and up read the token's own row, down reads the hidden
+// row that gate and up wrote in expert order.
+template <bool kGateUp>
+__device__ inline int64_t activation_row(const GroupedGemm& gemm, int sorted_row) {
+  return kGateUp ? gemm.sorted_slots[sorted_row] / gemm.topk : sorted_row;
+}
+
+// Stores one 16 (weight rows) x 8 (tokens) accumulator tile; all lanes of the warp call it together.
+// `sorted_row` is that of the lane's token lane/4, below 0 where the tile has no such token.
+template <bool kGateUp>
+__device__ inline void store_tile(const GroupedGemm& gemm, int strip, int sorted_row, const float (&tile)[4],
+                                  float scale) {
+  const int column = 2 * (threadIdx.x % 4);
+  if constexpr (kGateUp) {
+    auto silu_times = [](float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; };
+    uint32_t hidden = transpose_8x8(pack_bf16(silu_times(tile[0] * scale, tile[2] * scale),
+                                              silu_times(tile[1] * scale, tile[3] * scale)));
+    if (sorted_row < 0) return;
+    int64_t offset = int64_t(sorted_row) * (gemm.rows / 2) + strip * 8 + column;
+    *reinterpret_cast<uint32_t*>(gemm.out + offset) = hidden;
+  } else {
+    uint32_t upper = transpose_8x8(pack_bf16(tile[0] * scale, tile[1] * scale));
+    uint32_t lower = transpose_8x8(pack_bf16(tile[2] * scale, tile[3] * scale));
+    if (sorted_row < 0) return;
+    int64_t offset = int64_t(gemm.sorted_slots[sorted_row]) * gemm.rows + strip * 16 + column;
+    *reinterpret_cast<uint32_t*>(gemm.out + offset) = upper;
+    *reinterpret_cast<uint32_t*>(gemm.out + offset + 8) = lower;
+  }
+}

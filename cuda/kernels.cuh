@@ -1,0 +1,39 @@
+// The kernel variants that a caller may choose from.
+#pragma once
+#include <atomic>
+
+#include "grouped.cuh"
+
+constexpr int kMaxDevices = 64;
+
+struct Kernel {
+  const char* name;
+  int part_tokens;
+  int min_capability;  // 10 * major + minor
+  int max_capability;
+  // Launches one of the two products on as many blocks as the device holds at once.
+  cudaError_t (*launch)(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t stream);
+};
+
+extern const Kernel kMmaKernels[];
+extern const int kMmaKernelCount;
+extern const Kernel kWgmmaKernels[];
+extern const int kWgmmaKernelCount;
+
+// Blocks of `kernel` that the current device holds at once; asked of the driver once per device.  Raises the kernel's
+// shared memory limit on the way.
+template <class Function>
+cudaError_t resident_blocks(Function kernel, int threads, int shared_bytes, std::atomic<int> (&known)[kMaxDevices],
+                            int& blocks) {
+  int device, multiprocessors, per_multiprocessor;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error) return error;
+  if (device >= kMaxDevices) return cudaErrorInvalidDevice;
+  if ((blocks = known[device])) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes);
+  if (!error && per_multiprocessor == 0) error = cudaErrorLaunchOutOfResources;
+  if (!error) known[device] = blocks = multiprocessors * per_multiprocessor;
+  return error;
+}

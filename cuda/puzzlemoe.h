@@ -1,0 +1,55 @@
+/* C interface of the CUDA library: the routed experts of one MoE layer, from packed expert pairs.
+ *
+ * No function synchronises with the host or launches anything that depends on the routing, so every call can be
+ * captured into a CUDA graph.  Pointers are device pointers of the current device; matrices are row-major and
+ * contiguous; every pointer is 16-byte aligned. */
+#pragma once
+#include <stdint.h>
+
+#define PM_ABI_VERSION 1
+#define PM_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { PM_CODE_MASK16 = 0 };
+
+/* P pairs and D dense experts; local expert 2p + position is that position of pair p, 2P + d is dense expert d.
+ * Weights are in kernel order (see words.cuh); puzzlemoe_vllm/backends/cuda.py writes it. */
+typedef struct {
+  const void* x;              /* bf16 [tokens, hidden] */
+  const float* topk_weights;  /* [tokens, topk] */
+  const int32_t* topk_ids;    /* [tokens, topk], below 0: skip */
+  const int32_t* expert_map;  /* [experts], local expert or -1; NULL: ids are local */
+  const void* w13_pairs;      /* words of [pairs, 2 intermediate, hidden] */
+  const void* w2_pairs;       /* words of [pairs, hidden, intermediate] */
+  const void* w13_dense;      /* bf16 of [dense, 2 intermediate, hidden] */
+  const void* w2_dense;       /* bf16 of [dense, hidden, intermediate] */
+  void* out;                  /* bf16 [tokens, hidden] */
+  void* scratch;              /* pm_scratch_bytes bytes */
+  int32_t tokens, topk, hidden, intermediate, pairs, dense;
+  int32_t code;               /* PM_CODE_* */
+  int32_t kernel;             /* index below pm_kernel_count */
+} pm_layer;
+
+PM_API int pm_abi_version(void);
+
+/* Why the last call of this thread that returned non-zero failed. */
+PM_API const char* pm_last_error(void);
+
+/* The kernel variants that the caller may choose from; one that the device cannot run is an error at launch. */
+PM_API int pm_kernel_count(void);
+PM_API const char* pm_kernel_name(int kernel);
+/* 1 if the current device can run that variant. */
+PM_API int pm_kernel_runs(int kernel);
+
+/* Bytes of scratch that a call with these shapes and this kernel needs. */
+PM_API int64_t pm_scratch_bytes(const pm_layer* layer);
+
+/* out[m] = sum over local experts of topk_weights[m, k] * down(SiLU(gate x[m]) * up x[m]).  0, or an error. */
+PM_API int pm_fused_experts(const pm_layer* layer, void* stream);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,30 @@
+// From the router's choices to token groups, and from expert outputs back to tokens.
+#pragma once
+#include "grouped.cuh"
+
+struct Routing {
+  const int32_t* topk_ids;
+  const int32_t* expert_map;
+  int slots;    // tokens * topk
+  int topk;
+  int pairs, dense;
+  // Written by route():
+  int* counts;        // [2 pairs + dense], also the cursors of the scatter
+  int* sorted_slots;  // [slots]
+  TokenGroup* groups;
+  int* group_count;
+
+  __host__ __device__ int experts() const { return 2 * pairs + dense; }
+  __host__ __device__ int units() const { return pairs + dense; }
+  // Upper bound on groups with parts of `part_tokens`: every unit has at most two parts that are not full.
+  int64_t max_groups(int part_tokens) const { return units() * int64_t(2) + slots / (2 * part_tokens) + 1; }
+};
+
+constexpr int kMaxExperts = 512;
+
+// Sorts the slots by expert and cuts each unit's rows into groups of two parts of at most `part_tokens`.
+void route(const Routing& routing, int part_tokens, cudaStream_t stream);
+
+// out[m] = sum over k of topk_weights[m, k] * slots[m, k], in the order of k, skipping slots without a local expert.
+void combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, __nv_bfloat16* out,
+             int tokens, int hidden, cudaStream_t stream);

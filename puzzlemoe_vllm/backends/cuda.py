@@ -1,0 +1,198 @@
+"""The CUDA library: kernels for compute capability 8.0 and later, called through its C interface.
+
+The library is `libpuzzlemoe_cuda.so` beside the package's modules, or the file that PUZZLEMOE_CUDA_LIBRARY names.  It is
+loaded at first use and links no torch, so one build serves every torch and Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from puzzlemoe_vllm.backends import ExpertWeights
+
+ABI_VERSION = 1
+CODES = {"mask16": 0}
+LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
+DISPATCH = Path(__file__).with_name("cuda_dispatch.json")
+"""Which kernel serves how many tokens; written by `benchmarks/kernels.py --tune`."""
+
+
+class Unavailable(RuntimeError):
+    """Why the CUDA library cannot be used."""
+
+
+class _Layer(ctypes.Structure):
+    """`pm_layer` of cuda/puzzlemoe.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "topk_weights", "topk_ids", "expert_map")),
+        *((name, ctypes.c_void_p) for name in ("w13_pairs", "w2_pairs", "w13_dense", "w2_dense", "out", "scratch")),
+        *((name, ctypes.c_int32) for name in ("tokens", "topk", "hidden", "intermediate", "pairs", "dense")),
+        *((name, ctypes.c_int32) for name in ("code", "kernel")),
+    ]
+
+
+def library_path() -> Path:
+    """Where the library is looked for."""
+    return Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).parents[1] / "libpuzzlemoe_cuda.so")
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The loaded library.  Raises Unavailable saying what is wrong with the file."""
+    path = library_path()
+    if not path.is_file():
+        raise Unavailable(f"{path} does not exist: the package was installed without nvcc; set CUDA_HOME and reinstall")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be loaded: {error}") from error
+    version = library.pm_abi_version()
+    if version != ABI_VERSION:
+        raise Unavailable(f"{path} has ABI {version}, this package needs {ABI_VERSION}: reinstall puzzlemoe-vllm")
+    library.pm_last_error.restype = ctypes.c_char_p
+    library.pm_kernel_name.restype = ctypes.c_char_p
+    library.pm_scratch_bytes.argtypes = [ctypes.POINTER(_Layer)]
+    library.pm_scratch_bytes.restype = ctypes.c_int64
+    library.pm_fused_experts.argtypes = [ctypes.POINTER(_Layer), ctypes.c_void_p]
+    return library
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """Why the library cannot serve this device, or None when it can."""
+    if device.type != "cuda" or torch.version.hip:
+        return f"{device.type} is not an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"compute capability {major}.{minor} is below 8.0"
+    try:
+        load_library()
+    except Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def available(device: torch.device) -> bool:
+    """Whether `fused_experts` runs on this device."""
+    return why_unavailable(device) is None
+
+
+@functools.cache
+def kernel_names() -> tuple[str, ...]:
+    """The library's kernels, in the order of their numbers."""
+    library = load_library()
+    return tuple(library.pm_kernel_name(index).decode() for index in range(library.pm_kernel_count()))
+
+
+def runnable_kernels(device: torch.device) -> list[str]:
+    """The kernels that this device can run."""
+    library = load_library()
+    with torch.cuda.device(device):
+        return [name for index, name in enumerate(kernel_names()) if library.pm_kernel_runs(index)]
+
+
+@functools.cache
+def _dispatch_rows(capability: int) -> list[tuple[float, str]]:
+    tables = json.loads(DISPATCH.read_text())["kernels"]
+    table = tables[str(capability)] if str(capability) in tables else tables["other"]
+    return [(float(row["slots_per_expert"]), row["kernel"]) for row in table]
+
+
+def choose_kernel(slots_per_expert: float, capability: int) -> str:
+    """The kernel for a layer whose experts are chosen `slots_per_expert` times on average.
+
+    capability: compute capability without its dot, 90 for an H100.
+    """
+    rows = _dispatch_rows(capability)
+    return next((kernel for limit, kernel in rows if slots_per_expert <= limit), rows[-1][1])
+
+
+def kernel_words(words: Tensor, code: str) -> Tensor:
+    """Pair words with their bits in the kernel's order (cuda/words.cuh); its own inverse for mask16."""
+    if code != "mask16":
+        return words
+    swapped = ((words >> 13) & 1) << 14 | ((words >> 14) & 1) << 13
+    return (words & ~0x6000) | swapped
+
+
+def tile(matrix: Tensor, gate_up: bool) -> Tensor:
+    """A [N, K] matrix in the order of cuda/words.cuh, as [N/16, K/16, 256]; N and K multiples of 16.
+
+    gate_up: the first half of the rows are the gate's and the second half the up projection's.
+    """
+    rows, columns = matrix.shape
+    shape = (2, rows // 16, 8) if gate_up else (rows // 16, 2, 8)
+    tiles = matrix.view(*shape, columns // 16, 2, 4, 2)
+    half, strip = (0, 1) if gate_up else (1, 0)
+    return tiles.permute(strip, 3, 2, 5, 4, half, 6).reshape(rows // 16, columns // 16, 256)
+
+
+def prepare(weights: ExpertWeights) -> None:
+    """Rewrites a layer's weights, as they were loaded, into the order that the kernels read.  In place, one matrix at a
+    time: the extra memory is a few copies of one expert's largest matrix."""
+    for tensor, code, gate_up in (
+        (weights.w13_pairs, weights.code, True),
+        (weights.w2_pairs, weights.code, False),
+        (weights.w13_dense, "dense", True),
+        (weights.w2_dense, "dense", False),
+    ):
+        for matrix in tensor:
+            matrix.copy_(tile(kernel_words(matrix, code), gate_up).view_as(matrix))
+
+
+def fused_experts(
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeights, kernel: str | None = None
+) -> Tensor:
+    """sum_k topk_weights[m, k] * down(SiLU(gate x) * up x) over the local experts of row m, on prepared weights.
+
+    x: bf16 [M, H]; topk_weights float32 [M, k]; topk_ids [M, k], below 0: skip.  kernel: one of `kernel_names()` instead
+    of the dispatch table's.  Returns bf16 [M, H]; inputs are not written.  Raises Unavailable without the library, and
+    ValueError or RuntimeError saying what it cannot run.
+    """
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"the CUDA kernels take bfloat16 activations, not {x.dtype}")
+    library = load_library()
+    tokens, topk = topk_ids.shape
+    hidden, intermediate = x.shape[1], weights.w2_dense.shape[2]
+    experts = weights.total if weights.expert_map is None else weights.expert_map.numel()
+    with torch.cuda.device(x.device):
+        if kernel is None:
+            major, minor = torch.cuda.get_device_capability()
+            kernel = choose_kernel(tokens * topk / experts, 10 * major + minor)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        # Held here until the launches are queued: the allocator reuses memory in stream order.
+        inputs = {
+            "x": x.contiguous(),
+            "topk_weights": topk_weights.to(torch.float32).contiguous(),
+            "topk_ids": topk_ids.to(torch.int32).contiguous(),
+            "w13_pairs": weights.w13_pairs,
+            "w2_pairs": weights.w2_pairs,
+            "w13_dense": weights.w13_dense,
+            "w2_dense": weights.w2_dense,
+            "out": out,
+        }
+        if weights.expert_map is not None:
+            inputs["expert_map"] = weights.expert_map
+        layer = _Layer(
+            **{name: tensor.data_ptr() for name, tensor in inputs.items()},
+            tokens=tokens,
+            topk=topk,
+            hidden=hidden,
+            intermediate=intermediate,
+            pairs=weights.w13_pairs.shape[0],
+            dense=weights.w13_dense.shape[0],
+            code=CODES[weights.code],
+            kernel=kernel_names().index(kernel),
+        )
+        scratch = torch.empty(library.pm_scratch_bytes(layer), dtype=torch.uint8, device=x.device)
+        layer.scratch = scratch.data_ptr()
+        if library.pm_fused_experts(layer, torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError(f"puzzlemoe CUDA kernels: {library.pm_last_error().decode()}")
+    return out

@@ -1,0 +1,123 @@
+"""What of the CUDA backend can be checked without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from puzzlemoe_vllm.backends import ExpertWeights, cuda
+
+CUDA = Path(__file__).parents[1] / "cuda"
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("puzzlemoe_cuda_build", CUDA / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("gate_up", [False, True])
+def test_tiles_hold_each_element_where_its_lane_reads_it(gate_up):
+    rows, columns = 64, 48
+    matrix = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
+    tiles = cuda.tile(matrix, gate_up)
+    assert torch.equal(tiles.flatten().sort().values, matrix.flatten())
+    for strip, column, lane, element in ((0, 0, 0, 0), (1, 2, 31, 7), (3, 1, 13, 2), (2, 0, 5, 5)):
+        group, pair = lane // 4, lane % 4
+        lower, right = element // 2 % 2, element // 4
+        row = strip * 16 + group + 8 * lower
+        if gate_up:
+            row = strip * 8 + group + (rows // 2) * lower
+        expected = matrix[row, column * 16 + 2 * pair + element % 2 + 8 * right]
+        assert tiles[strip, column, lane * 8 + element] == expected
+
+
+def test_kernel_words_swap_two_bits():
+    words = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
+    kernel = cuda.kernel_words(words, "mask16")
+    assert torch.equal(cuda.kernel_words(kernel, "mask16"), words)
+    bit = lambda tensor, index: tensor.int() >> index & 1  # noqa: E731
+    assert torch.equal(bit(kernel, 14), bit(words, 13)) and torch.equal(bit(kernel, 13), bit(words, 14))
+    assert torch.equal(kernel & ~0x6000, words & ~0x6000)
+
+
+def test_kernel_word_is_the_leaders_weight_times_2_to_16():
+    """The identity that the kernels' decoding rests on, for every word with the leader's mask."""
+    from puzzlemoe_vllm.format.codes import get_code
+
+    words = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
+    kernel = cuda.kernel_words(words, "mask16")
+    for position in (0, 1):
+        value = ((kernel.int() << 2 * position) & 0xC000) | (kernel.int() & 0x0FFF)
+        scaled = value.to(torch.uint16).view(torch.bfloat16).double() / 65536
+        exact = get_code("mask16").decode(words, position).double()
+        assert torch.equal(scaled.where(exact != 0, 0), exact)
+        assert scaled.where(exact == 0, 0).abs().max() < 4e-34
+
+
+def test_prepare_keeps_shapes_and_content():
+    torch.manual_seed(0)
+    words = [torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16) for shape in ((2, 64, 32), (2, 32, 32))]
+    dense = [torch.randn(shape).bfloat16() for shape in ((1, 64, 32), (1, 32, 32))]
+    weights = ExpertWeights(*(tensor.clone() for tensor in (*words, *dense)), expert_map=None, code="mask16")
+    pointers = [tensor.data_ptr() for tensor in (weights.w13_pairs, weights.w2_dense)]
+    cuda.prepare(weights)
+    assert pointers == [tensor.data_ptr() for tensor in (weights.w13_pairs, weights.w2_dense)]
+    restored = cuda.kernel_words(weights.w13_pairs, "mask16")
+    assert torch.equal(restored.flatten().sort().values, words[0].flatten().sort().values)
+    assert torch.equal(weights.w2_dense[0].flatten(), cuda.tile(dense[1][0], False).flatten())
+
+
+def test_dispatch_table_is_ordered_and_open_ended():
+    for capability in (80, 86, 89, 90, 100):
+        rows = cuda._dispatch_rows(capability)
+        assert [limit for limit, _ in rows] == sorted(limit for limit, _ in rows)
+        assert cuda.choose_kernel(1e9, capability) == rows[-1][1]
+        assert cuda.choose_kernel(0.01, capability) == rows[0][1]
+
+
+def test_library_states_its_reason_when_it_cannot_be_used(tmp_path, monkeypatch):
+    cuda.load_library.cache_clear()
+    monkeypatch.setenv(cuda.LIBRARY_VARIABLE, str(tmp_path / "absent.so"))
+    with pytest.raises(cuda.Unavailable, match="does not exist"):
+        cuda.load_library()
+    broken = tmp_path / "broken.so"
+    broken.write_text("not a library")
+    monkeypatch.setenv(cuda.LIBRARY_VARIABLE, str(broken))
+    with pytest.raises(cuda.Unavailable, match="cannot be loaded"):
+        cuda.load_library()
+    cuda.load_library.cache_clear()
+    assert not cuda.available(torch.device("cpu"))
+
+
+def test_flags_name_every_architecture_and_ptx(build):
+    flags = build.targets("gemm_mma.cu", build.ARCHES)
+    assert [flag.rsplit("=", 1)[1] for flag in flags] == ["sm_80", "sm_86", "sm_89", "sm_90", "compute_90"]
+    assert build.targets("gemm_wgmma.cu", build.ARCHES) == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def test_build_without_nvcc_says_what_to_do(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda *_, **__: None)
+    monkeypatch.delenv("NVCC", raising=False)
+    with pytest.raises(FileNotFoundError, match="CUDA toolkit"):
+        build.build_library(tmp_path / "library.so")
+
+
+def test_library_builds_and_answers_without_a_gpu(build, tmp_path):
+    try:
+        build.find_nvcc()
+    except FileNotFoundError:
+        pytest.skip("nvcc is not installed")
+    output = tmp_path / "libpuzzlemoe_cuda.so"
+    build.build_library(output, ["90"])
+    library = ctypes.CDLL(str(output))
+    assert library.pm_abi_version() == cuda.ABI_VERSION
+    undefined = subprocess.run(["nm", "-D", "--undefined-only", output], capture_output=True, text=True, check=True)
+    assert "torch" not in undefined.stdout and "Py" not in undefined.stdout and "cudart" not in undefined.stdout
