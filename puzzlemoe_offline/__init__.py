@@ -1,0 +1,1 @@
+"""The offline tool: calibrate, merge and pack a Mixture-of-Experts checkpoint.  Command line: `puzzlemoe`."""

@@ -1,0 +1,139 @@
+"""Calibration: token windows, and what each expert sees of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+C4 = "allenai/c4"
+C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
+
+
+class CalibrationError(ValueError):
+    """Calibration text that cannot be used; the text says why."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows [samples, sequence_length] int64 and the digest that provenance records."""
+
+    tokens: Tensor
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the token ids."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+
+def load_calibration(
+    source: str, tokenizer: PreTrainedTokenizerBase, samples: int, sequence_length: int
+) -> Calibration:
+    """Token windows from a plain text file, a .jsonl file with a `text` field, or a hub dataset with a `text` column.
+
+    Windows are spread evenly over a file; a hub dataset is streamed until there are enough.
+    Raises CalibrationError when the source is missing, malformed, or too short for one window.
+    """
+    path = Path(source)
+    if path.is_file():
+        tokens = torch.tensor([token for text in _file_texts(path) for token in tokenizer(text)["input_ids"]])
+    elif path.exists() or path.suffix in (".txt", ".jsonl", ".json"):
+        raise CalibrationError(f"{source}: not a file; give a text file, a .jsonl file or a hub dataset id")
+    else:
+        needed, ids = samples * sequence_length, []
+        for text in _hub_texts(source):
+            ids += tokenizer(text)["input_ids"]
+            if len(ids) >= needed:
+                break
+        tokens = torch.tensor(ids[:needed])
+    available = len(tokens) // sequence_length
+    if available == 0:
+        raise CalibrationError(
+            f"{source} has {len(tokens)} tokens, fewer than one window of {sequence_length}: give more text or a "
+            "smaller --sequence-length"
+        )
+    chosen = torch.linspace(0, available - 1, min(samples, available)).round().long()
+    return Calibration(tokens[: available * sequence_length].view(available, sequence_length)[chosen], source)
+
+
+def _file_texts(path: Path) -> Iterator[str]:
+    if path.suffix != ".jsonl":
+        yield path.read_text(encoding="utf-8")
+        return
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise CalibrationError(f'{path}:{number}: expected a JSON object with a "text" field') from None
+
+
+def _hub_texts(dataset: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        files = {"train": C4_SHARD} if dataset == C4 else None
+        for row in load_dataset(dataset, data_files=files, split="train", streaming=True):
+            if "text" not in row:
+                raise CalibrationError(f"{dataset}: its train split has no `text` column")
+            yield row["text"]
+    except CalibrationError:
+        raise
+    except Exception as error:  # datasets raises whatever its file system and builder layers raise
+        raise CalibrationError(
+            f"dataset {dataset} could not be read ({type(error).__name__}: {error}); "
+            "give a local file with --calibration FILE"
+        ) from None
+
+
+@dataclass
+class ExpertStatistics:
+    """What the experts of one layer saw.
+
+    tokens: int64 [E]; input_squares float64 [E, H] and hidden_squares float64 [E, I]: column sums of squares of the
+    gate/up input and of the down projection's input SiLU(gate) * up.
+    """
+
+    tokens: Tensor
+    input_squares: Tensor
+    hidden_squares: Tensor
+
+    @classmethod
+    def zeros(cls, experts: int, hidden: int, intermediate: int, device: torch.device) -> ExpertStatistics:
+        """Statistics of no tokens."""
+        return cls(
+            torch.zeros(experts, dtype=torch.int64),
+            torch.zeros(experts, hidden, dtype=torch.float64, device=device),
+            torch.zeros(experts, intermediate, dtype=torch.float64, device=device),
+        )
+
+    def observe(self, expert: int, inputs: Tensor, hidden: Tensor) -> None:
+        """Adds one batch; inputs [m, H], hidden [m, I]."""
+        self.tokens[expert] += inputs.shape[0]
+        self.input_squares[expert] += inputs.float().square().sum(dim=0)
+        self.hidden_squares[expert] += hidden.float().square().sum(dim=0)
+
+    def norms(self, expert: int, projection: int) -> Tensor:
+        """||X||_2 per input column of an expert's gate (0), up (1) or down (2) projection, float32."""
+        squares = self.hidden_squares if projection == 2 else self.input_squares
+        return squares[expert].sqrt().float()
+
+
+@dataclass
+class SampledTokens:
+    """MoE inputs and outputs of a few calibration tokens, kept to measure the output error of the merged layer."""
+
+    limit: int
+    batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def record(self, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Keeps hidden [M, H], ids [M, k], weights [M, k] and out [M, H] up to `limit` tokens."""
+        if room := self.limit - sum(len(batch[0]) for batch in self.batches):
+            self.batches.append((hidden[:room].clone(), ids[:room].clone(), weights[:room].clone(), out[:room].clone()))

@@ -1,0 +1,242 @@
+"""The `puzzlemoe` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+# Progress bars of these libraries would tear ours; set before they are imported.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from puzzlemoe_offline.calibrate import C4, Calibration, CalibrationError, load_calibration
+from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, locate
+from puzzlemoe_offline.compress import Job, compress
+from puzzlemoe_offline.evaluate import perplexity, windows_of
+from puzzlemoe_offline.families import UnsupportedModel
+from puzzlemoe_offline.inspection import inspect
+from puzzlemoe_offline.output import OutputError
+from puzzlemoe_offline.plan import make_plan
+from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.report import GB, summary
+from puzzlemoe_offline.unpack import unpack
+from puzzlemoe_vllm.format.codes import UnencodableWeight
+from puzzlemoe_vllm.format.layout import LayoutError
+
+EXPECTED_ERRORS = (CheckpointError, UnsupportedModel, LayoutError, OutputError, CalibrationError, UnencodableWeight)
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+errors = Console(stderr=True)
+
+
+class Sparsity(str, Enum):
+    """Share of the routed experts' memory that goes away."""
+
+    half = "0.5"
+    quarter = "0.25"
+
+
+class Saliency(str, Enum):
+    """How the more salient of two weights is found."""
+
+    wanda = "wanda"
+    magnitude = "magnitude"
+
+
+class Pairing(str, Enum):
+    """How partners are chosen."""
+
+    random = "random"
+
+
+class Device(str, Enum):
+    """Where layers are run and merged."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DEFAULT_DEVICE = Device.cuda if torch.cuda.is_available() else Device.cpu
+
+Folder = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where layers run.")]
+
+
+@app.command("compress")
+def compress_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The model to compress: a folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the packed model.")],
+    sparsity: Annotated[Sparsity, typer.Option(help="0.5 merges all experts of a layer, 0.25 the less used half.")] = (
+        Sparsity.half
+    ),
+    tau: Annotated[
+        float, typer.Option(min=0, max=1, help="Similarity threshold: below it a pair shares its mean.")
+    ] = 0.4,
+    pairing: Annotated[Pairing, typer.Option(help="How partners are chosen.")] = Pairing.random,
+    saliency: Annotated[
+        Saliency, typer.Option(help="wanda: |W| times the input column's norm; magnitude: |W|, no calibration.")
+    ] = Saliency.wanda,
+    calibration: Annotated[
+        str, typer.Option(help="Plain text file, .jsonl file with a text field, or hub dataset with a text column.")
+    ] = C4,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of the random pairing.")] = 0,
+    device: DeviceOption = DEFAULT_DEVICE,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes, peak memory and time; write nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in OUT.")] = False,
+) -> None:
+    """Merge a model's experts in pairs and write a packed model that vLLM serves."""
+    recipe = Recipe(
+        sparsity=float(sparsity.value),
+        tau=tau,
+        pairing=pairing.value,
+        saliency=saliency.value,
+        seed=seed,
+    )
+    folder = locate(source, revision)
+    checkpoint = Checkpoint(folder)
+    checkpoint.check_complete()
+    data: Calibration | None = None
+    if recipe.saliency == "wanda":
+        data = load_calibration(calibration, _tokenizer(folder), samples, sequence_length)
+        if len(data.tokens) < samples:
+            errors.print(f"[yellow]{calibration} gives {len(data.tokens)} windows of {sequence_length}, not {samples}")
+    job = Job(checkpoint, source, revision, recipe, data, _usable(device))
+    if dry_run:
+        console.print(_plan_table(job))
+        return
+    with _layer_progress("compressing", checkpoint.layers) as advance:
+        report = compress(job, out, resume, lambda layer, record: advance())
+    console.print(summary(report))
+    console.print(f"packed model written to {out}; serve it with: vllm serve {out}")
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+) -> None:
+    """Show what a packed or dense model holds and check that it is whole."""
+    facts = inspect(Checkpoint(locate(model)))
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(title=model)
+    table.add_column("part")
+    table.add_column("GB", justify="right")
+    for part, size in facts["bytes"].items():
+        table.add_row(part, f"{size / GB:.3f}")
+    table.add_row("total", f"{facts['total_bytes'] / GB:.3f}", style="bold")
+    console.print(table)
+    console.print(
+        f"{facts['model_type']}: {facts['moe_layers']} of {facts['layers']} layers with "
+        f"{facts['experts_per_layer']} experts, {facts['pairs']} pairs"
+        + (f", code {facts['code']}" if facts["code"] else "")
+    )
+    if facts["provenance"]:
+        console.print(facts["provenance"])
+    console.print("every expert tensor is present, well-formed and finite")
+
+
+@app.command("unpack")
+def unpack_command(
+    model: Folder, out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the dense model.")]
+) -> None:
+    """Write an ordinary dense bf16 checkpoint of a packed model's reconstructed weights."""
+    checkpoint = Checkpoint(locate(model))
+    with _layer_progress("unpacking", checkpoint.layers) as advance:
+        unpack(checkpoint, out, lambda layer: advance())
+    console.print(f"dense model written to {out}")
+
+
+@app.command("perplexity")
+def perplexity_command(
+    model: Folder,
+    text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A plain text file.")],
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
+    device: DeviceOption = DEFAULT_DEVICE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+) -> None:
+    """Perplexity of a packed or dense model on a text, in non-overlapping windows as is usual for WikiText-2."""
+    folder = locate(model)
+    checkpoint = Checkpoint(folder)
+    checkpoint.check_complete()
+    windows = windows_of(_tokenizer(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
+    with _layer_progress("perplexity", checkpoint.layers) as advance:
+        result = perplexity(checkpoint, windows, _usable(device), lambda layer: advance())
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        console.print(
+            f"perplexity {result.perplexity:.4f} over {result.tokens} tokens "
+            f"({result.windows} windows of {result.sequence_length})"
+        )
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    # A checkpoint's own code is never run; a tokenizer that needs it cannot be used here.
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its tokenizer could not be loaded ({error})") from None
+
+
+def _usable(device: Device) -> str:
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise CheckpointError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    return device.value
+
+
+def _plan_table(job: Job) -> Table:
+    plan = make_plan(job)
+    table = Table(title=f"{job.source}: plan (memory and time are estimates)", show_header=False)
+    rows: list[tuple[str, Any]] = [
+        ("expert weights", f"{plan.experts_before / GB:.3f} GB -> {plan.experts_after / GB:.3f} GB"),
+        ("other weights", f"{plan.other / GB:.3f} GB, unchanged"),
+        ("peak host memory", f"{plan.peak_host / GB:.2f} GB"),
+        ("peak GPU memory", f"{plan.peak_device / GB:.2f} GB" if plan.peak_device else "none"),
+        ("time", f"{plan.seconds:.0f} s"),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+@contextmanager
+def _layer_progress(title: str, layers: int) -> Iterator[Callable[[], None]]:
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=errors) as progress:
+        task = progress.add_task(title, total=layers)
+        yield lambda: progress.advance(task)
+
+
+def main() -> None:
+    """Entry point: expected errors become one line and exit status 1."""
+    transformers_logging.set_verbosity_error()
+    try:
+        app()
+    except EXPECTED_ERRORS as error:
+        errors.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The compression run: layer by layer, calibrate, merge, pack, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puzzlemoe_offline.calibrate import Calibration, ExpertStatistics, SampledTokens
+from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.families import expert_groups
+from puzzlemoe_offline.layerwise import DecoderLayer, LayerExperts, LayerwiseModel, StreamedExperts, batch_size
+from puzzlemoe_offline.output import ModelFolder, packed_dtype_config
+from puzzlemoe_offline.pack import FEW_TOKENS, Losses, PackedLayer, pack_pair
+from puzzlemoe_offline.pairing import LayerPairing, pair_randomly
+from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.report import CARD, REPORT, build_report, model_card
+from puzzlemoe_offline.version import VERSION
+from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
+from puzzlemoe_vllm.format.layout import Provenance, PuzzleConfig, weight_name, words_name
+
+ERROR_TOKENS = 2048
+"""Calibration tokens on which the merged layer's output is compared with the original's."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compression run.  calibration is None for magnitude saliency."""
+
+    checkpoint: Checkpoint
+    source: str
+    revision: str | None
+    recipe: Recipe
+    calibration: Calibration | None
+    device: str
+
+    def fingerprint(self) -> str:
+        """Digest of everything that the output depends on."""
+        parts = (
+            self.checkpoint.fingerprint(),
+            self.recipe.model_dump_json(),
+            self.calibration.digest if self.calibration else "",
+            VERSION,
+            torch.device(self.device).type,
+        )
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
+def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[str, Any]], None]) -> dict[str, Any]:
+    """Writes the packed model to `out` and returns the report.
+
+    on_layer(layer, record) is called as each layer is finished, also for those that an earlier run finished.
+    Raises CheckpointError, OutputError or UnencodableWeight; finished layers stay and `resume` goes on from there.
+    """
+    checkpoint = job.checkpoint
+    if checkpoint.quantization:
+        raise CheckpointError(f"{checkpoint.folder} is packed already; start from the 16-bit original")
+    checkpoint.check_complete()
+    folder = ModelFolder(out, checkpoint.layers + 1)
+    records = [entry["record"] for entry in folder.start(job.fingerprint(), resume)][: checkpoint.layers]
+    for layer, record in enumerate(records):
+        on_layer(layer, record)
+    for layer, tensors, record, state in _run(job, folder, len(records)):
+        began = time.perf_counter()
+        folder.write_shard(layer, tensors, record, state)
+        record["seconds"]["write"] = time.perf_counter() - began
+        records.append(record)
+        on_layer(layer, record)
+    rest = {name: checkpoint.tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
+    folder.write_shard(checkpoint.layers, rest, {}, None)
+    report = build_report(job, records)
+    config = packed_dtype_config(checkpoint.config) | {"quantization_config": _quantization(job, records)}
+    folder.finish(config, checkpoint.folder, {REPORT: json.dumps(report, indent=2) + "\n", CARD: model_card(report)})
+    return report
+
+
+def _run(
+    job: Job, folder: ModelFolder, start: int
+) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Any], Tensor | None]]:
+    """Yields (layer, tensors to write, record, hidden states after it) from layer `start` on."""
+    if job.calibration is None:
+        experts = LayerExperts(job.checkpoint, job.device)
+        for layer in range(start, job.checkpoint.layers):
+            yield layer, *_finish_layer(job, layer, experts, None, None, 0.0), None
+        return
+    yield from _run_calibrated(job, job.calibration.tokens, folder, start)
+
+
+def _run_calibrated(
+    job: Job, tokens: Tensor, folder: ModelFolder, start: int
+) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Any], Tensor | None]]:
+    model = LayerwiseModel(job.checkpoint, job.device)
+    size = batch_size(*tokens.shape)
+    batches = tokens.split(size)
+    if start:
+        model.embed(batches[0])
+        states = folder.state_after(start - 1)
+        assert states is not None
+    else:
+        states = torch.cat([model.embed(batch).cpu() for batch in batches])
+    experts = LayerExperts(job.checkpoint, job.device)
+    for index, layer in model.layers(experts, start):
+        began = time.perf_counter()
+        statistics, sample = _calibrate_layer(job, layer, states, size)
+        seconds = time.perf_counter() - began
+        yield index, *_finish_layer(job, index, experts, statistics, sample, seconds), states
+
+
+def _calibrate_layer(
+    job: Job, layer: DecoderLayer, states: Tensor, size: int
+) -> tuple[ExpertStatistics | None, SampledTokens | None]:
+    """Moves `states` through the layer in place, gathering what its experts saw."""
+    statistics, sample = None, None
+    config, family = job.checkpoint.config, job.checkpoint.family
+    if layer.experts:
+        statistics = ExpertStatistics.zeros(
+            job.checkpoint.experts, config["hidden_size"], config[family.intermediate], torch.device(job.device)
+        )
+        sample = SampledTokens(ERROR_TOKENS)
+        layer.experts.observe, layer.experts.record = statistics.observe, sample.record
+    for start in range(0, len(states), size):
+        states[start : start + size] = layer(states[start : start + size].to(job.device)).cpu()
+    return statistics, sample
+
+
+def _finish_layer(
+    job: Job,
+    layer: int,
+    experts: LayerExperts,
+    statistics: ExpertStatistics | None,
+    sample: SampledTokens | None,
+    calibrate_seconds: float,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The layer's tensors to write, and its record."""
+    record: dict[str, Any] = {"layer": layer, "seconds": {"calibrate": calibrate_seconds}}
+    if layer not in job.checkpoint.moe_layers:
+        return _plain_tensors(job.checkpoint, layer), record
+    began = time.perf_counter()
+    pairing = pair_randomly(
+        job.checkpoint.experts,
+        job.recipe.sparsity,
+        expert_groups(job.checkpoint.config),
+        statistics.tokens if statistics else None,
+        job.recipe.seed * 100_003 + layer,
+    )
+    losses = Losses()
+    packed = _pack_layer(job, layer, experts, statistics, pairing, losses)
+    record |= {
+        "order": pairing.order,
+        "merged": pairing.merged,
+        "weight_error": losses.relative(),
+        "clamped": losses.clamped,
+    }
+    if statistics and sample:
+        record["tokens"] = statistics.tokens.tolist()
+        record["few_tokens"] = [expert for expert, count in enumerate(record["tokens"]) if count < FEW_TOKENS]
+        record["output_error"] = _output_error(packed, sample)
+    record["seconds"]["merge"] = time.perf_counter() - began
+    return _plain_tensors(job.checkpoint, layer, pairing) | _expert_tensors(job.checkpoint, layer, packed), record
+
+
+def _pack_layer(
+    job: Job,
+    layer: int,
+    experts: LayerExperts,
+    statistics: ExpertStatistics | None,
+    pairing: LayerPairing,
+    losses: Losses,
+) -> PackedLayer:
+    code, pairs = get_code(job.recipe.code), []
+    for first in range(0, pairing.merged, 2):
+        ids = pairing.order[first], pairing.order[first + 1]
+        members = experts(layer, ids[0]), experts(layer, ids[1])
+        try:
+            pairs.append(pack_pair(members, ids, statistics, job.recipe.tau, code, losses, torch.device(job.device)))
+        except UnencodableWeight as error:
+            raise UnencodableWeight(f"layer {layer}, {error}") from None
+    dense = [experts(layer, number) for number in pairing.order[pairing.merged :]]
+    return PackedLayer(pairing, pairs, [expert.to("cpu") for expert in dense], code)
+
+
+def _output_error(packed: PackedLayer, sample: SampledTokens) -> float:
+    """||y - y'|| / ||y|| over the sampled tokens, with y the original experts' output."""
+    error = energy = 0.0
+    for hidden, ids, weights, out in sample.batches:
+        merged = StreamedExperts(partial(packed.expert, device=hidden.device))(hidden, ids, weights)
+        error += float((merged.float() - out.float()).square().sum())
+        energy += float(out.float().square().sum())
+    return (error / energy) ** 0.5 if energy else 0.0
+
+
+def _plain_tensors(checkpoint: Checkpoint, layer: int, pairing: LayerPairing | None = None) -> dict[str, Tensor]:
+    """The layer's tensors other than routed experts; router rows follow the experts' new order."""
+    tensors: dict[str, Tensor] = {}
+    for name in checkpoint.names:
+        if checkpoint.layer_of(name) != layer or checkpoint.is_expert(name):
+            continue
+        tensor = checkpoint.tensor(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name} in {checkpoint.file_of(name)} holds NaN or infinite values: fetch it again")
+        if pairing and name.startswith(f"{checkpoint.block(layer)}.gate."):
+            tensor = tensor[pairing.order]
+        tensors[_family_name(checkpoint, layer, name)] = tensor
+    return tensors
+
+
+def _family_name(checkpoint: Checkpoint, layer: int, name: str) -> str:
+    """The name that the family's own checkpoints use (a source re-saved with another block name is renamed back)."""
+    if layer not in checkpoint.moe_layers:
+        return name
+    return name.replace(f"{checkpoint.block(layer)}.", f"model.layers.{layer}.{checkpoint.family.block}.", 1)
+
+
+def _expert_tensors(checkpoint: Checkpoint, layer: int, packed: PackedLayer) -> dict[str, Tensor]:
+    experts, projections = f"model.layers.{layer}.{checkpoint.family.block}.experts", checkpoint.family.projections
+    tensors: dict[str, Tensor] = {}
+    for pair, words in enumerate(packed.pairs):
+        tensors |= {words_name(experts, 2 * pair, name): word for name, word in zip(projections, words, strict=True)}
+    for row, expert in enumerate(packed.dense, packed.pairing.merged):
+        weights = (expert.gate, expert.up, expert.down)
+        tensors |= {weight_name(experts, row, name): weight for name, weight in zip(projections, weights, strict=True)}
+    return tensors
+
+
+def _quantization(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
+    calibration = job.calibration
+    provenance = Provenance(
+        source=job.source,
+        revision=job.revision,
+        tool_version=VERSION,
+        recipe=job.recipe.model_dump(),
+        calibration={
+            "source": calibration.source,
+            "samples": calibration.tokens.shape[0],
+            "sequence_length": calibration.tokens.shape[1],
+            "sha256": calibration.digest,
+        }
+        if calibration
+        else None,
+    )
+    merged = {record["layer"]: record["merged"] for record in records if record.get("merged")}
+    return PuzzleConfig(code=job.recipe.code, merged_experts=merged, provenance=provenance).model_dump(mode="json")

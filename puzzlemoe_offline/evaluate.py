@@ -1,0 +1,60 @@
+"""Perplexity of a dense or packed checkpoint, layer by layer, on reconstructed weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from puzzlemoe_offline.checkpoint import Checkpoint
+from puzzlemoe_offline.layerwise import LayerExperts, LayerwiseModel, batch_size
+
+LOGIT_TOKENS = 2048
+"""Tokens whose logits are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean negative log likelihood) over `tokens` predicted tokens in `windows` windows."""
+
+    perplexity: float
+    windows: int
+    sequence_length: int
+    tokens: int
+
+
+def windows_of(ids: list[int], sequence_length: int) -> Tensor:
+    """Non-overlapping windows [n, sequence_length] of a token stream; the tail is dropped, as is usual for WikiText-2.
+
+    A text shorter than one window becomes one short window.  Raises ValueError below two tokens.
+    """
+    tokens = torch.tensor(ids)
+    if len(tokens) < 2:
+        raise ValueError("the text has fewer than two tokens")
+    length = min(sequence_length, len(tokens))
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+@torch.inference_mode()
+def perplexity(
+    checkpoint: Checkpoint, windows: Tensor, device: str, on_layer: Callable[[int], None] = lambda layer: None
+) -> Perplexity:
+    """windows: token ids [n, T].  Each window is scored on its own, its first token only conditions."""
+    model = LayerwiseModel(checkpoint, device)
+    size = batch_size(*windows.shape)
+    states = torch.cat([model.embed(batch).cpu() for batch in windows.split(size)])
+    for index, layer in model.layers(LayerExperts(checkpoint, device)):
+        for start in range(0, len(states), size):
+            states[start : start + size] = layer(states[start : start + size].to(device)).cpu()
+        on_layer(index)
+    inputs, targets = states[:, :-1].reshape(-1, states.shape[-1]), windows[:, 1:].reshape(-1)
+    total = 0.0
+    for start in range(0, len(targets), LOGIT_TOKENS):
+        logits = model.logits(inputs[start : start + LOGIT_TOKENS].to(device))
+        total += float(F.cross_entropy(logits, targets[start : start + LOGIT_TOKENS].to(device), reduction="sum"))
+    count, length = windows.shape
+    return Perplexity(math.exp(total / len(targets)), count, length, len(targets))

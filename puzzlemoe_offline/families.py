@@ -1,0 +1,63 @@
+"""The supported model families.  A new one is a row in the table, not a code path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class UnsupportedModel(ValueError):
+    """A model that the tool cannot compress; the text lists what it can."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family names its MoE layers on disk and in config.json.
+
+    block: the MoE block's name inside a decoder layer; gate, up, down: an expert's projections; experts, intermediate:
+    the config.json keys of the expert count and of an expert's intermediate size.
+    """
+
+    title: str
+    block: str
+    gate: str
+    up: str
+    down: str
+    experts: str
+    intermediate: str
+
+    @property
+    def projections(self) -> tuple[str, str, str]:
+        """Names of the gate, up and down projection."""
+        return self.gate, self.up, self.down
+
+
+def _mlp(title: str, experts: str, intermediate: str = "moe_intermediate_size") -> Family:
+    return Family(title, "mlp", "gate_proj", "up_proj", "down_proj", experts, intermediate)
+
+
+FAMILIES = {
+    "mixtral": Family("Mixtral", "block_sparse_moe", "w1", "w3", "w2", "num_local_experts", "intermediate_size"),
+    "qwen3_moe": _mlp("Qwen3-MoE", "num_experts"),
+    "qwen2_moe": _mlp("Qwen2-MoE / Qwen1.5-MoE", "num_experts"),
+    "deepseek_v2": _mlp("DeepSeek-V2", "n_routed_experts"),
+    "deepseek": _mlp("DeepSeek-MoE", "n_routed_experts"),
+    "olmoe": _mlp("OLMoE", "num_experts", "intermediate_size"),
+}
+"""Rows by config.json's model_type."""
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The family of a config.json.  Raises UnsupportedModel, listing the families."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
+        raise UnsupportedModel(f"model_type {model_type!r} is not supported; supported families: {known}")
+    return FAMILIES[model_type]
+
+
+def expert_groups(config: dict[str, Any]) -> int:
+    """Number of expert groups that the router picks from (group-limited routing), 1 without groups."""
+    if config.get("topk_method") in (None, "greedy"):
+        return 1
+    return int(config.get("n_group") or 1)

@@ -1,0 +1,182 @@
+"""Running a model one decoder layer at a time, so that no more than one layer's weights are ever in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from puzzlemoe_offline.checkpoint import Checkpoint, Expert
+from puzzlemoe_offline.deepseek_moe import DeepseekForCausalLM, deepseek_config
+
+BATCH_TOKENS = 8192
+"""Tokens that go through a layer at once."""
+
+
+class Observer(Protocol):
+    """Sees one expert at work on one batch."""
+
+    def __call__(self, expert: int, inputs: Tensor, hidden: Tensor) -> None:
+        """inputs [m, H]: the expert's tokens; hidden [m, I]: SiLU(gate) * up, the down projection's input."""
+
+
+class StreamedExperts(nn.Module):
+    """Stands where a decoder layer's experts module was; takes the weights from a function, expert by expert."""
+
+    def __init__(self, expert: Callable[[int], Expert]):
+        super().__init__()
+        self.expert = expert
+        self.observe: Observer | None = None
+        self.record: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [M, H], top_k_index int [M, k], top_k_weights [M, k] -> [M, H]."""
+        out = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            weights = self.expert(expert)
+            rows, choice = (top_k_index == expert).nonzero(as_tuple=True)
+            inputs = hidden_states[rows]
+            gate = F.linear(inputs, weights.gate.to(inputs.dtype))
+            up = F.linear(inputs, weights.up.to(inputs.dtype))
+            hidden = F.silu(gate) * up
+            if self.observe:
+                self.observe(expert, inputs, hidden)
+            down = F.linear(hidden, weights.down.to(inputs.dtype))
+            out.index_add_(0, rows, (down * top_k_weights[rows, choice, None]).to(out.dtype))
+        if self.record:
+            self.record(hidden_states, top_k_index, top_k_weights, out)
+        return out
+
+
+class LayerExperts:
+    """Hands out routed experts, and keeps those of the layer it was last asked about on the device."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str):
+        self.checkpoint, self.device = checkpoint, device
+        self.layer = -1
+        self.kept: dict[int, Expert] = {}
+
+    def __call__(self, layer: int, number: int) -> Expert:
+        """Expert `number` of a layer, bf16."""
+        if layer != self.layer:
+            self.layer, self.kept = layer, {}
+        if number not in self.kept:
+            self.kept[number] = self.checkpoint.expert(layer, number).to(self.device)
+        return self.kept[number]
+
+
+def batch_size(samples: int, sequence_length: int) -> int:
+    """Sequences that go through a layer at once: all batches are of one size, at most `BATCH_TOKENS` where possible."""
+    most = max(1, BATCH_TOKENS // sequence_length)
+    return max(size for size in range(1, min(samples, most) + 1) if samples % size == 0)
+
+
+class _Recorder(nn.Module):
+    """Stands where a decoder layer was and keeps the keyword arguments that the model hands to it."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+        for name in ("attention_type", "layer_type"):
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+class LayerwiseModel:
+    """A transformers model without weights, whose layers are filled from a checkpoint one at a time.
+
+    Weights and activations are float32 on a CPU (bf16 has no fast path on most) and bf16 on a GPU.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str):
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        with init_empty_weights(include_buffers=False):
+            self.model = _build(checkpoint).to(self.dtype).eval()
+        self.model.model.rotary_emb.to(self.device)
+        self.arguments: list[dict[str, Any]] = []
+
+    @torch.inference_mode()
+    def embed(self, batch: Tensor) -> Tensor:
+        """Token ids [B, T] -> hidden states [B, T, H]; also learns every layer's arguments for this batch shape."""
+        self._load(self.model.model.embed_tokens, "model.embed_tokens")
+        layers = self.model.model.layers
+        recorders = [_Recorder(layer) for layer in layers]
+        norm = self.model.model.norm
+        self.model.model.layers, self.model.model.norm = nn.ModuleList(recorders), nn.Identity()
+        try:
+            hidden = self.model.model(input_ids=batch.to(self.device), use_cache=False).last_hidden_state
+        finally:
+            self.model.model.layers, self.model.model.norm = layers, norm
+        self.arguments = [recorder.arguments for recorder in recorders]
+        return hidden
+
+    @torch.inference_mode()
+    def layers(self, expert: Callable[[int, int], Expert], start: int = 0) -> Iterator[tuple[int, DecoderLayer]]:
+        """Yields (index, layer) with the layer's weights in place until the next one is asked for.
+
+        expert(layer, id) hands out routed experts; it is asked again for every batch, so it should keep them.
+        """
+        for index in range(start, self.checkpoint.layers):
+            module = self.model.model.layers[index]
+            streamed = None
+            if index in self.checkpoint.moe_layers:
+                streamed = StreamedExperts(partial(expert, index))
+                module.mlp.experts = streamed
+            self._load(module, f"model.layers.{index}")
+            yield index, DecoderLayer(module, self.arguments[index], streamed)
+            module.to("meta")
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [M, H] after the last layer -> float32 logits [M, vocabulary]."""
+        head = "lm_head" if "lm_head.weight" in self.checkpoint.names else "model.embed_tokens"
+        self._load(self.model.model.norm, "model.norm")
+        self._load(self.model.lm_head, head)
+        return self.model.lm_head(self.model.model.norm(hidden)).float()
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        """Fills a module's parameters that have no weights yet from the tensors below `prefix`."""
+        for name, parameter in list(module.named_parameters()):
+            if parameter.device.type == "meta":
+                value = self.checkpoint.tensor(self._on_disk(f"{prefix}.{name}"))
+                set_module_tensor_to_device(module, name, self.device, value=value.to(self.dtype))
+
+    def _on_disk(self, name: str) -> str:
+        layer = self.checkpoint.layer_of(name)
+        if layer in self.checkpoint.moe_layers:
+            return name.replace(f"model.layers.{layer}.mlp.", self.checkpoint.block(layer) + ".", 1)
+        return name
+
+
+class DecoderLayer:
+    """One decoder layer with its weights in place; `experts` is None in a layer without routed experts."""
+
+    def __init__(self, module: nn.Module, arguments: dict[str, Any], experts: StreamedExperts | None):
+        self.module, self.arguments, self.experts = module, arguments, experts
+
+    @torch.inference_mode()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[B, T, H] -> [B, T, H]."""
+        out = self.module(hidden, **self.arguments)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _build(checkpoint: Checkpoint) -> PreTrainedModel:
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    if config["model_type"] == "deepseek":
+        return DeepseekForCausalLM(deepseek_config(config))
+    model_type = config.pop("model_type")
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), attn_implementation="sdpa")

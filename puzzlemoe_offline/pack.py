@@ -1,0 +1,106 @@
+"""One layer's experts: pair them, merge them, pack them, and measure what was lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from puzzlemoe_offline.calibrate import ExpertStatistics
+from puzzlemoe_offline.checkpoint import Expert
+from puzzlemoe_offline.merge import merge_pair
+from puzzlemoe_offline.pairing import LayerPairing
+from puzzlemoe_vllm.format.codes import SMALLEST, Mask16, UnencodableWeight
+
+FEW_TOKENS = 32
+"""Below this many calibration tokens an expert's column norms say more about the tokens than about the expert: its pair
+is merged by magnitude alone."""
+
+ROWS = 1024
+"""Rows merged at a time, which bounds the float32 scratch memory."""
+
+
+@dataclass
+class Losses:
+    """What packing lost: squared error and energy per projection (gate, up, down), and entries clamped to the code's
+    smallest magnitude or to zero."""
+
+    error: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    energy: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    clamped: int = 0
+
+    def relative(self) -> list[float]:
+        """||W - W'|| / ||W|| of the merged experts, per projection."""
+        return [
+            (error / energy) ** 0.5 if energy else 0.0 for error, energy in zip(self.error, self.energy, strict=True)
+        ]
+
+
+PackedPair = tuple[Tensor, Tensor, Tensor]
+"""Words of a pair's gate, up and down projection."""
+
+
+def pack_pair(
+    experts: tuple[Expert, Expert],
+    ids: tuple[int, int],
+    statistics: ExpertStatistics | None,
+    tau: float,
+    code: Mask16,
+    losses: Losses,
+    device: torch.device,
+) -> PackedPair:
+    """The words (on the CPU) of two experts; gate, up and down are merged separately, each with its own input's norms.
+
+    ids: the experts' ids in `statistics`; None there means magnitude saliency.
+    Raises UnencodableWeight naming the experts and the projection.
+    """
+    informed = statistics is not None and min(int(statistics.tokens[expert]) for expert in ids) >= FEW_TOKENS
+    words = []
+    for index, projection in enumerate(("gate", "up", "down")):
+        weights = tuple(getattr(expert, projection).to(device) for expert in experts)
+        if informed:
+            assert statistics is not None
+            norms = tuple(statistics.norms(expert, index).to(device) for expert in ids)
+        else:
+            norms = (torch.ones(weights[0].shape[1], device=device),) * 2
+        try:
+            words.append(pack_matrix(weights, norms, tau, code, losses, index))
+        except UnencodableWeight as error:
+            raise UnencodableWeight(f"experts {ids[0]} and {ids[1]}, {projection} projection: {error}") from None
+    return words[0], words[1], words[2]
+
+
+def pack_matrix(
+    weights: tuple[Tensor, ...], norms: tuple[Tensor, ...], tau: float, code: Mask16, losses: Losses, index: int
+) -> Tensor:
+    blocks = []
+    for start in range(0, weights[0].shape[0], ROWS):
+        first, second = (weight[start : start + ROWS] for weight in weights)
+        pair = merge_pair(first, second, norms[0], norms[1], tau)
+        words = code.encode(pair)
+        kept = pair.mask[0] | pair.mask[1]
+        losses.clamped += int((kept & (pair.magnitude > 0) & (pair.magnitude < SMALLEST)).sum())
+        for position, weight in enumerate((first, second)):
+            exact = weight.float()
+            losses.error[index] += float((exact - code.decode(words, position).float()).square().sum())
+            losses.energy[index] += float(exact.square().sum())
+        blocks.append(words.cpu())
+    return torch.cat(blocks)
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer after merging, under the new expert ids of `pairing`."""
+
+    pairing: LayerPairing
+    pairs: list[PackedPair]
+    dense: list[Expert]
+    code: Mask16
+
+    def expert(self, source_id: int, device: torch.device) -> Expert:
+        """The reconstructed bf16 weights, on a device, of the expert that the source calls `source_id`."""
+        new = self.pairing.order.index(source_id)
+        if new >= self.pairing.merged:
+            return self.dense[new - self.pairing.merged].to(device)
+        return Expert(*(self.code.decode(words.to(device), new & 1) for words in self.pairs[new >> 1]))

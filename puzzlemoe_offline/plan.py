@@ -1,0 +1,89 @@
+"""What a compression run will take, before it starts: sizes exactly, memory and time by estimate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from puzzlemoe_offline.compress import Job
+from puzzlemoe_offline.pack import ROWS, Losses, pack_matrix
+from puzzlemoe_offline.report import expert_bytes
+from puzzlemoe_vllm.format.codes import get_code
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes, time in seconds.
+
+    peak_host and peak_device: what the run holds beyond the Python process itself (on a CPU run the device's part is in
+    the host's).
+    """
+
+    experts_before: int
+    experts_after: int
+    other: int
+    peak_host: int
+    peak_device: int
+    seconds: float
+
+
+def make_plan(job: Job) -> Plan:
+    """Sizes from the headers, memory from the shapes, time from half a second of measuring this machine."""
+    checkpoint, recipe = job.checkpoint, job.recipe
+    expert = expert_bytes(job)
+    layer_experts = expert * checkpoint.experts
+    share = 1 - recipe.sparsity * (2 - get_code(recipe.code).bits / 16)
+    before = layer_experts * len(checkpoint.moe_layers)
+    other = sum(checkpoint.nbytes(name) for name in checkpoint.names if not checkpoint.is_expert(name))
+    on_cpu = torch.device(job.device).type == "cpu"
+    width = 4 if on_cpu else 2
+    layer_other = max(
+        sum(
+            checkpoint.nbytes(n)
+            for n in checkpoint.names
+            if checkpoint.layer_of(n) == layer and not checkpoint.is_expert(n)
+        )
+        for layer in range(checkpoint.layers)
+    )
+    tokens = job.calibration.tokens.numel() if job.calibration else 0
+    states = tokens * int(checkpoint.config["hidden_size"]) * width
+    scratch = (
+        40 * ROWS * max(int(checkpoint.config["hidden_size"]), int(checkpoint.config[checkpoint.family.intermediate]))
+    )
+    embedding = max(checkpoint.nbytes(n) for n in checkpoint.names if checkpoint.layer_of(n) is None)
+    on_device = layer_experts + layer_other * width // 2 + expert * width // 2 + scratch + embedding * width // 2
+    host = states + int(layer_experts * share) + layer_other + (on_device if on_cpu else expert)
+    return Plan(
+        before, int(before * share), other, host, 0 if on_cpu else on_device, _seconds(job, tokens, before, other)
+    )
+
+
+def _seconds(job: Job, tokens: int, expert_total: int, other: int) -> float:
+    """Matrix products of the calibration tokens plus merging every expert, at this machine's measured rates."""
+    checkpoint = job.checkpoint
+    active = expert_total / checkpoint.experts * int(checkpoint.config["num_experts_per_tok"])
+    products = 2 * tokens * (active + other) / 2
+    return products / _product_rate(job.device) + expert_total / 2 / _merge_rate(job)
+
+
+def _product_rate(device: str) -> float:
+    """Measured operations per second of a matrix product in the run's dtype."""
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    left, right = (torch.randn(1024, 1024, device=device, dtype=dtype) for _ in range(2))
+    left @ right
+    began, rounds = time.perf_counter(), 4
+    for _ in range(rounds):
+        left @ right
+    float(left[0, 0])
+    return rounds * 2 * 1024**3 / (time.perf_counter() - began)
+
+
+def _merge_rate(job: Job) -> float:
+    """Measured weights per second of merging and packing."""
+    weights = torch.randn(2, ROWS, 1024, dtype=torch.bfloat16, device=job.device)
+    norms = torch.ones(1024, device=job.device)
+    began = time.perf_counter()
+    pack_matrix((weights[0], weights[1]), (norms, norms), job.recipe.tau, get_code(job.recipe.code), Losses(), 0)
+    return weights.numel() / (time.perf_counter() - began)

@@ -1,0 +1,125 @@
+"""The compression report (JSON and text) and the packed model's card."""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+
+from puzzlemoe_offline.version import VERSION
+from puzzlemoe_vllm.format.codes import get_code
+
+if TYPE_CHECKING:
+    from puzzlemoe_offline.compress import Job
+
+REPORT = "puzzlemoe_report.json"
+CARD = "README.md"
+GB = 1e9
+
+
+def build_report(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The report as JSON data; sizes in bytes, errors relative (||difference|| / ||original||), times in seconds."""
+    checkpoint = job.checkpoint
+    dense = expert_bytes(job)
+    merged = [record for record in records if record.get("merged")]
+    share = get_code(job.recipe.code).bits / 32
+    packed = sum(
+        dense * record["merged"] * share + dense * (checkpoint.experts - record["merged"]) for record in merged
+    )
+    other = sum(checkpoint.nbytes(name) for name in checkpoint.names if not checkpoint.is_expert(name))
+    stages = {stage for record in records for stage in record["seconds"]}
+    return {
+        "source": job.source,
+        "revision": job.revision,
+        "tool_version": VERSION,
+        "recipe": job.recipe.model_dump(),
+        "calibration": {"source": job.calibration.source, "tokens": job.calibration.tokens.numel()}
+        if job.calibration
+        else None,
+        "bytes": {
+            "experts_before": dense * checkpoint.experts * len(checkpoint.moe_layers),
+            "experts_after": int(packed),
+            "other": other,
+        },
+        "seconds": {stage: sum(record["seconds"].get(stage, 0.0) for record in records) for stage in sorted(stages)},
+        "layers": records,
+    }
+
+
+def expert_bytes(job: Job) -> int:
+    """Bytes of one dense bf16 expert."""
+    config = job.checkpoint.config
+    return 3 * 2 * int(config["hidden_size"]) * int(config[job.checkpoint.family.intermediate])
+
+
+def summary(report: dict[str, Any]) -> Group:
+    """The report for a terminal."""
+    sizes, layers = report["bytes"], [layer for layer in report["layers"] if layer.get("merged")]
+    table = Table(title="Relative error per layer")
+    for column in ("layer", "merged experts", "gate", "up", "down", "output", "clamped", "fewest tokens"):
+        table.add_column(column, justify="right")
+    for layer in layers:
+        output = f"{layer['output_error']:.4f}" if "output_error" in layer else "-"
+        tokens = str(min(layer["tokens"])) if "tokens" in layer else "-"
+        errors = [f"{error:.4f}" for error in layer["weight_error"]]
+        table.add_row(str(layer["layer"]), str(layer["merged"]), *errors, output, str(layer["clamped"]), tokens)
+    few = sum(len(layer.get("few_tokens", ())) for layer in layers)
+    lines = [
+        f"expert weights  {sizes['experts_before'] / GB:.3f} GB -> {sizes['experts_after'] / GB:.3f} GB",
+        f"other weights   {sizes['other'] / GB:.3f} GB, unchanged",
+        "seconds         " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items()),
+    ]
+    if few:
+        lines.append(
+            f"[yellow]{few} experts saw too few calibration tokens; their pairs were merged by magnitude alone"
+        )
+    return Group(table, *lines)
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """README.md of a packed model."""
+    sizes, recipe = report["bytes"], report["recipe"]
+    layers = [layer for layer in report["layers"] if layer.get("merged")]
+    errors = [layer["output_error"] for layer in layers if "output_error" in layer]
+    calibration = report["calibration"]
+    calibrated = f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "none"
+    lines = [
+        "---",
+        "library_name: vllm",
+        *([f"base_model: {report['source']}"] if _is_hub_id(report["source"]) else []),
+        "tags: [moe, puzzlemoe, vllm, compressed]",
+        "---",
+        f"# {report['source'].rstrip('/').split('/')[-1]}, experts merged in pairs with PuzzleMoE",
+        "",
+        f"Routed experts take {sizes['experts_after'] / GB:.2f} GB instead of {sizes['experts_before'] / GB:.2f} GB; "
+        f"the other {sizes['other'] / GB:.2f} GB are unchanged.",
+        "",
+        "## Serve",
+        "```",
+        f"pip install vllm puzzlemoe-vllm=={report['tool_version']}",
+        "vllm serve THIS_FOLDER",
+        "```",
+        "Without the plugin vLLM answers `Unknown quantization method: puzzlemoe`. `puzzlemoe unpack THIS_FOLDER OUT`",
+        "writes an ordinary bf16 checkpoint of the reconstructed weights for any other software.",
+        "",
+        "## How it was made",
+        "| | |",
+        "|---|---|",
+        f"| source | {report['source']}{' @ ' + report['revision'] if report['revision'] else ''} |",
+        *[f"| {key} | {value} |" for key, value in recipe.items()],
+        f"| calibration | {calibrated} |",
+        f"| layers with merged experts | {len(layers)} |",
+        *([f"| relative error of the MoE layers' outputs, mean | {mean(errors):.4f} |"] if errors else []),
+        f"| tool | puzzlemoe-vllm {report['tool_version']} |",
+        "",
+        f"Per-layer errors and token counts: `{REPORT}`. Experts were relabelled so that partners are neighbours; its",
+        "`order` maps each new expert id to the source's.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))

@@ -1,0 +1,38 @@
+"""Backends of the fused-experts op.  Each module offers `fused_experts(x, topk_weights, topk_ids, weights)`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The routed experts of one MoE layer on one rank: P pairs and D dense experts, hidden size H, intermediate size I.
+
+    Local expert 2p + position is that position of pair p; local expert 2P + d is dense expert d.
+
+    w13_pairs: words of the gate rows then the up rows, [P, 2I, H words].
+    w2_pairs: words of the down projection, [P, H, I words].
+    w13_dense, w2_dense: bf16 [D, 2I, H] and [D, H, I].
+    expert_map: int32 [global experts], local expert id or -1 when it lives on another rank; None when all are local.
+    code: name of the pair words' code (`puzzlemoe_vllm.format.codes`).
+    """
+
+    w13_pairs: Tensor
+    w2_pairs: Tensor
+    w13_dense: Tensor
+    w2_dense: Tensor
+    expert_map: Tensor | None
+    code: str
+
+    @property
+    def merged(self) -> int:
+        """Local experts that are stored in pairs."""
+        return 2 * self.w13_pairs.shape[0]
+
+    @property
+    def total(self) -> int:
+        """Local experts, merged and dense."""
+        return self.merged + self.w13_dense.shape[0]

@@ -1,0 +1,77 @@
+"""The quantization method `puzzlemoe`, as vLLM asks for it.  Importing this registers it with vLLM."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from puzzlemoe_vllm.format.layout import QUANT_METHOD, LayoutError, PuzzleConfig, parse_config
+
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Keys of a model's config that hold its number of routed experts."""
+
+
+@register_quantization_config(QUANT_METHOD)
+class PuzzleMoEConfig(QuantizationConfig):
+    """`quantization_config` of a packed model's config.json; layers without pairs keep vLLM's stock methods."""
+
+    def __init__(self, layout: PuzzleConfig):
+        super().__init__()
+        self.layout = layout
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PuzzleMoEConfig:
+        """Raises LayoutError for a version, code or field that this plugin does not know."""
+        return cls(parse_config(config))
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name after `--quantization`."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """bf16 only: a decoded 16-bit word is a bf16, and its range does not fit fp16."""
+        return [torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """sm_80: bf16 tensor cores."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Where vLLM looks when config.json has no quantization_config; its error then names this file."""
+        return ["puzzlemoe_config.json"]
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, **kwargs: Any) -> None:
+        """Raises LayoutError when the pairs do not fit the model's number of experts or layers."""
+        text = getattr(hf_config, "text_config", hf_config)
+        experts = next((count for key in EXPERT_COUNTS if (count := getattr(text, key, None))), None)
+        layers = getattr(text, "num_hidden_layers", None)
+        for layer, merged in self.layout.merged_experts.items():
+            if (experts is not None and merged > experts) or (layers is not None and layer >= layers):
+                raise LayoutError(
+                    f"{model_name}: quantization_config merges {merged} experts of layer {layer}, but the model has "
+                    f"{layers} layers of {experts} experts: config.json was edited or belongs to another model"
+                )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Our method for routed experts of a layer with pairs, stock methods elsewhere."""
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod()
+        if not isinstance(layer, RoutedExperts):
+            return None
+        match = re.search(r"(?:^|\.)layers\.(\d+)\.", prefix)
+        merged = self.layout.merged_experts.get(int(match[1]), 0) if match else 0
+        if not merged:
+            return None
+        from puzzlemoe_vllm.method import PuzzleMoEMethod
+
+        return PuzzleMoEMethod(layer.moe_config, self.layout.code, merged, prefix)

@@ -1,0 +1,100 @@
+"""The checkpoint layout: tensor names, and the `quantization_config` of a packed model's config.json."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from puzzlemoe_vllm.format.codes import CODES, get_code
+
+QUANT_METHOD = "puzzlemoe"
+FORMAT_VERSION = 1
+
+WORDS = "puzzle"
+"""Suffix of a pair's words: `...experts.{leader}.{projection}.puzzle`.  It must not end in `.weight`, or vLLM's expert
+parallel filter would drop a pair whose leader lives on another rank."""
+
+
+class LayoutError(ValueError):
+    """A packed checkpoint that this version cannot read; the text says what to do about it."""
+
+
+class Provenance(BaseModel):
+    """Where a packed model came from; nothing at run time depends on it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    source: str
+    revision: str | None = None
+    tool_version: str
+    recipe: dict[str, Any]
+    calibration: dict[str, Any] | None = None
+
+
+class PuzzleConfig(BaseModel):
+    """`quantization_config` of config.json.
+
+    merged_experts: decoder layer index -> number of its experts stored in pairs; they are experts 0..n-1 of the layer,
+    experts 2p and 2p+1 sharing one word.  A layer that is not listed has no pairs.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    quant_method: Literal["puzzlemoe"] = "puzzlemoe"
+    format_version: int = FORMAT_VERSION
+    code: str
+    group_size: int | None = None
+    merged_experts: dict[int, int] = Field(default_factory=dict)
+    provenance: Provenance | None = None
+
+    @field_validator("format_version")
+    @classmethod
+    def _known_version(cls, version: int) -> int:
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {version}, this puzzlemoe-vllm reads {FORMAT_VERSION}: "
+                + ("upgrade puzzlemoe-vllm" if version > FORMAT_VERSION else "compress the source model again")
+            )
+        return version
+
+    @field_validator("code")
+    @classmethod
+    def _known_code(cls, code: str) -> str:
+        if code not in CODES:
+            raise ValueError(f"code {code!r} is not known to this version (known: {', '.join(CODES)})")
+        return code
+
+    @field_validator("merged_experts")
+    @classmethod
+    def _even(cls, merged: dict[int, int]) -> dict[int, int]:
+        for layer, count in merged.items():
+            if count < 2 or count % 2:
+                raise ValueError(f"merged_experts of layer {layer} is {count}; experts merge in pairs")
+        return merged
+
+    @model_validator(mode="after")
+    def _group_size_fits(self) -> PuzzleConfig:
+        get_code(self.code).check_group_size(self.group_size)
+        return self
+
+
+def parse_config(raw: dict[str, Any], where: str = "quantization_config") -> PuzzleConfig:
+    """Validated `quantization_config`.  Raises LayoutError: one line that names `where`, the field and the way out."""
+    try:
+        return PuzzleConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "quantization_config"
+        message = first["msg"].removeprefix("Value error, ")
+        raise LayoutError(f"{where}: {field}: {message}") from None
+
+
+def words_name(experts: str, leader: int, projection: str) -> str:
+    """Name of the words of the pair (leader, leader + 1), e.g. `model.layers.0.mlp.experts.4.up_proj.puzzle`."""
+    return f"{experts}.{leader}.{projection}.{WORDS}"
+
+
+def weight_name(experts: str, expert: int, projection: str) -> str:
+    """Name of a dense expert's weight, as in the source model."""
+    return f"{experts}.{expert}.{projection}.weight"

@@ -1,0 +1,98 @@
+"""The one op `puzzlemoe::fused_experts`, and the choice of its backend.
+
+The backend is chosen inside the op, where torch.compile does not look; a choice that it traced would be fixed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from puzzlemoe_vllm.backends import ExpertWeights
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("cuda", "triton", "reference")
+VARIABLE = "PUZZLEMOE_BACKEND"
+
+# Kept alive for the life of the process: the op is gone when its library is.
+_library = torch.library.Library("puzzlemoe", "FRAGMENT")
+_library.define(
+    "fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13_pairs, Tensor w2_pairs, "
+    "Tensor w13_dense, Tensor w2_dense, Tensor? expert_map, str code) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+@cache
+def backend_for(device_type: str) -> ModuleType:
+    """The backend module that serves tensors of a device type, `cuda` or `cpu`.
+
+    PUZZLEMOE_BACKEND names one; otherwise a CPU gets the reference, and a GPU the CUDA library, or Triton (with one log
+    line that says why) where the library is not there.  Raises ValueError for an unknown or unusable choice.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if wanted is not None and wanted not in BACKENDS:
+        raise ValueError(f"{VARIABLE}={wanted}: choose one of {', '.join(BACKENDS)}")
+    if device_type == "cpu":
+        if wanted in ("cuda", "triton"):
+            raise ValueError(f"{VARIABLE}={wanted}, but the model is on the CPU: unset it or use a GPU")
+        return _module("reference")
+    if wanted in (None, "cuda"):
+        problem = _module("cuda").unavailable()
+        if problem is None:
+            return _module("cuda")
+        if wanted == "cuda":
+            raise ValueError(f"{VARIABLE}=cuda: {problem}")
+        logger.warning("puzzlemoe: using the Triton kernels, which are slower: %s", problem)
+        return _module("triton")
+    return _module(wanted)
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"puzzlemoe_vllm.backends.{name}")
+
+
+def _fused_experts(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w13_pairs: Tensor,
+    w2_pairs: Tensor,
+    w13_dense: Tensor,
+    w2_dense: Tensor,
+    expert_map: Tensor | None,
+    code: str,
+) -> Tensor:
+    weights = ExpertWeights(w13_pairs, w2_pairs, w13_dense, w2_dense, expert_map, code)
+    return backend_for(x.device.type).fused_experts(x, topk_weights, topk_ids, weights)
+
+
+_library.impl("fused_experts", _fused_experts, "CPU")
+_library.impl("fused_experts", _fused_experts, "CUDA")
+
+
+@torch.library.register_fake("puzzlemoe::fused_experts", lib=_library)
+def _fake(x: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeights) -> Tensor:
+    """x [M, H] through its routed experts, as `backends.reference.fused_experts` defines it; one call of the op."""
+    return torch.ops.puzzlemoe.fused_experts(
+        x,
+        topk_weights,
+        topk_ids,
+        weights.w13_pairs,
+        weights.w2_pairs,
+        weights.w13_dense,
+        weights.w2_dense,
+        weights.expert_map,
+        weights.code,
+    )
