@@ -68,7 +68,5 @@ DEFAULTS = {"first_k_dense_replace": 0, "moe_layer_freq": 1, "norm_topk_prob": F
 
 def deepseek_config(config: dict[str, Any]) -> LlamaConfig:
     """The config.json of a `deepseek` model as a LlamaConfig with the MoE fields kept as attributes."""
-    fields = {
-        key: value for key, value in config.items() if key not in ("model_type", "auto_map", "quantization_config")
-    }
-    return LlamaConfig(**{**DEFAULTS, **fields})
+    fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    return LlamaConfig.from_dict({**DEFAULTS, **fields})

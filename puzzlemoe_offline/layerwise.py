@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from puzzlemoe_offline.checkpoint import Checkpoint, Expert
 from puzzlemoe_offline.deepseek_moe import DeepseekForCausalLM, deepseek_config
@@ -178,5 +178,5 @@ def _build(checkpoint: Checkpoint) -> PreTrainedModel:
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     if config["model_type"] == "deepseek":
         return DeepseekForCausalLM(deepseek_config(config))
-    model_type = config.pop("model_type")
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), attn_implementation="sdpa")
+    native = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    return AutoModelForCausalLM.from_config(native, attn_implementation="sdpa")

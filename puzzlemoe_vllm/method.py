@@ -19,8 +19,8 @@ from puzzlemoe_vllm.ops import backend_for, fused_experts
 
 logger = init_logger(__name__)
 
-READS_NO_SHARDS = ("dummy",)
-"""Load formats that call no weight loader."""
+STORED_AFTER_LOADING = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
+"""Load formats that bring parameters back as they were in memory, where words may be in a kernel's own order."""
 
 SHARDS = ("w1", "w2", "w3")
 """vLLM's names of the gate, down and up projection."""
@@ -78,8 +78,10 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             self._add(layer, f"{name}_weight", (len(dense), rows, columns), torch.bfloat16, dense_rows, shards)
         self._missing = set(self._expected)
         layer.register_buffer("puzzle_map", self._expert_map(layer, pair_rows, dense_rows), persistent=False)
-        load_format = str(get_current_vllm_config().load_config.load_format)
-        self._check_loaded = load_format not in READS_NO_SHARDS
+        load_format = get_current_vllm_config().load_config.load_format
+        if load_format in STORED_AFTER_LOADING:
+            raise ValueError(f"puzzlemoe cannot load {load_format!r} weights: serve the packed folder itself")
+        self._check_loaded = load_format != "dummy"
 
     def _check_supported(self, layer: Any, hidden: int, intermediate: int) -> None:
         activation = getattr(layer.activation, "value", layer.activation)

@@ -1,0 +1,42 @@
+"""quantization_config: what is accepted, and how each thing that is not is named."""
+
+import pytest
+
+from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig, parse_config, weight_name, words_name
+
+GOOD = {"quant_method": "puzzlemoe", "format_version": 1, "code": "mask16", "merged_experts": {"0": 8, "3": 4}}
+
+
+def test_a_config_survives_json():
+    config = parse_config(GOOD)
+    assert config.merged_experts == {0: 8, 3: 4}
+    assert parse_config(PuzzleConfig.model_validate_json(config.model_dump_json()).model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version.*upgrade puzzlemoe-vllm"),
+        ({"format_version": 0}, "format_version.*compress the source model again"),
+        ({"code": "mask17"}, "code.*mask17.*mask16"),
+        ({"merged_experts": {"0": 3}}, "layer 0 is 3"),
+        ({"merged_experts": {"0": 0}}, "layer 0 is 0"),
+        ({"merged_experts": {"first": 4}}, "merged_experts"),
+        ({"group_size": 128}, "mask16 has no group steps"),
+        ({"quant_method": "fp8"}, "quant_method"),
+    ],
+)
+def test_each_fault_is_named(change, message):
+    with pytest.raises(LayoutError, match=message):
+        parse_config(GOOD | change)
+
+
+def test_a_missing_code_is_named():
+    with pytest.raises(LayoutError, match="code"):
+        parse_config({"quant_method": "puzzlemoe"})
+
+
+def test_names_keep_clear_of_vllm_filters():
+    name = words_name("model.layers.0.mlp.experts", 4, "up_proj")
+    assert name == "model.layers.0.mlp.experts.4.up_proj.puzzle"
+    assert weight_name("model.layers.0.mlp.experts", 5, "up_proj") == "model.layers.0.mlp.experts.5.up_proj.weight"

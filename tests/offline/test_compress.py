@@ -1,0 +1,166 @@
+"""A compression run on the example model: what it writes, and that a killed one goes on where it stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.inspection import inspect
+
+OPTIONS = ["--samples", "8", "--sequence-length", "128", "--seed", "3"]
+
+
+def puzzlemoe(*words: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command line tool."""
+    command = [sys.executable, "-m", "puzzlemoe_offline.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model folder."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def packed(example, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "half"
+    done = puzzlemoe("compress", example / "model", out, "--calibration", example / "calibration.txt", *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def quarter(example, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "quarter"
+    options = ["--calibration", example / "calibration.txt", "--sparsity", "0.25", *OPTIONS]
+    done = puzzlemoe("compress", example / "model", out, *options)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_folder_is_complete(packed, example):
+    names = {path.name for path in packed.iterdir()}
+    assert {"config.json", "README.md", "puzzlemoe_report.json", "model.safetensors.index.json"} <= names
+    assert {path.name for path in (example / "model").glob("*.json")} <= names
+    assert not [name for name in names if name.startswith(".")]
+    index = json.loads((packed / "model.safetensors.index.json").read_text())
+    tensors = tensors_of(packed)
+    assert set(index["weight_map"]) == set(tensors)
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert all((packed / file).stat().st_mode & 0o044 for file in names if file.endswith(".safetensors"))
+    provenance = json.loads((packed / "config.json").read_text())["quantization_config"]["provenance"]
+    assert provenance["recipe"]["seed"] == 3
+    assert provenance["calibration"]["samples"] == 8
+    assert "vllm serve" in (packed / "README.md").read_text()
+
+
+def test_expert_bytes_are_halved_and_the_rest_is_untouched(packed, example):
+    before, after = (inspect(Checkpoint(folder)) for folder in (example / "model", packed))
+    assert 2 * after["bytes"]["experts, merged"] == before["bytes"]["experts, dense"]
+    assert after["pairs"] == 4 * 4
+    source, written = tensors_of(example / "model"), tensors_of(packed)
+    plain = [name for name in source if ".experts." not in name and ".gate." not in name]
+    assert plain
+    for name in plain:
+        assert torch.equal(source[name], written[name]), name
+
+
+def test_router_rows_follow_the_experts(packed, example):
+    source, written = tensors_of(example / "model"), tensors_of(packed)
+    for layer in json.loads((packed / "puzzlemoe_report.json").read_text())["layers"]:
+        name = f"model.layers.{layer['layer']}.block_sparse_moe.gate.weight"
+        assert torch.equal(written[name], source[name][layer["order"]])
+        assert layer["order"] != sorted(layer["order"])
+
+
+def test_a_quarter_keeps_the_most_used_experts_as_they_are(quarter, example):
+    source, written = tensors_of(example / "model"), tensors_of(quarter)
+    for layer in json.loads((quarter / "puzzlemoe_report.json").read_text())["layers"]:
+        assert layer["merged"] == 4
+        kept = layer["order"][4:]
+        assert min(layer["tokens"][expert] for expert in kept) >= max(layer["tokens"][e] for e in layer["order"][:4])
+        experts = f"model.layers.{layer['layer']}.block_sparse_moe.experts"
+        for new, old in enumerate(kept, 4):
+            for projection in ("w1", "w2", "w3"):
+                dense = written[f"{experts}.{new}.{projection}.weight"]
+                assert torch.equal(dense, source[f"{experts}.{old}.{projection}.weight"])
+
+
+def test_the_report_measures_what_was_lost(packed, quarter):
+    half, less = (json.loads((folder / "puzzlemoe_report.json").read_text()) for folder in (packed, quarter))
+    assert half["bytes"]["experts_after"] * 2 == half["bytes"]["experts_before"]
+    assert less["bytes"]["experts_after"] * 4 == less["bytes"]["experts_before"] * 3
+    assert set(half["seconds"]) == {"calibrate", "merge", "write"}
+    for layer, kinder in zip(half["layers"], less["layers"], strict=True):
+        assert sum(layer["tokens"]) == 8 * 128 * 2
+        assert all(0.1 < error < 0.5 for error in layer["weight_error"])
+        assert 0 < kinder["output_error"] < layer["output_error"] < 0.6
+
+
+def test_a_dry_run_writes_nothing(example, tmp_path):
+    out = tmp_path / "out"
+    options = ["--calibration", example / "calibration.txt", *OPTIONS, "--dry-run"]
+    done = puzzlemoe("compress", example / "model", out, *options)
+    assert done.returncode == 0
+    assert "0.006 GB -> 0.003 GB" in done.stdout
+    assert "peak host memory" in done.stdout
+    assert not out.exists()
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(packed, example, tmp_path):
+    out = tmp_path / "out"
+    words = ["compress", example / "model", out, "--calibration", example / "calibration.txt", *OPTIONS]
+    command = [sys.executable, "-m", "puzzlemoe_offline.cli", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(out.glob("model-00001-*")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "config.json").exists()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        Checkpoint(out)
+    again = puzzlemoe(*words)
+    assert again.returncode == 1
+    assert "--resume" in again.stderr
+    other = puzzlemoe(*words, "--resume", "--tau", "0.3")
+    assert other.returncode == 1
+    assert "another source, recipe or calibration" in other.stderr
+    resumed = puzzlemoe(*words, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    whole, pieced = tensors_of(packed), tensors_of(out)
+    assert whole.keys() == pieced.keys()
+    assert all(torch.equal(whole[name], pieced[name]) for name in whole)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in packed.iterdir())
+
+
+def test_magnitude_saliency_needs_no_calibration(example, tmp_path):
+    out = tmp_path / "out"
+    done = puzzlemoe("compress", example / "model", out, "--saliency", "magnitude")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "puzzlemoe_report.json").read_text())
+    assert report["calibration"] is None
+    assert all("output_error" not in layer for layer in report["layers"])
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["provenance"]["calibration"] is None
+
+
+def test_perplexity_of_packed_and_unpacked_agree_and_stay_near_dense(packed, example, tmp_path):
+    unpacked = tmp_path / "unpacked"
+    assert puzzlemoe("unpack", packed, unpacked).returncode == 0
+    scores = {}
+    for name, folder in (("dense", example / "model"), ("packed", packed), ("unpacked", unpacked)):
+        text = tmp_path / "text.txt"
+        text.write_text((example / "heldout.txt").read_text()[:40_000])
+        done = puzzlemoe("perplexity", folder, "--text", text, "--sequence-length", "256", "--json")
+        assert done.returncode == 0, done.stderr
+        scores[name] = json.loads(done.stdout)["perplexity"]
+    assert scores["packed"] == pytest.approx(scores["unpacked"], rel=1e-5)
+    assert scores["dense"] < scores["packed"] < 4 * scores["dense"]
