@@ -17,8 +17,8 @@ FEW_TOKENS = 32
 """Below this many calibration tokens an expert's column norms say more about the tokens than about the expert: its pair
 is merged by magnitude alone."""
 
-ROWS = 1024
-"""Rows merged at a time, which bounds the float32 scratch memory."""
+ENTRIES = 1 << 20
+"""Entries merged at a time: bounds the float32 scratch memory, and lets it stay in a CPU's cache."""
 
 
 @dataclass
@@ -75,8 +75,8 @@ def pack_matrix(
     weights: tuple[Tensor, ...], norms: tuple[Tensor, ...], tau: float, code: Mask16, losses: Losses, index: int
 ) -> Tensor:
     blocks = []
-    for start in range(0, weights[0].shape[0], ROWS):
-        first, second = (weight[start : start + ROWS] for weight in weights)
+    rows = max(1, ENTRIES // weights[0].shape[1])
+    for first, second in zip(weights[0].split(rows), weights[1].split(rows), strict=True):
         pair = merge_pair(first, second, norms[0], norms[1], tau)
         words = code.encode(pair)
         kept = pair.mask[0] | pair.mask[1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from puzzlemoe_offline.compress import Job
-from puzzlemoe_offline.pack import ROWS, Losses, pack_matrix
+from puzzlemoe_offline.pack import ENTRIES, Losses, pack_matrix
 from puzzlemoe_offline.report import expert_bytes
 from puzzlemoe_vllm.format.codes import get_code
 
@@ -49,9 +49,7 @@ def make_plan(job: Job) -> Plan:
     )
     tokens = job.calibration.tokens.numel() if job.calibration else 0
     states = tokens * int(checkpoint.config["hidden_size"]) * width
-    scratch = (
-        40 * ROWS * max(int(checkpoint.config["hidden_size"]), int(checkpoint.config[checkpoint.family.intermediate]))
-    )
+    scratch = 40 * ENTRIES
     embedding = max(checkpoint.nbytes(n) for n in checkpoint.names if checkpoint.layer_of(n) is None)
     on_device = layer_experts + layer_other * width // 2 + expert * width // 2 + scratch + embedding * width // 2
     host = states + int(layer_experts * share) + layer_other + (on_device if on_cpu else expert)
@@ -82,7 +80,7 @@ def _product_rate(device: str) -> float:
 
 def _merge_rate(job: Job) -> float:
     """Measured weights per second of merging and packing."""
-    weights = torch.randn(2, ROWS, 1024, dtype=torch.bfloat16, device=job.device)
+    weights = torch.randn(2, ENTRIES // 1024, 1024, dtype=torch.bfloat16, device=job.device)
     norms = torch.ones(1024, device=job.device)
     began = time.perf_counter()
     pack_matrix((weights[0], weights[1]), (norms, norms), job.recipe.tau, get_code(job.recipe.code), Losses(), 0)

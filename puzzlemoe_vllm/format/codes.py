@@ -83,11 +83,11 @@ class Mask16:
 
     def decode(self, words: Tensor, position: int) -> Tensor:
         """bf16 weights [..., K] of one position; Algorithm 1 for all 65,536 words."""
-        word = words.to(torch.int32)
-        kept = (word >> (13 - position)) & 1
-        sign = (word >> (15 - position)) & 1
-        bits = (sign << 15) | ((word & 0x0F80) + (EXPONENT_OFFSET << 7)) | (word & 0x7F)
-        return bits.where(kept == 1, 0).to(torch.int16).view(torch.bfloat16)
+        # In int16 throughout: half the memory traffic of the plain form.  The sign and mask bits shift into bit 15.
+        magnitude = (words & 0x0FFF) + (EXPONENT_OFFSET << 7)
+        sign = (words << position) & -0x8000
+        kept = (words << (2 + position)) < 0
+        return (magnitude | sign).where(kept, 0).view(torch.bfloat16)
 
 
 CODES = {code.name: code for code in (Mask16(),)}

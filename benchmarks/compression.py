@@ -1,0 +1,146 @@
+"""Compressing one decoder layer at real size: seconds per stage and peak memory.
+
+    python benchmarks/compression.py [--model mixtral-8x7b] [--device cpu|cuda] [--tokens 2048] [--output results.json]
+
+The layer is synthetic (Gaussian weights, random calibration tokens); time and memory do not depend on the values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from puzzlemoe_offline.calibrate import Calibration
+from puzzlemoe_offline.checkpoint import Checkpoint
+from puzzlemoe_offline.compress import Job, compress
+from puzzlemoe_offline.recipe import Recipe
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "norm_topk_prob": True,
+    },
+}
+VOCABULARY = 1024
+
+
+def write_layer(name: str, folder: Path) -> None:
+    """A one-layer checkpoint with random bf16 weights."""
+    config = MODELS[name] | {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    mixtral = config["model_type"] == "mixtral"
+    block, names = (
+        ("block_sparse_moe", ("w1", "w3", "w2")) if mixtral else ("mlp", ("gate_proj", "up_proj", "down_proj"))
+    )
+    hidden, heads, kv = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
+    head = config.get("head_dim", hidden // heads)
+    inner = config.get("moe_intermediate_size", config["intermediate_size"])
+    experts = config.get("num_local_experts") or config["num_experts"]
+    layer = "model.layers.0"
+
+    def random(rows: int, columns: int) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(std=columns**-0.5)
+
+    tensors = {
+        "model.embed_tokens.weight": random(VOCABULARY, hidden),
+        f"{layer}.{block}.gate.weight": random(experts, hidden),
+    }
+    for norm in ("model.norm", f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"):
+        tensors[f"{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    for projection, rows in (("q", heads * head), ("k", kv * head), ("v", kv * head)):
+        tensors[f"{layer}.self_attn.{projection}_proj.weight"] = random(rows, hidden)
+    tensors[f"{layer}.self_attn.o_proj.weight"] = random(hidden, heads * head)
+    if not mixtral:
+        for norm in ("q_norm", "k_norm"):
+            tensors[f"{layer}.self_attn.{norm}.weight"] = torch.ones(head, dtype=torch.bfloat16)
+    save_file(tensors, folder / "rest.safetensors")
+    for expert in range(experts):
+        prefix = f"{layer}.{block}.experts.{expert}"
+        shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+        weights = {
+            f"{prefix}.{projection}.weight": random(*shape) for projection, shape in zip(names, shapes, strict=True)
+        }
+        save_file(weights, folder / f"expert-{expert:03d}.safetensors")
+
+
+def peak_host_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(name: str, device: str, tokens: int) -> dict[str, Any]:
+    """Compresses the layer once and returns seconds and bytes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "source")
+        source.mkdir()
+        write_layer(name, source)
+        checkpoint = Checkpoint(source)
+        sequence = min(tokens, 2048)
+        calibration = Calibration(torch.randint(0, VOCABULARY, (tokens // sequence, sequence)), "random tokens")
+        before = peak_host_bytes()
+        if device == "cuda":
+            torch.zeros(1, device=device)
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        report = compress(
+            Job(checkpoint, name, None, Recipe(), calibration, device), Path(scratch, "packed"), False, lambda *_: None
+        )
+        seconds = time.perf_counter() - began
+    return {
+        "model": name,
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.processor() or platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "calibration_tokens": tokens,
+        "layer_expert_bytes": report["bytes"]["experts_before"],
+        "seconds": report["seconds"] | {"total": seconds},
+        # The checkpoint's own files are memory-mapped and count here while the system keeps them in memory.
+        "peak_host_bytes_over_start": peak_host_bytes() - before,
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+    }
+
+
+def main() -> None:
+    """Prints the measurement as JSON, and writes it with --output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="mixtral-8x7b")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    result = json.dumps(measure(arguments.model, arguments.device, arguments.tokens), indent=2)
+    print(result)
+    if arguments.output:
+        arguments.output.write_text(result + "\n")
+
+
+if __name__ == "__main__":
+    main()
