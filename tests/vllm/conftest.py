@@ -1,0 +1,62 @@
+"""Packed and unpacked tiny models, and vLLM processes to run them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine import Engine
+from packed_models import Models, compress_and_unpack
+
+
+def _unusable() -> str | None:
+    """Why vLLM cannot run here."""
+    # This folder is called vllm as well; without the package it would be found as a namespace.
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return "vllm is not installed"
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        return "needs vLLM's CPU build, or a GPU"
+    return None
+
+
+UNUSABLE = _unusable()
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if UNUSABLE:
+        for item in items:
+            if item.path.is_relative_to(HERE) and "without_vllm" not in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=UNUSABLE))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "without_vllm: runs where vLLM is not installed, too")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Models]:
+    """models(family, sparsity="0.5", **overrides), made once per session."""
+    made: dict[str, Models] = {}
+
+    def make(family: str, sparsity: str = "0.5", **overrides: Any) -> Models:
+        key = f"{family}-{sparsity}-{sorted(overrides.items())}"
+        if key not in made:
+            made[key] = compress_and_unpack(tmp_path_factory.mktemp(family), family, sparsity, **overrides)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One process for all tests that need one device."""
+    engine = Engine(tmp_path_factory.mktemp("engine") / "log")
+    yield engine
+    engine.stop()

@@ -1,0 +1,79 @@
+"""Every family: vLLM on the packed model generates what vLLM without the plugin generates on the unpacked one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+from comparison import assert_same_generation
+from engine import Engine, Step
+from packed_models import Models
+from safetensors.torch import load_file, save_file
+
+FAMILIES = list(tiny_models.CONFIGS)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def trust(family: str) -> bool:
+    """vLLM has a class for model_type `deepseek` but no config; its checkpoints bring that as code."""
+    return family == "deepseek"
+
+
+@pytest.fixture(scope="module")
+def expected(family: str, engine: Engine, models: Callable[..., Models]) -> list[list[Step]]:
+    """The unpacked model's continuations."""
+    unpacked = models(family).unpacked
+    return engine.generate(unpacked, enforce_eager=True, trust_remote_code=trust(family))
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_packed_model_generates_what_the_unpacked_one_does(mode, family, engine, models, expected):
+    packed = models(family).packed
+    found = engine.generate(packed, enforce_eager=mode == "eager", trust_remote_code=trust(family))
+    assert_same_generation(expected, found)
+
+
+def test_a_quarter_of_the_memory_saved(family, engine, models):
+    both = models(family, sparsity="0.25")
+    options = {"enforce_eager": True, "trust_remote_code": trust(family)}
+    assert_same_generation(
+        engine.generate(both.unpacked, **options),
+        engine.generate(both.packed, **options),
+    )
+
+
+def test_source_with_fused_expert_tensors(engine, models):
+    both = models("qwen3_moe", fused=True)
+    assert_same_generation(
+        engine.generate(both.unpacked, enforce_eager=True),
+        engine.generate(both.packed, enforce_eager=True),
+    )
+
+
+def test_exchanged_partners_are_noticed(engine, models, tmp_path):
+    """The comparison itself: one pair of one layer with its two experts exchanged."""
+    both = models("mixtral")
+    damaged = shutil.copytree(both.packed, tmp_path / "damaged")
+    exchange_pair(damaged, "model.layers.1.block_sparse_moe.experts.2.")
+    expected = engine.generate(both.unpacked, enforce_eager=True)
+    found = engine.generate(damaged, enforce_eager=True)
+    with pytest.raises(AssertionError, match="became"):
+        assert_same_generation(expected, found)
+
+
+def exchange_pair(folder: Path, prefix: str) -> None:
+    """Exchanges sign and mask bits of the two positions in the words below `prefix`."""
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in tensors:
+            if name.startswith(prefix) and name.endswith(".puzzle"):
+                word = tensors[name].int() & 0xFFFF
+                tensors[name] = ((word & 0x0FFF) | (word & 0xA000) >> 1 | (word & 0x5000) << 1).short()
+        save_file(tensors, shard, metadata={"format": "pt"})
