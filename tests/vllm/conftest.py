@@ -54,9 +54,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Models]:
     return make
 
 
-@pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """One process for all tests that need one device."""
-    engine = Engine(tmp_path_factory.mktemp("engine") / "log")
+def _engine(folder: Path, **environment: str) -> Iterator[Engine]:
+    engine = Engine(folder / "log", **environment)
     yield engine
     engine.stop()
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One process for all eager runs on one device."""
+    yield from _engine(tmp_path_factory.mktemp("engine"))
+
+
+@pytest.fixture(scope="session")
+def compiling_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One process for all compiled runs; vLLM cannot compile some models that the process ran eagerly before."""
+    yield from _engine(tmp_path_factory.mktemp("compiling-engine"))
+
+
+@pytest.fixture(scope="session")
+def parallel_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One process whose models may have two ranks."""
+    yield from _engine(tmp_path_factory.mktemp("parallel-engine"), VLLM_CPU_OMP_THREADS_BIND="0|1")

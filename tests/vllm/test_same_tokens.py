@@ -33,28 +33,30 @@ def expected(family: str, engine: Engine, models: Callable[..., Models]) -> list
     return engine.generate(unpacked, enforce_eager=True, trust_remote_code=trust(family))
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
-def test_packed_model_generates_what_the_unpacked_one_does(mode, family, engine, models, expected):
-    packed = models(family).packed
-    found = engine.generate(packed, enforce_eager=mode == "eager", trust_remote_code=trust(family))
+def test_packed_model_generates_what_the_unpacked_one_does(family, engine, models, expected):
+    found = engine.generate(models(family).packed, enforce_eager=True, trust_remote_code=trust(family))
     assert_same_generation(expected, found)
+
+
+def test_compiled(family, compiling_engine, models, expected):
+    both, options = models(family), {"enforce_eager": False, "trust_remote_code": trust(family)}
+    if family == "deepseek_v2":
+        # Without the plugin, too, vLLM's compiled run departs from its eager one.
+        expected = compiling_engine.generate(both.unpacked, **options)
+    assert_same_generation(expected, compiling_engine.generate(both.packed, **options))
 
 
 def test_a_quarter_of_the_memory_saved(family, engine, models):
     both = models(family, sparsity="0.25")
     options = {"enforce_eager": True, "trust_remote_code": trust(family)}
-    assert_same_generation(
-        engine.generate(both.unpacked, **options),
-        engine.generate(both.packed, **options),
-    )
+    expected = engine.generate(both.unpacked, **options)
+    assert_same_generation(expected, engine.generate(both.packed, **options))
 
 
 def test_source_with_fused_expert_tensors(engine, models):
     both = models("qwen3_moe", fused=True)
-    assert_same_generation(
-        engine.generate(both.unpacked, enforce_eager=True),
-        engine.generate(both.packed, enforce_eager=True),
-    )
+    expected = engine.generate(both.unpacked, enforce_eager=True)
+    assert_same_generation(expected, engine.generate(both.packed, enforce_eager=True))
 
 
 def test_exchanged_partners_are_noticed(engine, models, tmp_path):

@@ -1,0 +1,60 @@
+"""Importing and registering the plugin: cheap, repeatable, and possible without vLLM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCK_VLLM = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "vllm":
+            raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.without_vllm
+def test_format_and_kernels_work_without_vllm():
+    done = run(
+        BLOCK_VLLM
+        + """
+import torch, puzzlemoe_vllm, puzzlemoe_vllm.ops
+from puzzlemoe_vllm.format import codes, layout
+assert "vllm" not in sys.modules
+assert not torch.cuda.is_initialized()
+words = torch.tensor([[0x3F80 - (112 << 7) | 0x3000]], dtype=torch.int32).short()
+print(float(codes.get_code("mask16").decode(words, 1)), layout.parse_config({"code": "mask16"}).format_version)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1.0", "1"]
+
+
+@pytest.mark.without_vllm
+def test_registering_without_vllm_names_what_is_missing():
+    done = run(BLOCK_VLLM + "import puzzlemoe_vllm\npuzzlemoe_vllm.register()")
+    assert done.returncode != 0
+    assert "No module named 'vllm'" in done.stderr
+
+
+def test_register_twice_without_touching_the_gpu():
+    done = run(
+        """
+import torch, puzzlemoe_vllm
+puzzlemoe_vllm.register()
+puzzlemoe_vllm.register()
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+assert not torch.cuda.is_initialized()
+print(QUANTIZATION_METHODS.count("puzzlemoe"), get_quantization_config("puzzlemoe").__name__)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["1", "PuzzleMoEConfig"]
