@@ -98,10 +98,11 @@ def _run_calibrated(
     job: Job, tokens: Tensor, folder: ModelFolder, start: int
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Any], Tensor | None]]:
     model = LayerwiseModel(job.checkpoint, job.device)
-    size = batch_size(*tokens.shape)
+    size = batch_size(tokens.shape[1])
     batches = tokens.split(size)
     if start:
-        model.embed(batches[0])
+        for batch in (batches[0], batches[-1]):
+            model.embed(batch)
         states = folder.state_after(start - 1)
         assert states is not None
     else:

@@ -45,7 +45,7 @@ def perplexity(
 ) -> Perplexity:
     """windows: token ids [n, T].  Each window is scored on its own, its first token only conditions."""
     model = LayerwiseModel(checkpoint, device)
-    size = batch_size(*windows.shape)
+    size = batch_size(windows.shape[1])
     states = torch.cat([model.embed(batch).cpu() for batch in windows.split(size)])
     for index, layer in model.layers(LayerExperts(checkpoint, device)):
         for start in range(0, len(states), size):

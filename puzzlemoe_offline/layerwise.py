@@ -72,10 +72,9 @@ class LayerExperts:
         return self.kept[number]
 
 
-def batch_size(samples: int, sequence_length: int) -> int:
-    """Sequences that go through a layer at once: all batches are of one size, at most `BATCH_TOKENS` where possible."""
-    most = max(1, BATCH_TOKENS // sequence_length)
-    return max(size for size in range(1, min(samples, most) + 1) if samples % size == 0)
+def batch_size(sequence_length: int) -> int:
+    """Sequences that go through a layer at once: `BATCH_TOKENS` tokens, at least one sequence."""
+    return max(1, BATCH_TOKENS // sequence_length)
 
 
 class _Recorder(nn.Module):
@@ -106,11 +105,11 @@ class LayerwiseModel:
         with init_empty_weights(include_buffers=False):
             self.model = _build(checkpoint).to(self.dtype).eval()
         self.model.model.rotary_emb.to(self.device)
-        self.arguments: list[dict[str, Any]] = []
+        self.arguments: dict[int, list[dict[str, Any]]] = {}
 
     @torch.inference_mode()
     def embed(self, batch: Tensor) -> Tensor:
-        """Token ids [B, T] -> hidden states [B, T, H]; also learns every layer's arguments for this batch shape."""
+        """Token ids [B, T] -> hidden states [B, T, H]; also learns every layer's arguments for a batch of this size."""
         self._load(self.model.model.embed_tokens, "model.embed_tokens")
         layers = self.model.model.layers
         recorders = [_Recorder(layer) for layer in layers]
@@ -120,7 +119,7 @@ class LayerwiseModel:
             hidden = self.model.model(input_ids=batch.to(self.device), use_cache=False).last_hidden_state
         finally:
             self.model.model.layers, self.model.model.norm = layers, norm
-        self.arguments = [recorder.arguments for recorder in recorders]
+        self.arguments[len(batch)] = [recorder.arguments for recorder in recorders]
         return hidden
 
     @torch.inference_mode()
@@ -136,7 +135,8 @@ class LayerwiseModel:
                 streamed = StreamedExperts(partial(expert, index))
                 module.mlp.experts = streamed
             self._load(module, f"model.layers.{index}")
-            yield index, DecoderLayer(module, self.arguments[index], streamed)
+            arguments = {size: by_layer[index] for size, by_layer in self.arguments.items()}
+            yield index, DecoderLayer(module, arguments, streamed)
             module.to("meta")
 
     @torch.inference_mode()
@@ -162,15 +162,18 @@ class LayerwiseModel:
 
 
 class DecoderLayer:
-    """One decoder layer with its weights in place; `experts` is None in a layer without routed experts."""
+    """One decoder layer with its weights in place; `experts` is None in a layer without routed experts.
 
-    def __init__(self, module: nn.Module, arguments: dict[str, Any], experts: StreamedExperts | None):
+    arguments: by batch size, for the sizes that `LayerwiseModel.embed` has seen.
+    """
+
+    def __init__(self, module: nn.Module, arguments: dict[int, dict[str, Any]], experts: StreamedExperts | None):
         self.module, self.arguments, self.experts = module, arguments, experts
 
     @torch.inference_mode()
     def __call__(self, hidden: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
-        out = self.module(hidden, **self.arguments)
+        out = self.module(hidden, **self.arguments[len(hidden)])
         return out[0] if isinstance(out, tuple) else out
 
 

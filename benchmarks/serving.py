@@ -1,0 +1,223 @@
+"""Whole models in vLLM with random weights: weight memory, room for the KV cache, prefill and decode speed.
+
+    python benchmarks/serving.py --model qwen3-30b-a3b --weights bf16 --weights puzzle --output results.json
+    python benchmarks/serving.py --url http://127.0.0.1:8000 --concurrency 32    # a running server
+
+With --url, `vllm bench serve` does the measuring.  Otherwise each kind of weights runs in a process of its own on the same machine.  Prompts are random tokens, all of one length.
+The weights are random: speed does not depend on what a model says, only on its shape and on which experts its (random)
+router picks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT = 1024
+DECODE = (4, 36)
+"""Output lengths whose difference in time gives a decode step."""
+
+_SHARED = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "torch_dtype": "bfloat16", "max_position_embeddings": 8192}
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": _SHARED
+    | {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-30b-a3b": _SHARED
+    | {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+    },
+}
+WEIGHTS = ("bf16", "fp8", "int4", "puzzle")
+
+
+def config_of(model: str, weights: str) -> dict[str, Any]:
+    """config.json of a model with one kind of weights."""
+    config = dict(MODELS[model])
+    if weights == "int4":
+        config["quantization_config"] = {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+        }
+    if weights == "puzzle":
+        experts = config.get("num_local_experts") or config["num_experts"]
+        config["quantization_config"] = {
+            "quant_method": "puzzlemoe",
+            "format_version": 1,
+            "code": "mask16",
+            "merged_experts": {str(layer): experts for layer in range(config["num_hidden_layers"])},
+        }
+    return config
+
+
+def fill_words(model: Any) -> int:
+    """Gives pair words random signs, masks, mantissas and one small exponent; returns how many tensors it filled.
+
+    Dummy loading leaves integer parameters as the memory was, which may be anything.
+    """
+    import torch
+
+    filled = 0
+    for name, words in model.named_parameters():
+        if name.endswith("_puzzle"):
+            for row in words.data:
+                row.random_(-(2**15), 2**15).bitwise_and_(~0x0F80).bitwise_or_(9 << 7)
+            filled += 1
+    torch.cuda.synchronize()
+    return filled
+
+
+def measure(model: str, weights: str, batches: list[int], gpu_memory: float) -> dict[str, Any]:
+    """Loads one model and times it; runs in a process of its own."""
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    import torch
+    import vllm
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config_of(model, weights)))
+        began = time.perf_counter()
+        engine = LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            quantization="fp8" if weights == "fp8" else None,
+            max_model_len=PROMPT + DECODE[1] + 8,
+            max_num_seqs=max(batches),
+            gpu_memory_utilization=gpu_memory,
+            enable_prefix_caching=False,
+        )
+        started = time.perf_counter() - began
+    filled = sum(engine.apply_model(fill_words)) if weights == "puzzle" else 0
+    assert weights != "puzzle" or filled
+
+    def seconds(batch: int, output: int) -> float:
+        prompts = [{"prompt_token_ids": torch.randint(10, 30000, (PROMPT,)).tolist()} for _ in range(batch)]
+        sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        engine.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - began
+
+    rows = []
+    for batch in batches:
+        seconds(batch, DECODE[0])
+        prefill = min(seconds(batch, 1) for _ in range(2))
+        short, long = (min(seconds(batch, output) for _ in range(2)) for output in DECODE)
+        step = (long - short) / (DECODE[1] - DECODE[0])
+        rows.append(
+            {"batch": batch, "prefill_tokens_per_second": batch * PROMPT / prefill, "decode_step_ms": 1000 * step}
+        )
+    cache = engine.llm_engine.vllm_config.cache_config
+    return {
+        "model": model,
+        "weights": weights,
+        "weight_bytes": sum(engine.apply_model(parameter_bytes)),
+        "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
+        "gpu_memory_utilization": gpu_memory,
+        "start_seconds": started,
+        "rows": rows,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+    }
+
+
+def parameter_bytes(model: Any) -> int:
+    """Bytes of the model's parameters and buffers on the device."""
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+def measure_server(url: str, concurrency: int, prompts: int) -> dict[str, Any]:
+    """Figures of a running server from `vllm bench serve` with random prompts."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["vllm", "bench", "serve", "--base-url", url, "--dataset-name", "random", "--ignore-eos"]
+        command += ["--random-input-len", str(PROMPT), "--random-output-len", "128", "--num-prompts", str(prompts)]
+        command += ["--max-concurrency", str(concurrency), "--save-result", "--result-dir", folder]
+        subprocess.run(command, check=True)
+        result = json.loads(next(Path(folder).glob("*.json")).read_text())
+    kept = ("model_id", "request_throughput", "output_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_tpot_ms")
+    return {"url": url, "concurrency": concurrency} | {key: result[key] for key in kept}
+
+
+def driver() -> str:
+    """Version of the NVIDIA driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def main() -> None:
+    """Prints a JSON line per measurement; a list of them with --output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
+    parser.add_argument("--weights", choices=WEIGHTS, action="append")
+    parser.add_argument("--batch", type=int, action="append", help="default 1, 8, 32 and 128")
+    parser.add_argument("--gpu-memory", type=float, default=0.92)
+    parser.add_argument("--url", help="measure this running server instead")
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    batches = arguments.batch or [1, 8, 32, 128]
+    if arguments.url:
+        print(json.dumps(measure_server(arguments.url, arguments.concurrency, 4 * arguments.concurrency)))
+        return
+    if arguments.in_process:
+        result = measure(arguments.model, arguments.weights[0], batches, arguments.gpu_memory)
+        arguments.output.write_text(json.dumps(result | {"driver": driver()}))
+        return
+    results = []
+    for weights in arguments.weights or WEIGHTS:
+        with tempfile.TemporaryDirectory() as folder:
+            one = Path(folder, "one.json")
+            command = [sys.executable, __file__, "--in-process", "--model", arguments.model, "--weights", weights]
+            command += ["--gpu-memory", str(arguments.gpu_memory), "--output", str(one)]
+            command += [word for batch in batches for word in ("--batch", str(batch))]
+            done = subprocess.run(command, check=False)
+            if done.returncode:
+                sys.exit(f"{weights}: the measurement failed with status {done.returncode}")
+            results.append(json.loads(one.read_text()))
+        print(json.dumps(results[-1]), flush=True)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
