@@ -1,0 +1,195 @@
+"""What the plugin relies on in vLLM's RoutedExperts, tested without a model, a GPU or vLLM's binaries.
+
+Run by test_vllm_releases.py, once per vLLM release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig, RoutingMethodType
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+
+from puzzlemoe_vllm.config import PuzzleMoEConfig
+from puzzlemoe_vllm.format.codes import get_code
+from puzzlemoe_vllm.format.layout import LayoutError
+
+EXPERTS, MERGED, HIDDEN, INTERMEDIATE, TOP_K = 6, 4, 64, 64, 3
+"""Two ranks hold three experts each: the pair of experts 2 and 3 is on both."""
+
+PREFIX = "model.layers.0.mlp.experts"
+PROJECTIONS = {
+    "gate_proj": (INTERMEDIATE, HIDDEN),
+    "up_proj": (INTERMEDIATE, HIDDEN),
+    "down_proj": (HIDDEN, INTERMEDIATE),
+}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks that share a layer: by splitting every expert (tensor parallel), or by splitting the list of experts."""
+
+    count: int
+    expert_parallel: bool = False
+
+    def parallel_config(self, rank: int, **fields) -> FusedMoEParallelConfig:
+        tensor, expert = ((self.count, rank), (1, 0)) if not self.expert_parallel else ((1, 0), (self.count, rank))
+        settings = {
+            "tp_size": tensor[0],
+            "tp_rank": tensor[1],
+            "ep_size": expert[0],
+            "ep_rank": expert[1],
+            "pcp_size": 1,
+            "pcp_rank": 0,
+            "dp_size": 1,
+            "dp_rank": 0,
+            "sp_size": 1,
+            "use_ep": self.expert_parallel,
+            "all2all_backend": "allgather_reducescatter",
+            "enable_eplb": False,
+        }
+        return FusedMoEParallelConfig(**(settings | fields))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_config() -> Iterator[None]:
+    with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict[str, Tensor]:
+    """A packed layer's tensors, named as vLLM's models hand them to RoutedExperts."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in PROJECTIONS.items():
+        for leader in range(0, MERGED, 2):
+            # Exponent codes 5..8 are magnitudes of 2^-10 to 2^-6; masks, signs and mantissas are free.
+            free = torch.randint(0, 2**16, shape, generator=generator) & 0xF07F
+            words = free | torch.randint(5, 9, shape, generator=generator) << 7
+            tensors[f"{leader}.{name}.puzzle"] = words.short()
+        for expert in range(MERGED, EXPERTS):
+            tensors[f"{expert}.{name}.weight"] = (0.02 * torch.randn(shape, generator=generator)).bfloat16()
+    return tensors
+
+
+def routed_experts(parallel: FusedMoEParallelConfig) -> RoutedExperts:
+    """One rank's layer, as vLLM's FusedMoE factory builds it."""
+    manager = ExpertMapManager(
+        max_num_batched_tokens=64,
+        top_k=TOP_K,
+        global_num_experts=EXPERTS,
+        num_redundant_experts=0,
+        num_expert_group=None,
+        moe_parallel_config=parallel,
+        placement_strategy="linear",
+        enable_eplb=parallel.enable_eplb,
+    )
+    config = FusedMoEConfig(
+        num_experts=EXPERTS,
+        experts_per_token=TOP_K,
+        hidden_dim=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_local_experts=manager.local_num_experts,
+        num_logical_experts=EXPERTS,
+        activation=MoEActivation.SILU,
+        device="cpu",
+        routing_method=RoutingMethodType.Renormalize,
+        moe_parallel_config=parallel,
+        in_dtype=torch.bfloat16,
+    )
+    quantization = PuzzleMoEConfig.from_config({"code": "mask16", "merged_experts": {"0": MERGED}})
+    return RoutedExperts(PREFIX, torch.bfloat16, config, quantization, manager)
+
+
+def loaded(parallel: FusedMoEParallelConfig, checkpoint: dict[str, Tensor]) -> RoutedExperts:
+    layer = routed_experts(parallel)
+    list(layer.load_weights(checkpoint.items()))
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """x, routing weights and global ids of every expert; row 2 is padding and row 5 has one padding id."""
+    generator = torch.Generator().manual_seed(1)
+    x = (10 * torch.randn(8, HIDDEN, generator=generator)).bfloat16()
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in x]).int()
+    ids[2], ids[5, 1] = -1, -1
+    return x, torch.rand(8, TOP_K, generator=generator), ids
+
+
+def exact(checkpoint: dict[str, Tensor], x: Tensor, routing: Tensor, ids: Tensor) -> Tensor:
+    """The layer's output in float64, expert by expert."""
+
+    def weight(expert: int, name: str) -> Tensor:
+        if expert >= MERGED:
+            return checkpoint[f"{expert}.{name}.weight"].double()
+        return get_code("mask16").decode(checkpoint[f"{expert & ~1}.{name}.puzzle"], expert & 1).double()
+
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for row, chosen in enumerate(ids.tolist()):
+        for choice, expert in enumerate(chosen):
+            if expert >= 0:
+                gate, up, down = (weight(expert, name) for name in PROJECTIONS)
+                hidden = F.silu(gate @ x[row].double()) * (up @ x[row].double())
+                out[row] += routing[row, choice].double() * (down @ hidden)
+    return out
+
+
+@pytest.mark.parametrize("ranks", [Ranks(1), Ranks(2), Ranks(2, expert_parallel=True)], ids=str)
+def test_sum_over_ranks(ranks, checkpoint):
+    x, routing, ids = batch()
+    layers = [loaded(ranks.parallel_config(rank), checkpoint) for rank in range(ranks.count)]
+    parts = [layer.forward_modular(x, routing, ids) for layer in layers]
+    out, want = sum(part.double() for part in parts), exact(checkpoint, x, routing, ids)
+    assert (out - want).norm() < 0.01 * want.norm()
+    assert want[5].any() and not want[2].any() and not out[2].any()
+
+
+def test_a_rank_allocates_its_own_experts_only(checkpoint):
+    first, second = (loaded(Ranks(2, expert_parallel=True).parallel_config(rank), checkpoint) for rank in (0, 1))
+    sizes = [(len(layer.w13_puzzle), len(layer.w13_weight)) for layer in (first, second)]
+    assert sizes == [(2, 0), (1, 2)]
+    halves = loaded(Ranks(2).parallel_config(1), checkpoint)
+    assert halves.w13_puzzle.shape == (2, INTERMEDIATE, HIDDEN)
+    assert halves.w2_weight.shape == (2, HIDDEN, INTERMEDIATE // 2)
+
+
+def test_padding_only(checkpoint):
+    x, routing, ids = batch()
+    layer = loaded(Ranks(1).parallel_config(0), checkpoint)
+    assert not layer.forward_modular(x, routing, torch.full_like(ids, -1)).any()
+
+
+def test_missing_words(checkpoint):
+    rest = {name: tensor for name, tensor in checkpoint.items() if name != "2.down_proj.puzzle"}
+    with pytest.raises(LayoutError, match="w2_puzzle w2 of expert 2"):
+        loaded(Ranks(1).parallel_config(0), rest)
+
+
+def test_a_reload_must_be_complete_again(checkpoint):
+    layer = loaded(Ranks(1).parallel_config(0), checkpoint)
+    list(layer.load_weights(list(checkpoint.items())[:-1]))
+    with pytest.raises(LayoutError, match="1 expert tensors are missing"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_expert_load_balancing_is_refused():
+    with pytest.raises(NotImplementedError, match="EPLB"):
+        routed_experts(Ranks(2, expert_parallel=True).parallel_config(0, enable_eplb=True))
+
+
+def test_all2all_backend_that_needs_modular_kernels_is_refused():
+    ranks = Ranks(2, expert_parallel=True)
+    fields = {"dp_size": 2, "all2all_backend": "deepep_low_latency"}
+    with pytest.raises(ValueError, match=r"deepep_low_latency.*allgather_reducescatter"):
+        routed_experts(ranks.parallel_config(0, **fields))
+    routed_experts(ranks.parallel_config(0, dp_size=2))

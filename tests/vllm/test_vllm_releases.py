@@ -1,0 +1,58 @@
+"""The plugin against the Python of other vLLM releases than the installed one: oldest, newest, one between."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+RELEASES = ("0.26.0", "0.29.0", "0.33.0")
+HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("PUZZLEMOE_WHEEL_CACHE") or Path.home() / ".cache" / "puzzlemoe-tests")
+
+
+def contract(path: Path | None) -> None:
+    """Runs contract.py with the vLLM that lies in `path`, or with the installed one."""
+    search = [str(path)] if path else []
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "contract.py"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*search, str(HERE.parents[1])])}
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def python_of(version: str) -> Path:
+    """A folder with the *.py files of a release's wheel, fetched once; skips the test when it cannot be had."""
+    folder = CACHE / f"vllm-{version}"
+    if not folder.exists():
+        wheels = CACHE / "wheels"
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(wheels), f"vllm=={version}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"fetching the wheel of vllm {version} took more than five minutes")
+        if done.returncode:
+            pytest.skip(f"the wheel of vllm {version} cannot be had: {done.stderr.strip().splitlines()[-1]}")
+        (wheel,) = wheels.glob(f"vllm-{version}-*.whl")
+        partial = folder.with_suffix(".partial")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(partial, [name for name in archive.namelist() if _is_python(name)])
+        partial.rename(folder)
+        wheel.unlink()
+    return folder
+
+
+def _is_python(name: str) -> bool:
+    return name.endswith(".py") or ".dist-info/" in name
+
+
+def test_installed_release():
+    contract(None)
+
+
+@pytest.mark.parametrize("version", RELEASES)
+def test_other_release(version):
+    contract(python_of(version))
