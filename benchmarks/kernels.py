@@ -12,7 +12,6 @@ device copy reaches on the same machine.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
 import statistics
@@ -20,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,6 +88,11 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (graph_microseconds([lambda: target.copy_(source)] * 3) * 1e-6)
 
 
+def copies(layers: list, tokens: int) -> list:
+    """The layers to rotate among: one is enough once every expert is touched and a layer exceeds the cache."""
+    return layers if tokens < 512 else layers[:1]
+
+
 Call = Callable[[Tensor, Tensor, Tensor], object]
 
 
@@ -118,11 +123,7 @@ def triton_backend(model: Model) -> Call:
     from puzzlemoe_vllm.backends import triton
 
     weights = pair_weights(model)
-    weights = dataclasses.replace(
-        weights,
-        w13_pairs=triton.prepare(weights.w13_pairs, weights.code),
-        w2_pairs=triton.prepare(weights.w2_pairs, weights.code),
-    )
+    triton.prepare(weights)
     return lambda x, topk_weights, topk_ids: triton.fused_experts(x, topk_weights, topk_ids, weights)
 
 
@@ -197,7 +198,9 @@ class Point:
     microseconds: dict[str, float]
 
 
-def measure(name: str, contenders: list[str], tokens: list[int], skews: list[float], bandwidth: float) -> Iterator[Point]:
+def measure(
+    name: str, contenders: list[str], tokens: list[int], skews: list[float], bandwidth: float
+) -> Iterator[Point]:
     """Every point of one model, one contender in memory at a time."""
     model = MODELS[name]
     points: dict[tuple[float, int], Point] = {}
@@ -207,13 +210,11 @@ def measure(name: str, contenders: list[str], tokens: list[int], skews: list[flo
             generator = torch.Generator("cuda").manual_seed(0)
             for skew in skews:
                 for count in tokens:
-                    ids = [routing(model, count, skew, generator) for _ in layers]
+                    ids = [routing(model, count, skew, generator) for _ in copies(layers, count)]
                     x = torch.randn(count, model.hidden, device="cuda", dtype=torch.bfloat16, generator=generator)
                     weights = torch.rand(count, model.topk, device="cuda", generator=generator)
-                    time = graph_microseconds(
-                        [lambda layer=layer, chosen=chosen: layer(x, weights, chosen)
-                         for layer, chosen in zip(layers, ids, strict=True)]
-                    )  # fmt: skip
+                    calls = [partial(layer, x, weights, chosen) for layer, chosen in zip(layers, ids, strict=False)]
+                    time = graph_microseconds(calls)
                     pairs = statistics.mean((chosen // 2).unique().numel() for chosen in ids)
                     experts = statistics.mean(chosen.unique().numel() for chosen in ids)
                     floor = pairs * model.words() * 2 / bandwidth * 1e6
@@ -221,7 +222,9 @@ def measure(name: str, contenders: list[str], tokens: list[int], skews: list[flo
                     point = points.setdefault((skew, count), Point(name, kind, count, experts, pairs, floor, {}))
                     point.microseconds[contender] = time
         except Exception as reason:  # a rival may lack a kernel for this GPU: its column stays empty, and says why
-            print(f"{name}: {contender} was not measured: {type(reason).__name__}: {str(reason)[:300]}", file=sys.stderr)
+            print(
+                f"{name}: {contender} was not measured: {type(reason).__name__}: {str(reason)[:300]}", file=sys.stderr
+            )
         layers = None
         torch.cuda.empty_cache()
     yield from points.values()
@@ -239,27 +242,29 @@ def show(point: Point, contenders: list[str]) -> str:
     return " ".join(cells)
 
 
-def tune(models: list[str], tokens: list[int]) -> dict:
+def tune(models: list[str], tokens: list[int], kernels: list[str]) -> dict:
     """For each load, the kernel with the least time summed over the models, each model's times relative to its best."""
-    kernels = cuda.runnable_kernels(torch.device("cuda"))
     losses: dict[float, dict[str, list[float]]] = {}
     for name in models:
         model = MODELS[name]
         prepared = [pair_weights(model) for _ in range(model.copies)]
         for weights in prepared:
             cuda.prepare(weights)
+        candidates = kernels
         generator = torch.Generator("cuda").manual_seed(0)
         for count in tokens:
-            ids = [routing(model, count, 0.0, generator) for _ in prepared]
+            ids = [routing(model, count, 0.0, generator) for _ in copies(prepared, count)]
             x = torch.randn(count, model.hidden, device="cuda", dtype=torch.bfloat16)
             topk_weights = torch.rand(count, model.topk, device="cuda")
-            times = {
-                kernel: graph_microseconds(
-                    [lambda weights=weights, chosen=chosen, kernel=kernel: cuda.fused_experts(
-                        x, topk_weights, chosen, weights, kernel=kernel) for weights, chosen in zip(prepared, ids)]
-                )
-                for kernel in kernels
-            }  # fmt: skip
+            times = {}
+            for kernel in candidates:
+                calls = [
+                    partial(cuda.fused_experts, x, topk_weights, chosen, weights, kernel=kernel)
+                    for weights, chosen in zip(prepared, ids, strict=False)
+                ]
+                times[kernel] = graph_microseconds(calls)
+            # More tokens do not save a kernel that is far behind.
+            candidates = [kernel for kernel in candidates if times[kernel] < 2 * min(times.values())]
             best, load = min(times.values()), count * model.topk / model.experts
             print(f"{name:18s} {count:6d} tokens, {load:8.2f} slots per expert: "
                   + "  ".join(f"{kernel} {time:.1f}" for kernel, time in times.items()))  # fmt: skip
@@ -270,11 +275,12 @@ def tune(models: list[str], tokens: list[int]) -> dict:
 
     rows: list[dict] = []
     for load in sorted(losses):
-        best = min(losses[load], key=lambda kernel: statistics.mean(losses[load][kernel]))
-        if rows and rows[-1]["kernel"] == best:
+        mean = {kernel: statistics.mean(ratios) for kernel, ratios in losses[load].items()}
+        # Differences below 2% are noise: stay with the last row's kernel.
+        if rows and mean.get(rows[-1]["kernel"], 2.0) < 1.02 * min(mean.values()):
             rows[-1]["slots_per_expert"] = load
         else:
-            rows.append({"slots_per_expert": load, "kernel": best})
+            rows.append({"slots_per_expert": load, "kernel": min(mean, key=lambda kernel: mean[kernel])})
     return {"rows": rows, "machine": machine()}
 
 
@@ -285,11 +291,13 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--skews", nargs="+", type=float, default=[0.0, 0.5], help="0 is uniform routing")
     parser.add_argument("--tune", action="store_true", help="time every kernel and write the dispatch table")
+    parser.add_argument("--kernels", nargs="+", help="of the CUDA library, for --tune; default all that run here")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
 
     if arguments.tune:
-        result = tune(arguments.models, arguments.tokens)
+        kernels = arguments.kernels or cuda.runnable_kernels(torch.device("cuda"))
+        result = tune(arguments.models, arguments.tokens, kernels)
         major, minor = torch.cuda.get_device_capability()
         table = json.loads(cuda.DISPATCH.read_text())
         table["kernels"][f"{major}{minor}"] = result["rows"]
@@ -304,8 +312,10 @@ def main() -> None:
             for point in measure(name, arguments.contenders, arguments.tokens, arguments.skews, bandwidth):
                 print(show(point, arguments.contenders) + f" {point.routing}", flush=True)
                 points.append(asdict(point))
-        result = {"machine": machine(), "copy_bandwidth": bandwidth, "points": points}
-        text = json.dumps(result, indent=1) + "\n"
+            result = {"machine": machine(), "copy_bandwidth": bandwidth, "points": points}
+            text = json.dumps(result, indent=1) + "\n"
+            if arguments.out:  # after every model, so that an interrupted run keeps what it has
+                arguments.out.write_text(text)
     if arguments.out:
         arguments.out.write_text(text)
     else:

@@ -35,18 +35,21 @@ struct Scratch {
 struct Workspace {
   Routing routing;
   __nv_bfloat16 *hidden, *slots;
+  float4* partials;
   int64_t bytes;
 
-  Workspace(const pm_layer& layer, int part_tokens) {
+  Workspace(const pm_layer& layer, const Kernel& kernel) {
     routing = {layer.topk_ids, layer.expert_map, layer.tokens * layer.topk, layer.topk, layer.pairs, layer.dense,
-               nullptr, nullptr, nullptr, nullptr};
+               nullptr, nullptr, nullptr, nullptr, nullptr};
     Scratch scratch{static_cast<uint8_t*>(layer.scratch)};
     routing.counts = scratch.take<int>(routing.experts());
     routing.sorted_slots = scratch.take<int>(routing.slots);
-    routing.groups = scratch.take<TokenGroup>(routing.max_groups(part_tokens));
+    routing.groups = scratch.take<TokenGroup>(routing.max_groups(kernel.part_tokens));
     routing.group_count = scratch.take<int>(1);
     hidden = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.intermediate);
     slots = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.hidden);
+    routing.arrivals = scratch.take<int>(2 * kMaxArrivals);
+    partials = scratch.take<float4>(kernel.splits ? kMaxPartials * int64_t(128) * 2 * kernel.part_tokens / 4 : 0);
     bytes = scratch.used;
   }
 };
@@ -76,38 +79,39 @@ int pm_kernel_runs(int kernel) {
 
 int64_t pm_scratch_bytes(const pm_layer* layer) {
   const Kernel* kernel = find_kernel(layer->kernel);
-  return kernel ? Workspace(*layer, kernel->part_tokens).bytes : 0;
+  return kernel ? Workspace(*layer, *kernel).bytes : 0;
 }
 
 int pm_fused_experts(const pm_layer* layer, void* stream_handle) {
   const Kernel* kernel = find_kernel(layer->kernel);
   if (!kernel) return fail("no such kernel");
-  if (layer->hidden % 16 || layer->intermediate % 16) return fail("hidden and intermediate sizes must be multiples of 16");
+  if (layer->hidden % 16 || layer->intermediate % 16) return fail("hidden and intermediate must be multiples of 16");
   if (2 * layer->pairs + layer->dense > kMaxExperts) return fail("more than 512 experts on one device");
   if (int64_t(layer->tokens) * layer->topk > INT32_MAX) return fail("more than 2^31 - 1 (token, expert) slots");
+  if (layer->topk > 32) return fail("more than 32 experts per token");
   if (layer->tokens == 0) return 0;
 
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  const Workspace work(*layer, kernel->part_tokens);
-  auto product = [&](const void* words, const void* dense, const void* activations, void* out, int rows, int depth) {
+  const Workspace work(*layer, *kernel);
+  auto product = [&](const void* words, const void* dense, const void* activations, void* out, int* arrivals, int rows,
+                     int depth) {
     return GroupedGemm{static_cast<const uint8_t*>(words), static_cast<const uint8_t*>(dense),
                        static_cast<const __nv_bfloat16*>(activations), static_cast<__nv_bfloat16*>(out),
                        work.routing.sorted_slots, work.routing.groups, work.routing.group_count,
-                       layer->topk, layer->pairs, rows, depth};
+                       work.partials, arrivals, layer->topk, layer->pairs, rows, depth};
   };
-  route(work.routing, kernel->part_tokens, stream);
-  cudaError_t error = cudaGetLastError();
+  cudaError_t error = route(work.routing, kernel->part_tokens, stream);
   if (!error)
-    error = kernel->launch(layer->code, true, product(layer->w13_pairs, layer->w13_dense, layer->x, work.hidden,
-                                                      2 * layer->intermediate, layer->hidden), stream);
+    error = kernel->launch(layer->code, true,
+                           product(layer->w13_pairs, layer->w13_dense, layer->x, work.hidden, work.routing.arrivals,
+                                   2 * layer->intermediate, layer->hidden), stream);
   if (!error)
-    error = kernel->launch(layer->code, false, product(layer->w2_pairs, layer->w2_dense, work.hidden, work.slots,
-                                                       layer->hidden, layer->intermediate), stream);
-  if (!error) {
-    combine(work.slots, layer->topk_weights, work.routing, static_cast<__nv_bfloat16*>(layer->out), layer->tokens,
-            layer->hidden, stream);
-    error = cudaGetLastError();
-  }
+    error = kernel->launch(layer->code, false,
+                           product(layer->w2_pairs, layer->w2_dense, work.hidden, work.slots,
+                                   work.routing.arrivals + kMaxArrivals, layer->hidden, layer->intermediate), stream);
+  if (!error)
+    error = combine(work.slots, layer->topk_weights, work.routing, static_cast<__nv_bfloat16*>(layer->out),
+                    layer->tokens, layer->hidden, stream);
   if (error) {
     snprintf(last_error, sizeof last_error, "%s: %s", kernel->name, cudaGetErrorString(error));
     return 1;

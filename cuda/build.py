@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Builds the CUDA library with nvcc: no torch, no Python headers, the CUDA runtime linked in.
 
-    cuda/build.py OUTPUT.so [--arch 90 --arch 80 ...] [--jobs N]
+cuda/build.py OUTPUT.so [--arch 90 --arch 80 ...] [--jobs N]
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def build_library(output: Path, arches: Sequence[str] = ARCHES, jobs: int | None
         with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
             objects = list(pool.map(compile_source, sorted(SOURCES.glob("*.cu"))))
         partial = Path(folder, "library.so")
-        link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", "-o", str(partial), *map(str, objects)]
-        subprocess.run(link, check=True, stdout=sys.stderr)
+        link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", "-o", str(partial)]
+        subprocess.run([*link, *map(str, objects)], check=True, stdout=sys.stderr)
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(partial, output)
 
@@ -70,7 +70,7 @@ def build_library(output: Path, arches: Sequence[str] = ARCHES, jobs: int | None
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--arch", action="append", help=f"compute capability without its dot; default {' '.join(ARCHES)}")
+    parser.add_argument("--arch", action="append", help=f"such as 90; default {' '.join(ARCHES)}")
     parser.add_argument("--jobs", type=int)
     arguments = parser.parse_args()
     try:

@@ -12,15 +12,15 @@ cudaError_t launch_kernel(const GroupedGemm& gemm, cudaStream_t stream) {
   static std::atomic<int> known[kMaxDevices];
   int blocks;
   if (cudaError_t error = resident_blocks(kernel, Tile::kThreads, kSharedBytes, known, blocks)) return error;
-  kernel<<<blocks, Tile::kThreads, kSharedBytes, stream>>>(gemm);
-  return cudaGetLastError();
+  return launch_early(kernel, blocks, Tile::kThreads, kSharedBytes, stream, gemm);
 }
 
 template <class Tile>
 cudaError_t launch(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t stream) {
   switch (code) {
     case PM_CODE_MASK16:
-      return gate_up ? launch_kernel<Mask16, Tile, true>(gemm, stream) : launch_kernel<Mask16, Tile, false>(gemm, stream);
+      return gate_up ? launch_kernel<Mask16, Tile, true>(gemm, stream)
+                     : launch_kernel<Mask16, Tile, false>(gemm, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -35,9 +35,9 @@ using Mma64 = MmaTile<64, 4, 1, 2, 64, 3>;
 }  // namespace
 
 extern const Kernel kMmaKernels[] = {
-    {"mma8", Mma8::kPartTokens, 80, 999, launch<Mma8>},
-    {"mma16", Mma16::kPartTokens, 80, 999, launch<Mma16>},
-    {"mma32", Mma32::kPartTokens, 80, 999, launch<Mma32>},
-    {"mma64", Mma64::kPartTokens, 80, 999, launch<Mma64>},
+    {"mma8", Mma8::kPartTokens, false, 80, 999, launch<Mma8>},
+    {"mma16", Mma16::kPartTokens, false, 80, 999, launch<Mma16>},
+    {"mma32", Mma32::kPartTokens, false, 80, 999, launch<Mma32>},
+    {"mma64", Mma64::kPartTokens, false, 80, 999, launch<Mma64>},
 };
 extern const int kMmaKernelCount = sizeof kMmaKernels / sizeof *kMmaKernels;

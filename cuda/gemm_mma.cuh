@@ -30,6 +30,8 @@ struct MmaKernel {
   static constexpr int kStageBytes = kWeightBytes + Tile::kTokenBytes;
   static constexpr int kSharedBytes = Tile::kStages * kStageBytes + Tile::kSumBytes;
 
+  // Token tiles that are multiplied or skipped together: of one part, or one of each where a part is a single tile.
+  static constexpr int kBlockTiles = Tile::kPartTokens < 64 ? 2 : 4;
   using Accumulators = float[Tile::kWarpStrips][Tile::kTokenTiles][4];
 
   // Copies one item's stages in order; knows nothing of what is computed.
@@ -37,62 +39,73 @@ struct MmaKernel {
     const GroupedGemm& gemm;
     uint8_t* shared;
     int row_tiles, items;
-    int item, stage = 0, slot = 0;
-    const uint8_t* weights;  // the row tile's first strip
+    int item, slot = 0, tile = 0;  // of the next stage
+    WorkItem work, next;           // read one item ahead, since its reads depend on one another
     int strips;
+    const uint8_t* weights;        // this thread's first chunk of the stage
 
-    static constexpr int kRowChunks = Tile::kDepth / 8;  // 16-byte chunks of one token's columns in a stage
-    static constexpr int kTokenStep = Tile::kThreads / kRowChunks;
-    static constexpr int kTokensPerThread = Tile::kTokens / kTokenStep;
-    static_assert(Tile::kThreads % kRowChunks == 0 && Tile::kTokens % kTokenStep == 0);
-    const __nv_bfloat16* tokens[kTokensPerThread];  // null: no such token
+    // Words: every thread copies the chunks that are kPassBytes apart in the stage.
+    static constexpr int kPassBytes = Tile::kThreads * 16, kWordChunks = kWeightBytes / kPassBytes;
+    static_assert(kWeightBytes % kPassBytes == 0 && (kPassBytes % kStripBytes == 0 || kStripBytes % kPassBytes == 0));
+    // Tokens: neighbouring threads copy one token's columns.  A thread's tokens are a multiple of eight apart, so that
+    // its place in the swizzle never changes.
+    static constexpr int kRowChunks = Tile::kDepth / 8;
+    static constexpr int kTokenStep = Tile::kThreads / kRowChunks, kTokenChunks = Tile::kTokens / kTokenStep;
+    static_assert(Tile::kThreads % kRowChunks == 0 && Tile::kTokens % kTokenStep == 0 && kTokenStep % 8 == 0);
+    static constexpr uint32_t kNone = ~0u;
+    uint32_t places[kTokenChunks];  // in the activations, in 16-byte vectors
 
     __device__ Loader(const GroupedGemm& gemm, uint8_t* shared, int row_tiles, int items)
         : gemm(gemm), shared(shared), row_tiles(row_tiles), items(items), item(blockIdx.x) {
-      if (item < items) start_item();
+      if (item >= items) return;
+      next = WorkItem(gemm, item, row_tiles);
+      start_item();
     }
 
     __device__ void start_item() {
-      WorkItem work(gemm, item, row_tiles);
-      strips = min(Tile::kStrips, gemm.rows / 16 - work.row_tile * Tile::kStrips);
-      weights = unit_weights<Code>(gemm, work.group.unit) +
-                int64_t(work.row_tile) * Tile::kStrips * (gemm.depth / 16) * Code::kTileBytes;
+      work = next;
+      if (item + gridDim.x < items) next = WorkItem(gemm, item + gridDim.x, row_tiles);
+      strips = gemm.rows / 16 - work.row_tile * Tile::kStrips;
+      const int strip = work.row_tile * Tile::kStrips + threadIdx.x * 16 / kStripBytes;
+      weights = unit_weights<Code>(gemm, work.group.unit) + int64_t(strip) * (gemm.depth / 16) * Code::kTileBytes +
+                threadIdx.x * 16 % kStripBytes;
 #pragma unroll
-      for (int i = 0; i < kTokensPerThread; ++i) {
-        int token = threadIdx.x / kRowChunks + i * kTokenStep;
-        int part = token / Tile::kPartTokens, row = token % Tile::kPartTokens;
-        tokens[i] = row < work.group.count[part]
-                        ? gemm.activations + activation_row<kGateUp>(gemm, work.group.start[part] + row) * gemm.depth
-                        : nullptr;
+      for (int i = 0; i < kTokenChunks; ++i) {
+        const int token = threadIdx.x / kRowChunks + i * kTokenStep;
+        const int row = work.group.sorted_row(token / Tile::kPartTokens, token % Tile::kPartTokens);
+        places[i] = row >= 0 ? activation_row<kGateUp>(gemm, row) * (gemm.depth / 8) : kNone;
       }
     }
 
     // Starts the copies of the next stage, if there is one, and closes their group either way.
     __device__ void load_stage() {
       if (item < items) {
-        uint32_t to = shared_address(shared + slot * kStageBytes);
-        const int tile = stage * Tile::kDepthTiles;
-        const int valid_bytes = (gemm.depth / 16 - tile) * Code::kTileBytes;
-        const int64_t stride = int64_t(gemm.depth / 16) * Code::kTileBytes;
+        const int tiles = gemm.depth / 16;
+        uint32_t to = shared_address(shared + slot * kStageBytes) + threadIdx.x * 16;
+        asm("" : "+r"(to));  // else it is computed anew for every copy
+        const int64_t strip_stride = int64_t(tiles) * Code::kTileBytes;
+        const int64_t pass = kPassBytes < kStripBytes ? kPassBytes : kPassBytes / kStripBytes * strip_stride;
 #pragma unroll
-        for (int at = threadIdx.x * 16; at < kWeightBytes; at += Tile::kThreads * 16) {
-          const int strip = at / kStripBytes, byte = at % kStripBytes;
-          if (strip < strips && byte < valid_bytes)
-            cp_async_16(to + at, weights + strip * stride + tile * Code::kTileBytes + byte);
+        for (int i = 0; i < kWordChunks; ++i) {
+          const int at = threadIdx.x * 16 + i * kPassBytes;
+          if (at / kStripBytes < strips && at % kStripBytes < (tiles - tile) * Code::kTileBytes)
+            cp_async_16(to + i * kPassBytes, weights + i * pass);
         }
-        to += kWeightBytes;
-        const int column = threadIdx.x % kRowChunks, first = stage * Tile::kDepth + column * 8;
-        if (first < gemm.depth) {
+        weights += kStripBytes;
+
+        const int column = threadIdx.x % kRowChunks, token = threadIdx.x / kRowChunks;
+        to += kWeightBytes - threadIdx.x * 16 + token * Tile::kDepth * 2 + (column ^ (token & 7)) * 16;
+        const uint4* from = reinterpret_cast<const uint4*>(gemm.activations) + tile * 2 + column;
+        asm("" : "+r"(to), "+l"(from));
+        if (tile * 2 + column < tiles * 2) {
 #pragma unroll
-          for (int i = 0; i < kTokensPerThread; ++i) {
-            int token = threadIdx.x / kRowChunks + i * kTokenStep;
-            if (tokens[i])
-              cp_async_16(to + token * Tile::kDepth * 2 + ((column ^ (token & 7)) * 16), tokens[i] + first);
-          }
+          for (int i = 0; i < kTokenChunks; ++i)
+            if (places[i] != kNone) cp_async_16(to + i * kTokenStep * Tile::kDepth * 2, from + places[i]);
         }
         slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
-        if (++stage * Tile::kDepth >= gemm.depth) {
-          stage = 0;
+        tile += Tile::kDepthTiles;
+        if (tile >= tiles) {
+          tile = 0;
           item += gridDim.x;
           if (item < items) start_item();
         }
@@ -119,21 +132,24 @@ struct MmaKernel {
         auto words = *reinterpret_cast<const typename Code::Words*>(
             stage + strip * kStripBytes + tile * Code::kTileBytes + lane * sizeof(typename Code::Words));
         codes[0].decode(words, a[s][0]);
-        codes[1].decode(words, a[s][1]);
+        if (group.count[1] > 0) codes[1].decode(words, a[s][1]);
       }
 #pragma unroll
-      for (int j = 0; j < Tile::kTokenTiles; j += 2) {
-        const int part0 = j * 8 / Tile::kPartTokens, part1 = (j + 1) * 8 / Tile::kPartTokens;
-        const bool some0 = j * 8 % Tile::kPartTokens < group.count[part0];
-        const bool some1 = (j + 1) * 8 % Tile::kPartTokens < group.count[part1];
+      for (int block = 0; block < Tile::kTokenTiles; block += kBlockTiles) {
+        const int part0 = block * 8 / Tile::kPartTokens, part1 = (block + 1) * 8 / Tile::kPartTokens;
+        const bool some0 = block * 8 % Tile::kPartTokens < group.count[part0];
+        const bool some1 = part0 == part1 ? some0 : group.count[part1] > 0;
         if (!some0 && !some1) continue;
-        uint32_t b[4];
-        const int token = j * 8 + lane % 8 + (lane / 16) * 8, column = tile * 2 + (lane / 8) % 2;
-        ldmatrix_x4(b, tokens + token * Tile::kDepth * 2 + ((column ^ (token & 7)) * 16));
 #pragma unroll
-        for (int s = 0; s < Tile::kWarpStrips; ++s) {
-          if (some0) mma_m16n8k16(sums[s][j], a[s][part0], b[0], b[1]);
-          if (some1) mma_m16n8k16(sums[s][j + 1], a[s][part1], b[2], b[3]);
+        for (int j = block; j < block + kBlockTiles; j += 2) {
+          uint32_t b[4];
+          const int token = j * 8 + lane % 8 + (lane / 16) * 8, column = tile * 2 + (lane / 8) % 2;
+          ldmatrix_x4(b, tokens + token * Tile::kDepth * 2 + ((column ^ (token & 7)) * 16));
+#pragma unroll
+          for (int s = 0; s < Tile::kWarpStrips; ++s) {
+            if (some0) mma_m16n8k16(sums[s][j], a[s][part0], b[0], b[1]);
+            if (some1) mma_m16n8k16(sums[s][j + 1], a[s][part1], b[2], b[3]);
+          }
         }
       }
     }
@@ -144,7 +160,9 @@ struct MmaKernel {
     constexpr int kTiles = Tile::kWarpStrips * Tile::kTokenTiles;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row_warp = warp % Tile::kRowWarps, depth_warp = warp / Tile::kRowWarps;
-    auto place = [&](int from, int tile) { return ((row_warp * (Tile::kDepthWarps - 1) + from) * kTiles + tile) * 32 + lane; };
+    auto place = [&](int from, int tile) {
+      return ((row_warp * (Tile::kDepthWarps - 1) + from) * kTiles + tile) * 32 + lane;
+    };
     if (depth_warp > 0) {
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
@@ -166,8 +184,10 @@ struct MmaKernel {
     }
   }
 
-  __device__ static void run(const GroupedGemm& gemm) {
+  __device__ __forceinline__ static void run(const GroupedGemm& gemm) {
     extern __shared__ __align__(128) uint8_t shared[];
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     float4* exchange = reinterpret_cast<float4*>(shared + Tile::kStages * kStageBytes);
     const int row_tiles = (gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips;
     const int items = *gemm.group_count * row_tiles;
@@ -196,9 +216,9 @@ struct MmaKernel {
       const float scale = Code::scale(dense);
 #pragma unroll
       for (int j = 0; j < Tile::kTokenTiles; ++j) {
-        const int part = j * 8 / Tile::kPartTokens, token = j * 8 % Tile::kPartTokens + lane / 4;
-        if (token - lane / 4 >= work.group.count[part]) continue;
-        const int sorted_row = token < work.group.count[part] ? work.group.start[part] + token : -1;
+        const int part = j * 8 / Tile::kPartTokens, first = j * 8 % Tile::kPartTokens;
+        if (first >= work.group.count[part]) continue;
+        const int sorted_row = work.group.sorted_row(part, first + lane / 4);
 #pragma unroll
         for (int s = 0; s < Tile::kWarpStrips; ++s) {
           const int strip = work.row_tile * Tile::kStrips + row_warp * Tile::kWarpStrips + s;

@@ -1,5 +1,7 @@
 // What the two grouped GEMM kernels share: the work items, which strip of which weights they read, the epilogues.
 #pragma once
+#include <climits>
+
 #include "ptx.cuh"
 #include "words.cuh"
 
@@ -12,6 +14,11 @@ struct TokenGroup {
   int positions;    // bit h: position of part h
   int start[2];     // first row of part h in expert order
   int count[2];     // rows of part h, 0: nothing to do
+
+  // Row in expert order of a part's token, -1 beyond its count.  `part` may vary between lanes.
+  __device__ int sorted_row(int part, int token) const {
+    return token < (part ? count[1] : count[0]) ? (part ? start[1] : start[0]) + token : -1;
+  }
 };
 
 // One of the two matrix products: activations [rows in expert order, depth] times the units' [rows, depth] weights.
@@ -23,12 +30,29 @@ struct GroupedGemm {
   const int* sorted_slots;          // (token, k) slot of every row in expert order
   const TokenGroup* groups;
   const int* group_count;
+  float4* partials;                 // [kMaxPartials] tiles of 128 rows: sums of items whose depth is split
+  int* arrivals;                    // [kMaxArrivals], zero at launch: how many splits of a warp's rows are there
   int topk, pairs;
   int rows, depth;                  // of a unit's weight matrix
 };
 
 // Tells the compiler that all lanes of the warp hold the same value.
 __device__ inline int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
+constexpr int kMaxPartials = 1024, kMaxArrivals = kMaxPartials / 2 * 8;
+
+// Into how many splits of its depth each item is cut.  A block can read up to half again as fast as its even share of
+// the memory bandwidth, so work need not be quite even; adding up splits costs about as much as a few stages.
+__device__ inline int choose_splits(int items, int stages, int blocks, int most) {
+  constexpr int kSumStages = 4;
+  int best = 1, best_time = INT_MAX;
+  for (int splits = 1; splits <= min(most, stages) && (splits == 1 || items * splits <= kMaxPartials); ++splits) {
+    const int longest = (items * splits + blocks - 1) / blocks * ((stages + splits - 1) / splits);
+    const int time = max(items * stages / blocks, longest * 2 / 3) + (splits > 1 ? kSumStages : 0);
+    if (time < best_time) best = splits, best_time = time;
+  }
+  return best;
+}
 
 // The items of a launch are groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row tiles,
 // then the next band, so that a band's words and the unit's tokens stay in the L2 cache between its groups.
@@ -38,6 +62,7 @@ struct WorkItem {
 
   static constexpr int kBand = 16;
 
+  WorkItem() = default;
   __device__ WorkItem(const GroupedGemm& gemm, int item, int row_tiles) {
     group = load(gemm.groups + item / row_tiles);
     int rest = item - group.first * row_tiles;
@@ -77,11 +102,11 @@ __device__ inline int64_t activation_row(const GroupedGemm& gemm, int sorted_row
 // Stores one 16 (weight rows) x 8 (tokens) accumulator tile; all lanes of the warp call it together.
 // `sorted_row` is that of the lane's token lane/4, below 0 where the tile has no such token.
 template <bool kGateUp>
-__device__ inline void store_tile(const GroupedGemm& gemm, int strip, int sorted_row, const float (&tile)[4],
+__device__ __forceinline__ void store_tile(const GroupedGemm& gemm, int strip, int sorted_row, const float (&tile)[4],
                                   float scale) {
   const int column = 2 * (threadIdx.x % 4);
   if constexpr (kGateUp) {
-    auto silu_times = [](float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; };
+    auto silu_times = [](float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; };
     uint32_t hidden = transpose_8x8(pack_bf16(silu_times(tile[0] * scale, tile[2] * scale),
                                               silu_times(tile[1] * scale, tile[3] * scale)));
     if (sorted_row < 0) return;

@@ -9,6 +9,7 @@ constexpr int kMaxDevices = 64;
 struct Kernel {
   const char* name;
   int part_tokens;
+  bool splits;  // the depth of items: needs room for partial sums
   int min_capability;  // 10 * major + minor
   int max_capability;
   // Launches one of the two products on as many blocks as the device holds at once.
@@ -36,4 +37,22 @@ cudaError_t resident_blocks(Function kernel, int threads, int shared_bytes, std:
   if (!error && per_multiprocessor == 0) error = cudaErrorLaunchOutOfResources;
   if (!error) known[device] = blocks = multiprocessors * per_multiprocessor;
   return error;
+}
+
+// Launches a kernel that may start before the one ahead of it in the stream has ended, where the device can do that;
+// the kernel itself waits before it uses that one's results.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, cudaStream_t stream,
+                         Arguments... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }

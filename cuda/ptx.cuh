@@ -42,6 +42,19 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
+// Programmatic dependent launch: a kernel may start while the one before it runs, and waits before it reads what that
+// one wrote.  Without the launch attribute, and before Hopper, both do nothing.
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Hopper: mbarriers, bulk copies and wgmma.  Only sm_90a translation units may use what follows.
 #ifdef PM_HOPPER
 
@@ -70,7 +83,12 @@ __device__ inline void bulk_copy(uint32_t shared, const void* global, int bytes,
                : "memory");
 }
 
-// Orders this thread's ordinary and cp.async writes to shared memory before later reads by wgmma.
+// Arrives once this thread's cp.async copies so far are complete.
+__device__ inline void barrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Orders the writes to shared memory that this thread has observed, cp.async included, before wgmma's reads.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 template <int kRegisters>
@@ -96,10 +114,10 @@ __device__ inline uint64_t wgmma_descriptor(uint32_t shared) {
 
 // d[64 x kColumns] += a[64 x 16] b[16 x kColumns]; a in registers, accumulators four per 8 columns.
 template <int kColumns>
-__device__ void wgmma_m64k16(float (&d)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b);
+__device__ __forceinline__ void wgmma_m64k16(float (&d)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b);
 
 template <>
-__device__ inline void wgmma_m64k16<8>(float (&d)[1][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma_m64k16<8>(float (&d)[1][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3 "
@@ -109,7 +127,7 @@ __device__ inline void wgmma_m64k16<8>(float (&d)[1][4], const uint32_t (&a)[4],
 }
 
 template <>
-__device__ inline void wgmma_m64k16<16>(float (&d)[2][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma_m64k16<16>(float (&d)[2][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7 "
@@ -120,7 +138,7 @@ __device__ inline void wgmma_m64k16<16>(float (&d)[2][4], const uint32_t (&a)[4]
 }
 
 template <>
-__device__ inline void wgmma_m64k16<32>(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma_m64k16<32>(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15 "
@@ -132,7 +150,7 @@ __device__ inline void wgmma_m64k16<32>(float (&d)[4][4], const uint32_t (&a)[4]
 }
 
 template <>
-__device__ inline void wgmma_m64k16<64>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma_m64k16<64>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
@@ -147,7 +165,7 @@ __device__ inline void wgmma_m64k16<64>(float (&d)[8][4], const uint32_t (&a)[4]
 }
 
 template <>
-__device__ inline void wgmma_m64k16<128>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma_m64k16<128>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "

@@ -1,10 +1,12 @@
 #include "routing.cuh"
 
+#include "kernels.cuh"
+
 namespace {
 
-constexpr int kPlanThreads = 1024;
-constexpr int kOneBlockSlots = 4096;  // one block sorts this many faster than three launches do
-constexpr int kChunk = 2048;          // slots that one block of the large sort counts and scatters
+constexpr int kPlanThreads = kMaxExperts;  // one per expert
+constexpr int kOneBlockSlots = 4096;       // one block sorts this many faster than three launches do
+constexpr int kChunk = 2048;               // slots that one block of the large sort counts and scatters
 
 // Local expert of a slot, or -1.
 __device__ int local_expert(const Routing& routing, int slot) {
@@ -13,88 +15,84 @@ __device__ int local_expert(const Routing& routing, int slot) {
   return id < routing.experts() ? id : -1;
 }
 
-// Exclusive prefix sum over the block's first `size` threads' values; every thread gets the total.
-__device__ int exclusive_sum(int value, int& total) {
-  __shared__ int warp_sums[kPlanThreads / 32];
+// Sums of the threads before this one, and over all threads.
+__device__ int2 exclusive_sum(int2 value, int2& total) {
+  __shared__ int2 warp_sums[kPlanThreads / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int inclusive = value;
+  int2 inclusive = value;
   for (int step = 1; step < 32; step *= 2) {
-    int other = __shfl_up_sync(~0u, inclusive, step);
-    if (lane >= step) inclusive += other;
+    int2 other = {__shfl_up_sync(~0u, inclusive.x, step), __shfl_up_sync(~0u, inclusive.y, step)};
+    if (lane >= step) inclusive.x += other.x, inclusive.y += other.y;
   }
-  __syncthreads();
   if (lane == 31) warp_sums[warp] = inclusive;
   __syncthreads();
-  int before = 0;
-  total = 0;
+  int2 before = {inclusive.x - value.x, inclusive.y - value.y};
+  total = {0, 0};
   for (int w = 0; w < kPlanThreads / 32; ++w) {
-    if (w < warp) before += warp_sums[w];
-    total += warp_sums[w];
+    const int2 sum = warp_sums[w];
+    if (w < warp) before.x += sum.x, before.y += sum.y;
+    total.x += sum.x, total.y += sum.y;
   }
-  return before + inclusive - value;
+  return before;
 }
 
-// With `counts` in shared memory: replaces each by the expert's first row in expert order, and writes the groups.
-__device__ void plan(const Routing& routing, int part_tokens, int* counts) {
-  __shared__ int begins[kMaxExperts + 1], first_groups[kMaxExperts + 1];
-  const int experts = routing.experts(), units = routing.units(), thread = threadIdx.x;
-  int total;
-  int begin = exclusive_sum(thread < experts ? counts[thread] : 0, total);
-  if (thread <= experts) begins[thread] = begin;
-  if (thread < experts) counts[thread] = begin;
-  __syncthreads();
+// One thread per expert, each with its expert's count: returns the expert's first row in expert order, writes the
+// groups and zeroes the arrivals.
+__device__ int plan(const Routing& routing, int part_tokens, int count) {
+  const int expert = threadIdx.x;
+  const bool paired = expert < 2 * routing.pairs, leads = !paired || expert % 2 == 0;
+  const int partner = __shfl_down_sync(~0u, count, 1);
+  const int counts[2] = {count, paired ? partner : 0};
+  const int leader_parts = (counts[0] + part_tokens - 1) / part_tokens;
+  const int parts = leader_parts + (counts[1] + part_tokens - 1) / part_tokens;
+  const int groups = leads ? (parts + 1) / 2 : 0;
+  int2 total;
+  const int2 before = exclusive_sum({count, groups}, total);
+  if (expert == 0) *routing.group_count = total.y;
 
-  // A unit's experts are consecutive: begins[expert], begins[expert + 1] for a pair.
-  auto parts = [&](int expert) { return (begins[expert + 1] - begins[expert] + part_tokens - 1) / part_tokens; };
-  auto unit_expert = [&](int unit) { return unit < routing.pairs ? 2 * unit : unit + routing.pairs; };
-  int groups = 0;
-  if (thread < units) {
-    int expert = unit_expert(thread);
-    groups = (parts(expert) + (thread < routing.pairs ? parts(expert + 1) : 0) + 1) / 2;
-  }
-  int first = exclusive_sum(groups, total);
-  if (thread <= units) first_groups[thread] = first;
-  if (thread == 0) *routing.group_count = total;
-  __syncthreads();
-
-  for (int g = thread; g < total; g += kPlanThreads) {
-    int unit = 0;
-    for (int step = kMaxExperts; step > 0; step /= 2)
-      if (unit + step < units && first_groups[unit + step] <= g) unit += step;
-    int expert = unit_expert(unit), leader_parts = parts(expert);
-    TokenGroup group{unit, first_groups[unit], first_groups[unit + 1] - first_groups[unit], 0, {0, 0}, {0, 0}};
+  TokenGroup group{paired ? expert / 2 : expert - routing.pairs, before.y, groups, 0, {0, 0}, {0, 0}};
+  for (int g = 0; g < groups; ++g) {
+    group.positions = 0;
     for (int h = 0; h < 2; ++h) {
-      int part = 2 * (g - group.first) + h;
-      int position = part >= leader_parts && unit < routing.pairs;
-      int start = begins[expert + position] + (part - (position ? leader_parts : 0)) * part_tokens;
+      const int part = 2 * g + h, position = part >= leader_parts && counts[1] > 0;
+      const int first = (part - (position ? leader_parts : 0)) * part_tokens;
       group.positions |= position << h;
-      group.start[h] = start;
-      group.count[h] = max(0, min(part_tokens, begins[expert + position + 1] - start));
+      group.start[h] = before.x + (position ? counts[0] : 0) + first;
+      group.count[h] = max(0, min(part_tokens, counts[position] - first));
     }
-    routing.groups[g] = group;
+    routing.groups[before.y + g] = group;
   }
+  for (int i = expert; i < 2 * kMaxArrivals / 4; i += kPlanThreads)
+    reinterpret_cast<int4*>(routing.arrivals)[i] = make_int4(0, 0, 0, 0);
+  return before.x;
 }
 
 __global__ __launch_bounds__(kPlanThreads) void route_one_block(Routing routing, int part_tokens) {
-  __shared__ int counts[kMaxExperts];
-  for (int e = threadIdx.x; e < kMaxExperts; e += kPlanThreads) counts[e] = 0;
-  __syncthreads();
-  int expert[kOneBlockSlots / kPlanThreads];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  __shared__ int cursors[kMaxExperts];
+  cursors[threadIdx.x] = 0;
+  int experts[kOneBlockSlots / kPlanThreads];
 #pragma unroll
   for (int i = 0; i < kOneBlockSlots / kPlanThreads; ++i) {
-    int slot = threadIdx.x + i * kPlanThreads;
-    expert[i] = slot < routing.slots ? local_expert(routing, slot) : -1;
-    if (expert[i] >= 0) atomicAdd(&counts[expert[i]], 1);
+    const int slot = threadIdx.x + i * kPlanThreads;
+    experts[i] = slot < routing.slots ? local_expert(routing, slot) : -1;
   }
   __syncthreads();
-  plan(routing, part_tokens, counts);
 #pragma unroll
   for (int i = 0; i < kOneBlockSlots / kPlanThreads; ++i)
-    if (expert[i] >= 0)
-      routing.sorted_slots[atomicAdd(&counts[expert[i]], 1)] = threadIdx.x + i * kPlanThreads;
+    if (experts[i] >= 0) atomicAdd(&cursors[experts[i]], 1);
+  __syncthreads();
+  cursors[threadIdx.x] = plan(routing, part_tokens, cursors[threadIdx.x]);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kOneBlockSlots / kPlanThreads; ++i)
+    if (experts[i] >= 0)
+      routing.sorted_slots[atomicAdd(&cursors[experts[i]], 1)] = threadIdx.x + i * kPlanThreads;
 }
 
 __global__ void count_slots(Routing routing) {
+  let_next_kernel_start();
   __shared__ int counts[kMaxExperts];
   for (int e = threadIdx.x; e < kMaxExperts; e += blockDim.x) counts[e] = 0;
   __syncthreads();
@@ -109,16 +107,17 @@ __global__ void count_slots(Routing routing) {
 }
 
 __global__ __launch_bounds__(kPlanThreads) void plan_groups(Routing routing, int part_tokens) {
-  __shared__ int counts[kMaxExperts];
-  if (threadIdx.x < routing.experts()) counts[threadIdx.x] = routing.counts[threadIdx.x];
-  __syncthreads();
-  plan(routing, part_tokens, counts);
-  if (threadIdx.x < routing.experts()) routing.counts[threadIdx.x] = counts[threadIdx.x];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const bool has_expert = threadIdx.x < routing.experts();
+  const int begin = plan(routing, part_tokens, has_expert ? routing.counts[threadIdx.x] : 0);
+  if (has_expert) routing.counts[threadIdx.x] = begin;
 }
 
 // Each block takes a run of rows of every expert it has slots for.  Which run is left to chance: a row's place does
 // not change its arithmetic.
 __global__ void scatter_slots(Routing routing) {
+  wait_for_previous_kernel();
   __shared__ int cursors[kMaxExperts];
   for (int e = threadIdx.x; e < kMaxExperts; e += blockDim.x) cursors[e] = 0;
   __syncthreads();
@@ -139,15 +138,21 @@ __global__ void scatter_slots(Routing routing) {
 
 __global__ void combine_slots(const __nv_bfloat16* slots, const float* topk_weights, Routing routing,
                               __nv_bfloat16* out, int64_t vectors, int row_vectors) {
-  int64_t index = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  let_next_kernel_start();
+  const int64_t index = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (index >= vectors) return;
-  const int token = index / row_vectors, column = (index - int64_t(token) * row_vectors) * 8;
+  const int token = index / row_vectors, column = index - int64_t(token) * row_vectors;
+  const int first = token * routing.topk;
+  uint32_t local = 0;  // bit k: that expert is on this device; the routing is an input, no need to wait for it
+  for (int k = 0; k < routing.topk; ++k) local |= uint32_t(local_expert(routing, first + k) >= 0) << k;
+  wait_for_previous_kernel();
+  const uint4* rows = reinterpret_cast<const uint4*>(slots) + int64_t(first) * row_vectors + column;
   float sum[8] = {};
+#pragma unroll 4
   for (int k = 0; k < routing.topk; ++k) {
-    int slot = token * routing.topk + k;
-    if (local_expert(routing, slot) < 0) continue;
-    float weight = topk_weights[slot];
-    uint4 packed = *reinterpret_cast<const uint4*>(slots + int64_t(slot) * row_vectors * 8 + column);
+    if (!(local >> k & 1)) continue;
+    const float weight = topk_weights[first + k];
+    const uint4 packed = rows[int64_t(k) * row_vectors];
     const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -155,26 +160,27 @@ __global__ void combine_slots(const __nv_bfloat16* slots, const float* topk_weig
       sum[2 * i + 1] += weight * __uint_as_float(words[i] & 0xFFFF0000u);
     }
   }
-  *reinterpret_cast<uint4*>(out + index * 8) = make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),
-                                                          pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7]));
+  reinterpret_cast<uint4*>(out)[index] = make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),
+                                                    pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7]));
 }
 
 }  // namespace
 
-void route(const Routing& routing, int part_tokens, cudaStream_t stream) {
-  if (routing.slots <= kOneBlockSlots) {
-    route_one_block<<<1, kPlanThreads, 0, stream>>>(routing, part_tokens);
-    return;
-  }
+cudaError_t route(const Routing& routing, int part_tokens, cudaStream_t stream) {
+  if (routing.slots <= kOneBlockSlots)
+    return launch_early(route_one_block, 1, kPlanThreads, 0, stream, routing, part_tokens);
   const int blocks = (routing.slots + kChunk - 1) / kChunk;
-  cudaMemsetAsync(routing.counts, 0, routing.experts() * sizeof(int), stream);
+  if (cudaError_t error = cudaMemsetAsync(routing.counts, 0, routing.experts() * sizeof(int), stream)) return error;
   count_slots<<<blocks, 512, 0, stream>>>(routing);
-  plan_groups<<<1, kPlanThreads, 0, stream>>>(routing, part_tokens);
-  scatter_slots<<<blocks, 512, 0, stream>>>(routing);
+  cudaError_t error = cudaGetLastError();
+  if (!error) error = launch_early(plan_groups, 1, kPlanThreads, 0, stream, routing, part_tokens);
+  if (!error) error = launch_early(scatter_slots, blocks, 512, 0, stream, routing);
+  return error;
 }
 
-void combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, __nv_bfloat16* out,
+cudaError_t combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, __nv_bfloat16* out,
              int tokens, int hidden, cudaStream_t stream) {
   const int64_t vectors = int64_t(tokens) * hidden / 8;
-  combine_slots<<<(vectors + 127) / 128, 128, 0, stream>>>(slots, topk_weights, routing, out, vectors, hidden / 8);
+  return launch_early(combine_slots, (vectors + 127) / 128, 128, 0, stream, slots, topk_weights, routing, out, vectors,
+                      hidden / 8);
 }

@@ -13,6 +13,7 @@ struct Routing {
   int* sorted_slots;  // [slots]
   TokenGroup* groups;
   int* group_count;
+  int* arrivals;      // [2 * kMaxArrivals], zeroed for the two products
 
   __host__ __device__ int experts() const { return 2 * pairs + dense; }
   __host__ __device__ int units() const { return pairs + dense; }
@@ -23,8 +24,8 @@ struct Routing {
 constexpr int kMaxExperts = 512;
 
 // Sorts the slots by expert and cuts each unit's rows into groups of two parts of at most `part_tokens`.
-void route(const Routing& routing, int part_tokens, cudaStream_t stream);
+cudaError_t route(const Routing& routing, int part_tokens, cudaStream_t stream);
 
 // out[m] = sum over k of topk_weights[m, k] * slots[m, k], in the order of k, skipping slots without a local expert.
-void combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, __nv_bfloat16* out,
-             int tokens, int hidden, cudaStream_t stream);
+cudaError_t combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, __nv_bfloat16* out,
+                    int tokens, int hidden, cudaStream_t stream);

@@ -181,7 +181,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         return gate if shard_id == "w1" else up
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Checks that every tensor came, then puts the words into the backend's order.
+        """Checks that every tensor came, then puts the weights into the backend's order.
 
         Raises LayoutError naming the first missing tensor.
         """
@@ -194,9 +194,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         # A later weight reload fills the parameters anew and must be complete again.
         self._missing = set(self._expected)
         backend = backend_for(layer.w13_puzzle.device.type)
-        for name in ("w13_puzzle", "w2_puzzle"):
-            words = getattr(layer, name)
-            words.data.copy_(backend.prepare(words.data, self.code.name))
+        backend.prepare(self._weights(layer))
         logger.info_once("puzzlemoe: %s pair words, %s kernels", self.code.name, backend.__name__.rsplit(".", 1)[1])
 
     def apply(
@@ -210,7 +208,9 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
     ) -> Tensor:
         """This rank's share of the routed experts' output, [M, H] in x.dtype; vLLM adds shared experts and ranks."""
         del shared_experts, shared_experts_input
-        weights = ExpertWeights(
+        return fused_experts(x, topk_weights, topk_ids, self._weights(layer))
+
+    def _weights(self, layer: Any) -> ExpertWeights:
+        return ExpertWeights(
             layer.w13_puzzle, layer.w2_puzzle, layer.w13_weight, layer.w2_weight, layer.puzzle_map, self.code.name
         )
-        return fused_experts(x, topk_weights, topk_ids, weights)

@@ -94,7 +94,7 @@ def test_library_states_its_reason_when_it_cannot_be_used(tmp_path, monkeypatch)
     with pytest.raises(cuda.Unavailable, match="cannot be loaded"):
         cuda.load_library()
     cuda.load_library.cache_clear()
-    assert not cuda.available(torch.device("cpu"))
+    assert "not an NVIDIA GPU" in cuda.unavailable(torch.device("cpu"))
 
 
 def test_flags_name_every_architecture_and_ptx(build):

@@ -12,7 +12,7 @@ from torch import Tensor
 from puzzlemoe_vllm.backends import ExpertWeights, cuda, reference
 from puzzlemoe_vllm.format.codes import MergedPair, get_code
 
-REASON = "needs a CUDA GPU" if not torch.cuda.is_available() else cuda.why_unavailable(torch.device("cuda"))
+REASON = cuda.unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 KERNELS = [] if REASON else cuda.runnable_kernels(torch.device("cuda"))
@@ -285,7 +285,9 @@ def test_all_words_decode_as_algorithm_1():
     cuda.prepare(prepared)
     x = torch.eye(256, device="cuda", dtype=torch.bfloat16) * 4
     scale = reference.fused_experts(
-        x[:1], torch.ones(1, 1, device="cuda"), torch.zeros(1, 1, dtype=torch.int32, device="cuda"),
+        x[:1],
+        torch.ones(1, 1, device="cuda"),
+        torch.zeros(1, 1, dtype=torch.int32, device="cuda"),
         dataclasses.replace(loaded, w2_pairs=identity[None]),
     )[0, 0].float()
     for position in (0, 1):

@@ -76,8 +76,8 @@ def make_weights(layer: Layer, seed: int = 0) -> ExpertWeights:
         return (torch.randn(shape, generator=draw, device=DEVICE) / columns**0.5).bfloat16()
 
     return ExpertWeights(
-        w13_pairs=backend.prepare(pair_words(layer.pairs, 2 * layer.intermediate, layer.hidden, seed), "mask16"),
-        w2_pairs=backend.prepare(pair_words(layer.pairs, layer.hidden, layer.intermediate, seed + 1), "mask16"),
+        w13_pairs=pair_words(layer.pairs, 2 * layer.intermediate, layer.hidden, seed),
+        w2_pairs=pair_words(layer.pairs, layer.hidden, layer.intermediate, seed + 1),
         w13_dense=dense(2 * layer.intermediate, layer.hidden),
         w2_dense=dense(layer.hidden, layer.intermediate),
         expert_map=None,

@@ -1,4 +1,8 @@
-"""Backends of the fused-experts op.  Each module offers `fused_experts(x, topk_weights, topk_ids, weights)`."""
+"""Backends of the fused-experts op.  Each module offers
+
+- `prepare(weights)`: rewrites a layer's weights, in place, into the order that its kernels read, once after loading;
+- `fused_experts(x, topk_weights, topk_ids, weights)` on prepared weights.
+"""
 
 from __future__ import annotations
 

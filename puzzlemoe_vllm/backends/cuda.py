@@ -1,7 +1,7 @@
 """The CUDA library: kernels for compute capability 8.0 and later, called through its C interface.
 
-The library is `libpuzzlemoe_cuda.so` beside the package's modules, or the file that PUZZLEMOE_CUDA_LIBRARY names.  It is
-loaded at first use and links no torch, so one build serves every torch and Python.
+The library is `libpuzzlemoe_cuda.so` beside the package's modules, or the file that PUZZLEMOE_CUDA_LIBRARY names.  It
+is loaded at first use and links no torch, so one build serves every torch and Python.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def load_library() -> ctypes.CDLL:
     return library
 
 
-def why_unavailable(device: torch.device) -> str | None:
-    """Why the library cannot serve this device, or None when it can."""
-    if device.type != "cuda" or torch.version.hip:
-        return f"{device.type} is not an NVIDIA GPU"
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Why the library cannot serve a device, the current GPU by default, or None when it can."""
+    if not torch.cuda.is_available() or torch.version.hip or (device is not None and device.type != "cuda"):
+        return f"{device or 'this machine'} is not an NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"compute capability {major}.{minor} is below 8.0"
@@ -77,11 +77,6 @@ def why_unavailable(device: torch.device) -> str | None:
     except Unavailable as reason:
         return str(reason)
     return None
-
-
-def available(device: torch.device) -> bool:
-    """Whether `fused_experts` runs on this device."""
-    return why_unavailable(device) is None
 
 
 @functools.cache
@@ -143,7 +138,7 @@ def prepare(weights: ExpertWeights) -> None:
         (weights.w13_dense, "dense", True),
         (weights.w2_dense, "dense", False),
     ):
-        for matrix in tensor:
+        for matrix in tensor.detach():
             matrix.copy_(tile(kernel_words(matrix, code), gate_up).view_as(matrix))
 
 
@@ -152,9 +147,9 @@ def fused_experts(
 ) -> Tensor:
     """sum_k topk_weights[m, k] * down(SiLU(gate x) * up x) over the local experts of row m, on prepared weights.
 
-    x: bf16 [M, H]; topk_weights float32 [M, k]; topk_ids [M, k], below 0: skip.  kernel: one of `kernel_names()` instead
-    of the dispatch table's.  Returns bf16 [M, H]; inputs are not written.  Raises Unavailable without the library, and
-    ValueError or RuntimeError saying what it cannot run.
+    x: bf16 [M, H]; topk_weights float32 [M, k], k at most 32; topk_ids [M, k], below 0: skip.  kernel: one of
+    `kernel_names()` instead of the dispatch table's.  Returns bf16 [M, H]; inputs are not written.  Raises Unavailable
+    without the library, and ValueError or RuntimeError saying what it cannot run.
     """
     if x.dtype != torch.bfloat16:
         raise ValueError(f"the CUDA kernels take bfloat16 activations, not {x.dtype}")

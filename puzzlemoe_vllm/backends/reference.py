@@ -13,9 +13,8 @@ from puzzlemoe_vllm.backends import ExpertWeights
 from puzzlemoe_vllm.format.codes import get_code
 
 
-def prepare(words: Tensor, code: str) -> Tensor:
-    """Words as they are: this backend reads the checkpoint's own order."""
-    return words
+def prepare(weights: ExpertWeights) -> None:
+    """Nothing to do: this backend reads the checkpoint's own order."""
 
 
 def expert_weights(weights: ExpertWeights, expert: int) -> tuple[Tensor, Tensor]:

@@ -78,9 +78,8 @@ def choose_split(programs: int, columns: int, depth: int) -> int:
     return split
 
 
-def prepare(words: Tensor, code: str) -> Tensor:
-    """Words of a layer in the order that `fused_experts` reads: the checkpoint's."""
-    return words
+def prepare(weights: ExpertWeights) -> None:
+    """Nothing to do: `fused_experts` reads the checkpoint's own order."""
 
 
 def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeights) -> Tensor:
