@@ -5,12 +5,14 @@ Run by test_vllm_releases.py, once per vLLM release.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+import vllm
 from torch import Tensor
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
@@ -142,6 +144,10 @@ def exact(checkpoint: dict[str, Tensor], x: Tensor, routing: Tensor, ids: Tensor
                 hidden = F.silu(gate @ x[row].double()) * (up @ x[row].double())
                 out[row] += routing[row, choice].double() * (down @ hidden)
     return out
+
+
+def test_this_is_the_release_under_test():
+    assert vllm.__file__.startswith(os.environ["VLLM_UNDER_TEST"])
 
 
 @pytest.mark.parametrize("ranks", [Ranks(1), Ranks(2), Ranks(2, expert_parallel=True)], ids=str)

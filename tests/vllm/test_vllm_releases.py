@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,11 +16,11 @@ HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("PUZZLEMOE_WHEEL_CACHE") or Path.home() / ".cache" / "puzzlemoe-tests")
 
 
-def contract(path: Path | None) -> None:
-    """Runs contract.py with the vLLM that lies in `path`, or with the installed one."""
-    search = [str(path)] if path else []
+def contract(path: Path) -> None:
+    """Runs contract.py with the vLLM that lies in `path`."""
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "contract.py"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*search, str(HERE.parents[1])])}
+    search = os.pathsep.join([str(path), str(HERE.parents[1])])
+    environment = {**os.environ, "PYTHONPATH": search, "VLLM_UNDER_TEST": str(path)}
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -50,7 +51,8 @@ def _is_python(name: str) -> bool:
 
 
 def test_installed_release():
-    contract(None)
+    (package,) = importlib.util.find_spec("vllm").submodule_search_locations
+    contract(Path(package).parent)
 
 
 @pytest.mark.parametrize("version", RELEASES)
