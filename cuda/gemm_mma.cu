@@ -9,6 +9,7 @@ template <class Code, class Tile, bool kGateUp>
 cudaError_t launch_kernel(const GroupedGemm& gemm, cudaStream_t stream) {
   constexpr auto kernel = gemm_mma<Code, Tile, kGateUp>;
   constexpr int kSharedBytes = MmaKernel<Code, Tile, kGateUp>::kSharedBytes;
+  static_assert(kSharedBytes <= 99 * 1024, "a block of compute capability 8.6 and 8.9 has no more");
   static std::atomic<int> known[kMaxDevices];
   int blocks;
   if (cudaError_t error = resident_blocks(kernel, Tile::kThreads, kSharedBytes, known, blocks)) return error;

@@ -1,4 +1,8 @@
-"""The CUDA library against the float64 reference, on a GPU."""
+"""The CUDA library against the float64 reference, on a GPU.
+
+Under the sanitizer, where everything is slow: compute-sanitizer --tool memcheck python -m pytest -k test_sizes, and the
+same with racecheck.
+"""
 
 from __future__ import annotations
 
