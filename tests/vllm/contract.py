@@ -19,13 +19,14 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 
+import puzzlemoe_vllm
 from puzzlemoe_vllm.config import PuzzleMoEConfig
 from puzzlemoe_vllm.format.codes import get_code
 from puzzlemoe_vllm.format.layout import LayoutError
 
-EXPERTS, MERGED, HIDDEN, INTERMEDIATE, TOP_K = 6, 4, 64, 64, 3
-"""Two ranks hold three experts each: the pair of experts 2 and 3 is on both."""
+EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 6, 64, 64, 3
 
 PREFIX = "model.layers.0.mlp.experts"
 PROJECTIONS = {
@@ -67,23 +68,42 @@ def vllm_config() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def checkpoint() -> dict[str, Tensor]:
-    """A packed layer's tensors, named as vLLM's models hand them to RoutedExperts."""
+@dataclass(frozen=True)
+class Layer:
+    """A packed layer: `merged` of its experts in pairs, and the tensors named as models hand them to RoutedExperts."""
+
+    merged: int
+    tensors: dict[str, Tensor]
+
+    def weight(self, expert: int, projection: str) -> Tensor:
+        """An expert's reconstructed weight in float64."""
+        if expert >= self.merged:
+            return self.tensors[f"{expert}.{projection}.weight"].double()
+        words = self.tensors[f"{expert & ~1}.{projection}.puzzle"]
+        return get_code("mask16").decode(words, expert & 1).double()
+
+
+def random_layer(merged: int) -> Layer:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in PROJECTIONS.items():
-        for leader in range(0, MERGED, 2):
+        for leader in range(0, merged, 2):
             # Exponent codes 5..8 are magnitudes of 2^-10 to 2^-6; masks, signs and mantissas are free.
             free = torch.randint(0, 2**16, shape, generator=generator) & 0xF07F
             words = free | torch.randint(5, 9, shape, generator=generator) << 7
             tensors[f"{leader}.{name}.puzzle"] = words.short()
-        for expert in range(MERGED, EXPERTS):
+        for expert in range(merged, EXPERTS):
             tensors[f"{expert}.{name}.weight"] = (0.02 * torch.randn(shape, generator=generator)).bfloat16()
-    return tensors
+    return Layer(merged, tensors)
 
 
-def routed_experts(parallel: FusedMoEParallelConfig) -> RoutedExperts:
+@pytest.fixture(scope="module")
+def layer() -> Layer:
+    """Of two expert-parallel ranks with three experts each, both hold the pair of experts 2 and 3."""
+    return random_layer(merged=4)
+
+
+def routed_experts(parallel: FusedMoEParallelConfig, merged: int = 4) -> RoutedExperts:
     """One rank's layer, as vLLM's FusedMoE factory builds it."""
     manager = ExpertMapManager(
         max_num_batched_tokens=64,
@@ -108,15 +128,15 @@ def routed_experts(parallel: FusedMoEParallelConfig) -> RoutedExperts:
         moe_parallel_config=parallel,
         in_dtype=torch.bfloat16,
     )
-    quantization = PuzzleMoEConfig.from_config({"code": "mask16", "merged_experts": {"0": MERGED}})
+    quantization = PuzzleMoEConfig.from_config({"code": "mask16", "merged_experts": {"0": merged}})
     return RoutedExperts(PREFIX, torch.bfloat16, config, quantization, manager)
 
 
-def loaded(parallel: FusedMoEParallelConfig, checkpoint: dict[str, Tensor]) -> RoutedExperts:
-    layer = routed_experts(parallel)
-    list(layer.load_weights(checkpoint.items()))
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
+def loaded(parallel: FusedMoEParallelConfig, layer: Layer) -> RoutedExperts:
+    module = routed_experts(parallel, layer.merged)
+    list(module.load_weights(layer.tensors.items()))
+    module.quant_method.process_weights_after_loading(module)
+    return module
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -128,19 +148,13 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.rand(8, TOP_K, generator=generator), ids
 
 
-def exact(checkpoint: dict[str, Tensor], x: Tensor, routing: Tensor, ids: Tensor) -> Tensor:
+def exact(layer: Layer, x: Tensor, routing: Tensor, ids: Tensor) -> Tensor:
     """The layer's output in float64, expert by expert."""
-
-    def weight(expert: int, name: str) -> Tensor:
-        if expert >= MERGED:
-            return checkpoint[f"{expert}.{name}.weight"].double()
-        return get_code("mask16").decode(checkpoint[f"{expert & ~1}.{name}.puzzle"], expert & 1).double()
-
     out = torch.zeros(x.shape, dtype=torch.float64)
     for row, chosen in enumerate(ids.tolist()):
         for choice, expert in enumerate(chosen):
             if expert >= 0:
-                gate, up, down = (weight(expert, name) for name in PROJECTIONS)
+                gate, up, down = (layer.weight(expert, name) for name in PROJECTIONS)
                 hidden = F.silu(gate @ x[row].double()) * (up @ x[row].double())
                 out[row] += routing[row, choice].double() * (down @ hidden)
     return out
@@ -150,42 +164,51 @@ def test_this_is_the_release_under_test():
     assert vllm.__file__.startswith(os.environ["VLLM_UNDER_TEST"])
 
 
+def test_registering_twice():
+    puzzlemoe_vllm.register()
+    puzzlemoe_vllm.register()
+    assert QUANTIZATION_METHODS.count("puzzlemoe") == 1
+    assert get_quantization_config("puzzlemoe") is PuzzleMoEConfig
+
+
+# With 2 merged experts the second expert-parallel rank holds no pair, with 6 no rank holds a dense expert.
+@pytest.mark.parametrize("merged", [2, 4, 6])
 @pytest.mark.parametrize("ranks", [Ranks(1), Ranks(2), Ranks(2, expert_parallel=True)], ids=str)
-def test_sum_over_ranks(ranks, checkpoint):
-    x, routing, ids = batch()
-    layers = [loaded(ranks.parallel_config(rank), checkpoint) for rank in range(ranks.count)]
-    parts = [layer.forward_modular(x, routing, ids) for layer in layers]
-    out, want = sum(part.double() for part in parts), exact(checkpoint, x, routing, ids)
+def test_sum_over_ranks(ranks, merged):
+    layer, (x, routing, ids) = random_layer(merged), batch()
+    modules = [loaded(ranks.parallel_config(rank), layer) for rank in range(ranks.count)]
+    parts = [module.forward_modular(x, routing, ids) for module in modules]
+    out, want = sum(part.double() for part in parts), exact(layer, x, routing, ids)
     assert (out - want).norm() < 0.01 * want.norm()
     assert want[5].any() and not want[2].any() and not out[2].any()
 
 
-def test_a_rank_allocates_its_own_experts_only(checkpoint):
-    first, second = (loaded(Ranks(2, expert_parallel=True).parallel_config(rank), checkpoint) for rank in (0, 1))
-    sizes = [(len(layer.w13_puzzle), len(layer.w13_weight)) for layer in (first, second)]
+def test_a_rank_allocates_its_own_experts_only(layer):
+    first, second = (loaded(Ranks(2, expert_parallel=True).parallel_config(rank), layer) for rank in (0, 1))
+    sizes = [(len(module.w13_puzzle), len(module.w13_weight)) for module in (first, second)]
     assert sizes == [(2, 0), (1, 2)]
-    halves = loaded(Ranks(2).parallel_config(1), checkpoint)
+    halves = loaded(Ranks(2).parallel_config(1), layer)
     assert halves.w13_puzzle.shape == (2, INTERMEDIATE, HIDDEN)
     assert halves.w2_weight.shape == (2, HIDDEN, INTERMEDIATE // 2)
 
 
-def test_padding_only(checkpoint):
+def test_padding_only(layer):
     x, routing, ids = batch()
-    layer = loaded(Ranks(1).parallel_config(0), checkpoint)
-    assert not layer.forward_modular(x, routing, torch.full_like(ids, -1)).any()
+    module = loaded(Ranks(1).parallel_config(0), layer)
+    assert not module.forward_modular(x, routing, torch.full_like(ids, -1)).any()
 
 
-def test_missing_words(checkpoint):
-    rest = {name: tensor for name, tensor in checkpoint.items() if name != "2.down_proj.puzzle"}
+def test_missing_words(layer):
+    rest = {name: tensor for name, tensor in layer.tensors.items() if name != "2.down_proj.puzzle"}
     with pytest.raises(LayoutError, match="w2_puzzle w2 of expert 2"):
-        loaded(Ranks(1).parallel_config(0), rest)
+        loaded(Ranks(1).parallel_config(0), Layer(layer.merged, rest))
 
 
-def test_a_reload_must_be_complete_again(checkpoint):
-    layer = loaded(Ranks(1).parallel_config(0), checkpoint)
-    list(layer.load_weights(list(checkpoint.items())[:-1]))
+def test_a_reload_must_be_complete_again(layer):
+    module = loaded(Ranks(1).parallel_config(0), layer)
+    list(module.load_weights(list(layer.tensors.items())[:-1]))
     with pytest.raises(LayoutError, match="1 expert tensors are missing"):
-        layer.quant_method.process_weights_after_loading(layer)
+        module.quant_method.process_weights_after_loading(module)
 
 
 def test_expert_load_balancing_is_refused():

@@ -78,8 +78,9 @@ class Engine:
 
     def stop(self) -> None:
         if self.process:
+            self.process.kill()  # between requests it holds nothing, and its orderly end takes seconds
+            self.process.wait()
             self.process.stdin.close()
-            self.process.wait(60)
             self.answers.close()
 
     def _ask(self, request: dict[str, Any]) -> Any:

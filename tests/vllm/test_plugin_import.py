@@ -1,4 +1,4 @@
-"""Importing and registering the plugin: cheap, repeatable, and possible without vLLM."""
+"""The plugin where vLLM is not installed."""
 
 from __future__ import annotations
 
@@ -43,18 +43,3 @@ def test_registering_without_vllm_names_what_is_missing():
     done = run(BLOCK_VLLM + "import puzzlemoe_vllm\npuzzlemoe_vllm.register()")
     assert done.returncode != 0
     assert "No module named 'vllm'" in done.stderr
-
-
-def test_register_twice_without_touching_the_gpu():
-    done = run(
-        """
-import torch, puzzlemoe_vllm
-puzzlemoe_vllm.register()
-puzzlemoe_vllm.register()
-from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
-assert not torch.cuda.is_initialized()
-print(QUANTIZATION_METHODS.count("puzzlemoe"), get_quantization_config("puzzlemoe").__name__)
-"""
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-2:] == ["1", "PuzzleMoEConfig"]

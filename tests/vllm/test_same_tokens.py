@@ -38,6 +38,8 @@ def test_packed_model_generates_what_the_unpacked_one_does(family, engine, model
     assert_same_generation(expected, found)
 
 
+# Compiling takes ten seconds a model; these have what the others have: shared experts, dense layers, grouped routing.
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek"], indirect=True)
 def test_compiled(family, compiling_engine, models, expected):
     both, options = models(family), {"enforce_eager": False, "trust_remote_code": trust(family)}
     if family == "deepseek_v2":
