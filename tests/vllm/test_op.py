@@ -8,6 +8,8 @@ import torch
 from puzzlemoe_vllm.backends import ExpertWeights, reference
 from puzzlemoe_vllm.ops import fused_experts
 
+pytestmark = pytest.mark.without_vllm
+
 HIDDEN, INTERMEDIATE, TOP_K = 64, 32, 2
 
 
