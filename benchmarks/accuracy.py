@@ -1,6 +1,6 @@
 """Perplexity and expert bytes of a model before and after compression, for a few recipes.
 
-    python benchmarks/accuracy.py MODEL --calibration FILE --text FILE [--text FILE] [--output results.json]
+python benchmarks/accuracy.py MODEL --calibration FILE --text FILE [--text FILE] [--output results.json]
 """
 
 from __future__ import annotations

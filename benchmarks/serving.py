@@ -3,7 +3,8 @@
     python benchmarks/serving.py --model qwen3-30b-a3b --weights bf16 --weights puzzle --output results.json
     python benchmarks/serving.py --url http://127.0.0.1:8000 --concurrency 32    # a running server
 
-With --url, `vllm bench serve` does the measuring.  Otherwise each kind of weights runs in a process of its own on the same machine.  Prompts are random tokens, all of one length.
+With --url, `vllm bench serve` does the measuring.  Otherwise each kind of weights runs in a process of its own on the
+same machine, with prompts of random tokens, all of one length.
 The weights are random: speed does not depend on what a model says, only on its shape and on which experts its (random)
 router picks.
 """
