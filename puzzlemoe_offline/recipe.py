@@ -17,7 +17,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    code: Literal["mask16"] = "mask16"
+    code: Literal["mask16", "angle16", "angle8", "angle6", "mask6"] = "mask16"
+    rule: Literal["paper", "least-squares"] = "paper"
+    group_size: int | None = None
     sparsity: float = 0.5
     tau: float = Field(0.4, ge=0, le=1)
     pairing: Literal["random"] = "random"

@@ -175,13 +175,14 @@ class GridCode(PairCode):
 
     values: the value of every word at position 0 and 1, float32 [2, 2^bits].  They are E3M4 bytes, sums or bit-selects
     of two byte tables with at most eight entries, so that a GPU looks four of them up with one PRMT per table.
+    unit_step: the best step for pairs of normal weights of variance 1.
     """
 
     dtype = torch.uint8
     has_grid = True
 
-    def __init__(self, name: str, bits: int, value_bytes: tuple[list[int], list[int]]):
-        self.name, self.bits = name, bits
+    def __init__(self, name: str, bits: int, unit_step: float, value_bytes: tuple[list[int], list[int]]):
+        self.name, self.bits, self.unit_step = name, bits, unit_step
         self.values = torch.tensor([[minifloat(byte) for byte in row] for row in value_bytes])
 
     def quadrant(self) -> tuple[Tensor, Tensor]:
@@ -242,7 +243,7 @@ def _angle8() -> GridCode:
         d, m = word >> 4 & 7, word & 7
         rows[0].append((word & 0x80) | level[m] + direction[d])
         rows[1].append((word << 4 & 0x80) | level[m] + direction[7 - d])
-    return GridCode("angle8", 8, rows)
+    return GridCode("angle8", 8, 2.0, rows)
 
 
 def _angle6() -> GridCode:
@@ -255,7 +256,7 @@ def _angle6() -> GridCode:
         d, m = word >> 2 & 3, word & 3
         rows[0].append((word << 2 & 0x80) | level[m] + direction[d])
         rows[1].append((word << 3 & 0x80) | level[m] + direction[3 - d])
-    return GridCode("angle6", 6, rows)
+    return GridCode("angle6", 6, 2.05, rows)
 
 
 def _mask6() -> GridCode:
@@ -269,7 +270,7 @@ def _mask6() -> GridCode:
         m = word >> 3 & 4 | word & 3
         for row, state in zip(rows, states, strict=True):
             row.append(state[word >> 2 & 7] & (level[m] | 0x80))
-    return GridCode("mask6", 6, rows)
+    return GridCode("mask6", 6, 1.975, rows)
 
 
 CODES: dict[str, PairCode] = {code.name: code for code in (Mask16(), Angle16(), _angle8(), _angle6(), _mask6())}
