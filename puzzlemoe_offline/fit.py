@@ -13,7 +13,7 @@ from torch import Tensor
 
 from puzzlemoe_offline.merge import merge_least_squares, merge_pair
 from puzzlemoe_offline.recipe import Recipe
-from puzzlemoe_vllm.format.codes import Angle16, GridCode, Mask16, PairCode, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import SMALLEST, Angle16, GridCode, Mask16, UnencodableWeight, get_code
 
 UNSEEN = 1e-4
 """Importance, relative to the mean, of an input column that no calibration token touched."""
@@ -30,14 +30,26 @@ SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """Stored words [N, K words] of a pair of matrices, and bf16 steps [N, groups] where the code has them."""
+    """Stored words [N, K words] of a pair of matrices, bf16 steps [N, groups] where the code has them, and how many
+    entries were clamped to the code's smallest magnitude or to zero."""
 
     words: Tensor
-    grid: Tensor | None
+    grid: Tensor | None = None
+    clamped: int = 0
 
     def to(self, device: torch.device | str) -> PackedMatrix:
         """The same on another device."""
-        return PackedMatrix(self.words.to(device), None if self.grid is None else self.grid.to(device))
+        return PackedMatrix(self.words.to(device), None if self.grid is None else self.grid.to(device), self.clamped)
+
+    @staticmethod
+    def stack(blocks: list[PackedMatrix]) -> PackedMatrix:
+        """Blocks of rows as one."""
+        grids = [block.grid for block in blocks if block.grid is not None]
+        return PackedMatrix(
+            torch.cat([block.words for block in blocks]),
+            torch.cat(grids) if grids else None,
+            sum(block.clamped for block in blocks),
+        )
 
 
 def importance(norms: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -49,7 +61,9 @@ def importance(norms: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return squares[0] / mean + UNSEEN, squares[1] / mean + UNSEEN
 
 
-def fit(weights: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor], recipe: Recipe, group: int | None) -> PackedMatrix:
+def fit(
+    weights: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor], recipe: Recipe, group: int | None
+) -> PackedMatrix:
     """The words of two matrices [N, K], with norms [K] of each expert's input columns.
 
     Raises UnencodableWeight for a weight that the recipe's code cannot hold.
@@ -59,11 +73,15 @@ def fit(weights: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor], recipe: Re
         assert group is not None
         return fit_grid(code, weights, importance(norms), group)
     if isinstance(code, Angle16):
-        return PackedMatrix(fit_angle16(code, weights, importance(norms)), None)
+        return PackedMatrix(fit_angle16(code, weights, importance(norms)))
     assert isinstance(code, Mask16)
     if recipe.rule == "paper":
-        return PackedMatrix(code.encode(merge_pair(*weights, *norms, recipe.tau)), None)
-    return PackedMatrix(code.encode(merge_least_squares(*weights, *importance(norms))), None)
+        pair = merge_pair(*weights, *norms, recipe.tau)
+    else:
+        pair = merge_least_squares(*weights, *importance(norms))
+    kept = pair.mask[0] | pair.mask[1]
+    clamped = kept & (pair.magnitude > 0) & (pair.magnitude < SMALLEST)
+    return PackedMatrix(code.encode(pair), clamped=int(clamped.sum()))
 
 
 def fit_angle16(code: Angle16, weights: tuple[Tensor, Tensor], importances: tuple[Tensor, Tensor]) -> Tensor:

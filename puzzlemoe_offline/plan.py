@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from puzzlemoe_offline.compress import Job
+from puzzlemoe_offline.fit import SCORES
 from puzzlemoe_offline.pack import ENTRIES, Losses, pack_matrix
 from puzzlemoe_offline.report import expert_bytes
 from puzzlemoe_vllm.format.codes import get_code
+
+SCRATCH_BYTES_PER_ENTRY = 100
+"""float32 tensors of a block of rows that fitting holds at once, and its words."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ def make_plan(job: Job) -> Plan:
     checkpoint, recipe = job.checkpoint, job.recipe
     expert = expert_bytes(job)
     layer_experts = expert * checkpoint.experts
-    share = 1 - recipe.sparsity * (2 - get_code(recipe.code).bits / 16)
+    share = 1 - recipe.sparsity * (2 - get_code(recipe.code).bits_per_pair(job.group_size()) / 16)
     before = layer_experts * len(checkpoint.moe_layers)
     other = sum(checkpoint.nbytes(name) for name in checkpoint.names if not checkpoint.is_expert(name))
     on_cpu = torch.device(job.device).type == "cpu"
@@ -49,7 +53,7 @@ def make_plan(job: Job) -> Plan:
     )
     tokens = job.calibration.tokens.numel() if job.calibration else 0
     states = tokens * int(checkpoint.config["hidden_size"]) * width
-    scratch = 40 * ENTRIES
+    scratch = SCRATCH_BYTES_PER_ENTRY * ENTRIES + 4 * SCORES[torch.device(job.device).type]
     embedding = max(checkpoint.nbytes(n) for n in checkpoint.names if checkpoint.layer_of(n) is None)
     on_device = layer_experts + layer_other * width // 2 + expert * width // 2 + scratch + embedding * width // 2
     host = states + int(layer_experts * share) + layer_other + (on_device if on_cpu else expert)
@@ -83,5 +87,5 @@ def _merge_rate(job: Job) -> float:
     weights = torch.randn(2, ENTRIES // 1024, 1024, dtype=torch.bfloat16, device=job.device)
     norms = torch.ones(1024, device=job.device)
     began = time.perf_counter()
-    pack_matrix((weights[0], weights[1]), (norms, norms), job.recipe.tau, get_code(job.recipe.code), Losses(), 0)
+    pack_matrix((weights[0], weights[1]), (norms, norms), job.recipe, job.group_size(), Losses(), 0)
     return weights.numel() / (time.perf_counter() - began)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from puzzlemoe_vllm.format.codes import get_code
 
 
 class Recipe(BaseModel):
     """Recorded in the packed model's provenance.
 
+    code: what a pair's word holds (`puzzlemoe_vllm.format.codes`).
+    rule: how a mask16 word is chosen: the `paper`'s threshold and saliency, or `least-squares`, weighted with each
+    expert's squared input norms, which the other codes always use.
+    group_size: input columns that share a step, in codes with steps; None for the largest that fits the model.
     sparsity: share of the routed experts' memory that goes away, 0.5 (every expert merged) or 0.25 (half of them).
     tau: similarity threshold of Eq. 1, in [0, 1].
     saliency: `wanda` is |W| * ||X||_2 per input column, from calibration; `magnitude` is |W| and needs none.
@@ -25,6 +31,12 @@ class Recipe(BaseModel):
     pairing: Literal["random"] = "random"
     saliency: Literal["wanda", "magnitude"] = "wanda"
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _group_size_fits(self) -> Recipe:
+        if self.group_size is not None:
+            get_code(self.code).check_group_size(self.group_size)
+        return self
 
     @field_validator("sparsity")
     @classmethod

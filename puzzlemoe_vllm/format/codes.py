@@ -69,6 +69,10 @@ class PairCode:
             sizes = ", ".join(map(str, sorted(GROUP_SIZES)))
             raise ValueError(f"{self.name} has one step per group of {sizes} columns, but group_size is {group_size}")
 
+    def bits_per_pair(self, group_size: int | None) -> float:
+        """Stored bits per pair of weights, steps included."""
+        return self.bits + (16 / group_size if group_size else 0)
+
     def words_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Shape of the stored words of a pair of [rows, columns] matrices; columns a multiple of 16."""
         return rows, columns * self.bits // (8 * self.dtype.itemsize)
@@ -120,8 +124,8 @@ class Angle16(PairCode):
     """The paper's word with directions in place of masks: the vector (|w0|, |w1|) is a magnitude times one of four
     directions, (15, 3), (11, 7), (7, 11) and (3, 15) sixteenths - 11, 32, 58 and 79 degrees.
 
-    Bit 15 and 14 are the signs of position 0 and 1, bits 13 and 12 the direction d, bits 11..0 the magnitude: the low 12
-    bits of a bf16, times 2^112 (so a zero exponent field means a subnormal, and 0 is 0).
+    Bit 15 and 14 are the signs of position 0 and 1, bits 13 and 12 the direction d, bits 11..0 the magnitude: the low
+    12 bits of a bf16, times 2^112 (so a zero exponent field means a subnormal, and 0 is 0).
 
     Directions are linear in d, so that no table is needed: with d moved to bits 6 and 5 below the exponent of 1.0,
     b = 1 + d/4 is a bf16, and the multiplier (15 - 4d)/16 = 31/16 - b at position 0, (3 + 4d)/16 = b - 13/16 at
@@ -198,8 +202,11 @@ class GridCode(PairCode):
         return torch.tensor(keys), torch.stack([words[key] for key in keys])
 
     def pack(self, word: Tensor) -> Tensor:
-        """Stored words of uint8 words [N, K], one a column.  Six-bit words are cut into planes: of every 16 columns, eight
-        bytes hold the upper four bits (column 2j in the low half of byte j), four the lower two (column 4j lowest)."""
+        """Stored words of uint8 words [N, K], one a column.
+
+        Six-bit words are cut into planes: of every 16 columns, eight bytes hold the upper four bits (column 2j in the
+        low half of byte j), four the lower two (column 4j lowest).
+        """
         if self.bits == 8:
             return word
         upper = (word >> 2).unflatten(-1, (-1, 8, 2))
@@ -227,14 +234,14 @@ class GridCode(PairCode):
 def _angle8() -> GridCode:
     """Bit 7 the sign of position 0, 6..4 the direction d, bit 3 the sign of position 1, 2..0 the level m.
 
-    The value's byte is LEVEL[m] + DIRECTION[d] at position 0 and LEVEL[m] + DIRECTION[7 - d] at position 1: adding float
-    bits multiplies, nearly.  The tables minimise the squared error of pairs of normal weights (0.0090 of their energy; the
-    best circles times evenly spaced angles leave 0.0096).
+    The value's byte is LEVEL[m] + DIRECTION[d] at position 0 and LEVEL[m] + DIRECTION[7 - d] at position 1: adding
+    float bits multiplies, nearly.  The tables minimise the squared error of pairs of normal weights (0.0090 of their
+    energy; the best circles times evenly spaced angles leave 0.0096).
 
-    With the upper and lower halves of eight words in one register each, eight weights take 25 instructions: 10 for their
-    bytes (2 x LOP3 `& 0x77777777`, 2 x SHF, 4 x PRMT, 2 x IADD), then for every two a PRMT that widens, an IMAD that
-    shifts by 3, and SHF and LOP3 for the signs (no SHF where they are in place): 6 for two weights, and 5 for two of the
-    other position from the same load.
+    With the upper and lower halves of eight words in one register each, eight weights take 25 instructions: 10 for
+    their bytes (2 x LOP3 `& 0x77777777`, 2 x SHF, 4 x PRMT, 2 x IADD), then for every two a PRMT that widens, an IMAD
+    that shifts by 3, and SHF and LOP3 for the signs (no SHF where they are in place): 6 for two weights, and 5 for two
+    of the other position from the same load.
     """
     level = [18, 35, 45, 50, 55, 59, 64, 69]
     direction = [51, 54, 45, 48, 43, 31, 28, 0]
@@ -247,8 +254,10 @@ def _angle8() -> GridCode:
 
 
 def _angle6() -> GridCode:
-    """Bit 5 and 4 the signs of position 0 and 1, 3..2 the direction, 1..0 the level; bytes as in angle8.  `& 0x33333333`
-    turns a register of either plane into the PRMT selectors of eight weights, at the price of angle8."""
+    """Bit 5 and 4 the signs of position 0 and 1, 3..2 the direction, 1..0 the level; bytes as in angle8.
+
+    `& 0x33333333` turns a register of either plane into the PRMT selectors of eight weights, at the price of angle8.
+    """
     level = [46, 62, 72, 81]
     direction = [37, 29, 19, 0]
     rows: tuple[list[int], list[int]] = ([], [])
@@ -260,9 +269,12 @@ def _angle6() -> GridCode:
 
 
 def _mask6() -> GridCode:
-    """The paper's masks and signs in three bits, since a masked weight needs no sign: bits 4..2 are the state, bit 5, 1 and
-    0 the level.  States 0..3: both weights, signs in bit 3 and 2; 4 and 5: position 0 alone, sign in bit 2; 6 and 7:
-    position 1 alone.  With STATE[s] = 0x7F, 0xFF or 0 by position, the value's byte is STATE[s] & (LEVEL[m] | 0x80)."""
+    """The paper's masks and signs in three bits, since a masked weight needs no sign: bits 4..2 are the state, bit 5, 1
+    and 0 the level.
+
+    States 0..3: both weights, signs in bit 3 and 2; 4 and 5: position 0 alone, sign in bit 2; 6 and 7: position 1 alone.
+    With STATE[s] = 0x7F, 0xFF or 0 by position, the value's byte is STATE[s] & (LEVEL[m] | 0x80).
+    """
     level = [67, 82, 90, 97, 102, 108, 114, 120]
     states = ([0x7F, 0x7F, 0xFF, 0xFF, 0x7F, 0xFF, 0, 0], [0x7F, 0xFF, 0x7F, 0xFF, 0, 0, 0x7F, 0xFF])
     rows: tuple[list[int], list[int]] = ([], [])
