@@ -272,7 +272,7 @@ def _mask6() -> GridCode:
     """The paper's masks and signs in three bits, since a masked weight needs no sign: bits 4..2 are the state, bit 5, 1
     and 0 the level.
 
-    States 0..3: both weights, signs in bit 3 and 2; 4 and 5: position 0 alone, sign in bit 2; 6 and 7: position 1 alone.
+    States 0..3: both weights, signs in bit 3 and 2; 4 and 5: position 0 alone, sign in bit 2; 6 and 7: position 1.
     With STATE[s] = 0x7F, 0xFF or 0 by position, the value's byte is STATE[s] & (LEVEL[m] | 0x80).
     """
     level = [67, 82, 90, 97, 102, 108, 114, 120]
