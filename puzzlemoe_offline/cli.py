@@ -116,6 +116,10 @@ def compress_command(
     rule: Annotated[Rule, typer.Option(help="mask16: the paper's threshold and saliency, or least squares.")] = (
         Rule.paper
     ),
+    compensate: Annotated[
+        bool,
+        typer.Option("--compensate", help="Push each expert's error in a column into its later ones, as GPTQ does."),
+    ] = False,
     group_size: Annotated[
         GroupSize | None,
         typer.Option(help="8- and 6-bit codes: input columns per step; smaller for small tensor-parallel shards."),
@@ -143,9 +147,12 @@ def compress_command(
     """Merge a model's experts in pairs and write a packed model that vLLM serves."""
     if group_size and not get_code(code.value).has_grid:
         raise CheckpointError(f"--group-size: {code.value} has no group steps; drop it, or use --code angle8")
+    if compensate and (saliency is Saliency.magnitude or (code is Code.mask16 and rule is Rule.paper)):
+        raise CheckpointError("--compensate needs calibration (--saliency wanda), and mask16 --rule least-squares")
     recipe = Recipe(
         code=code.value,
         rule=rule.value,
+        compensate=compensate,
         group_size=int(group_size.value) if group_size else None,
         sparsity=float(sparsity.value),
         tau=tau,

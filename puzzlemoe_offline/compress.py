@@ -142,7 +142,11 @@ def _calibrate_layer(
     config, family = job.checkpoint.config, job.checkpoint.family
     if layer.experts:
         statistics = ExpertStatistics.zeros(
-            job.checkpoint.experts, config["hidden_size"], config[family.intermediate], torch.device(job.device)
+            job.checkpoint.experts,
+            config["hidden_size"],
+            config[family.intermediate],
+            torch.device(job.device),
+            moments=job.recipe.compensate,
         )
         sample = SampledTokens(ERROR_TOKENS)
         layer.experts.observe, layer.experts.record = statistics.observe, sample.record

@@ -1,7 +1,8 @@
 """The nearest words to a pair of matrices, by squared error weighted with each expert's input norms.
 
-Where no input correlates with another, the squared error of a layer's output is the sum over its weights of
-(error * norm of the input column)^2; the fits here minimise that sum over what a code can hold.
+Where no input correlates with another, the squared error of a projection's output is the sum over its weights of
+(error * norm of the input column)^2; the fits here minimise that sum, balanced between the two experts, over what a
+code can hold.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from puzzlemoe_offline.calibrate import ProjectionInputs
 from puzzlemoe_offline.merge import merge_least_squares, merge_pair
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_vllm.format.codes import SMALLEST, Angle16, GridCode, Mask16, UnencodableWeight, get_code
 
 UNSEEN = 1e-4
 """Importance, relative to the mean, of an input column that no calibration token touched."""
+
+BALANCE = 0.5
+"""Each expert's squares are divided by its token count to this power.  The sum over all calibration tokens, power 0,
+gives up too much of the rarer expert of a pair; the mean per token, power 1, too much of the other."""
 
 STEP_SCALES = (0.9, 1.0, 1.1)
 """A group's step is sought from these multiples of the best step for normally distributed weights."""
@@ -52,9 +58,9 @@ class PackedMatrix:
         )
 
 
-def importance(norms: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weights of the squared errors of a pair by input column, float32 [K] twice, from the columns' norms [K]."""
-    squares = tuple(norm.float().square() for norm in norms)
+def importance(inputs: tuple[ProjectionInputs, ProjectionInputs]) -> tuple[Tensor, Tensor]:
+    """Weights of the squared errors of a pair by input column, float32 [K] twice."""
+    squares = tuple(seen.norms.square() / max(seen.tokens, 1) ** BALANCE for seen in inputs)
     mean = (squares[0].mean() + squares[1].mean()) / 2
     if not mean > 0:
         return torch.ones_like(squares[0]), torch.ones_like(squares[1])
@@ -62,23 +68,26 @@ def importance(norms: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def fit(
-    weights: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor], recipe: Recipe, group: int | None
+    weights: tuple[Tensor, Tensor],
+    inputs: tuple[ProjectionInputs, ProjectionInputs],
+    recipe: Recipe,
+    group: int | None,
 ) -> PackedMatrix:
-    """The words of two matrices [N, K], with norms [K] of each expert's input columns.
+    """The words of two matrices [N, K], each with its own inputs.
 
     Raises UnencodableWeight for a weight that the recipe's code cannot hold.
     """
     code = get_code(recipe.code)
     if isinstance(code, GridCode):
         assert group is not None
-        return fit_grid(code, weights, importance(norms), group)
+        return fit_grid(code, weights, importance(inputs), group)
     if isinstance(code, Angle16):
-        return PackedMatrix(fit_angle16(code, weights, importance(norms)))
+        return PackedMatrix(fit_angle16(code, weights, importance(inputs)))
     assert isinstance(code, Mask16)
     if recipe.rule == "paper":
-        pair = merge_pair(*weights, *norms, recipe.tau)
+        pair = merge_pair(*weights, inputs[0].norms, inputs[1].norms, recipe.tau)
     else:
-        pair = merge_least_squares(*weights, *importance(norms))
+        pair = merge_least_squares(*weights, *importance(inputs))
     kept = pair.mask[0] | pair.mask[1]
     clamped = kept & (pair.magnitude > 0) & (pair.magnitude < SMALLEST)
     return PackedMatrix(code.encode(pair), clamped=int(clamped.sum()))

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibrate import ExpertStatistics
+from puzzlemoe_offline.calibrate import ExpertStatistics, ProjectionInputs
 from puzzlemoe_offline.checkpoint import Expert
+from puzzlemoe_offline.compensate import fit_compensated
 from puzzlemoe_offline.fit import PackedMatrix, fit
 from puzzlemoe_offline.pairing import LayerPairing
 from puzzlemoe_offline.recipe import Recipe
@@ -60,14 +61,14 @@ def pack_pair(
     informed = statistics is not None and min(int(statistics.tokens[expert]) for expert in ids) >= FEW_TOKENS
     packed = []
     for index, projection in enumerate(("gate", "up", "down")):
-        weights = tuple(getattr(expert, projection).to(device) for expert in experts)
+        weights = getattr(experts[0], projection).to(device), getattr(experts[1], projection).to(device)
         if informed:
             assert statistics is not None
-            norms = tuple(statistics.norms(expert, index).to(device) for expert in ids)
+            inputs = statistics.inputs(ids[0], index), statistics.inputs(ids[1], index)
         else:
-            norms = (torch.ones(weights[0].shape[1], device=device),) * 2
+            inputs = (ProjectionInputs.unknown(weights[0].shape[1], device),) * 2
         try:
-            packed.append(pack_matrix((weights[0], weights[1]), (norms[0], norms[1]), recipe, group, losses, index))
+            packed.append(pack_matrix(weights, inputs, recipe, group, losses, index))
         except UnencodableWeight as error:
             raise UnencodableWeight(f"experts {ids[0]} and {ids[1]}, {projection} projection: {error}") from None
     return packed[0], packed[1], packed[2]
@@ -75,26 +76,28 @@ def pack_pair(
 
 def pack_matrix(
     weights: tuple[Tensor, Tensor],
-    norms: tuple[Tensor, Tensor],
+    inputs: tuple[ProjectionInputs, ProjectionInputs],
     recipe: Recipe,
     group: int | None,
     losses: Losses,
     index: int,
 ) -> PackedMatrix:
-    """Two matrices [N, K] as words, on the CPU, a block of rows at a time; what they lose is added to `losses`."""
-    code, blocks = get_code(recipe.code), []
+    """Two matrices [N, K] as words, on the CPU; what they lose is added to `losses`."""
+    code = get_code(recipe.code)
     rows = max(1, ENTRIES // weights[0].shape[1])
-    for block in zip(weights[0].split(rows), weights[1].split(rows), strict=True):
-        packed = fit(block, norms, recipe, group)
+    blocks = list(zip(weights[0].split(rows), weights[1].split(rows), strict=True))
+    if recipe.compensate and inputs[0].moments is not None:
+        packed = fit_compensated(code, weights, inputs, group)
+    else:
+        packed = PackedMatrix.stack([fit(block, inputs, recipe, group) for block in blocks])
+    grids = [None] * len(blocks) if packed.grid is None else packed.grid.split(rows)
+    for block, words, grid in zip(blocks, packed.words.split(rows), grids, strict=True):
         for position, weight in enumerate(block):
             exact = weight.float()
-            decoded = code.decode(packed.words, position, packed.grid)
-            losses.error[index] += float((exact - decoded.float()).square().sum())
+            losses.error[index] += float((exact - code.decode(words, position, grid).float()).square().sum())
             losses.energy[index] += float(exact.square().sum())
-        blocks.append(packed.to("cpu"))
-    packed = PackedMatrix.stack(blocks)
     losses.clamped += packed.clamped
-    return packed
+    return packed.to("cpu")
 
 
 @dataclass(frozen=True)
