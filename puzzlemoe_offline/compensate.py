@@ -84,10 +84,11 @@ def _nearest_words(code: PairCode, column: Tensor, scale: Tensor, step: Tensor |
     """Words [N] of one column of both experts [2, N] and what they decode to, float32 [2, N]."""
     if isinstance(code, GridCode):
         assert step is not None
-        magnitudes, table = (part.to(column.device) for part in code.quadrant())
-        index = nearest(magnitudes, column.abs()[..., None, None], step[:, None], scale[:, None, None, None])
+        index = nearest(
+            code.magnitudes.to(column.device), column.abs()[..., None, None], step[:, None], scale[:, None, None, None]
+        )
         negative = torch.signbit(column).int()
-        word = table[index.flatten().int(), negative[0], negative[1]]
+        word = code.words.to(column.device)[index.flatten().int(), negative[0], negative[1]]
         return word, (code.values.to(column.device)[:, word.int()] * step).to(torch.bfloat16).float()
     weights, scales = (column[0, :, None], column[1, :, None]), (scale[:1], scale[1:])
     if isinstance(code, Angle16):

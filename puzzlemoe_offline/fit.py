@@ -123,7 +123,7 @@ def fit_grid(
     if not bool(torch.isfinite(pair).all()):
         raise UnencodableWeight("a weight is NaN or infinite")
     scale = torch.stack(importances)[:, None].unflatten(2, (-1, group))
-    magnitudes, words = (table.to(pair.device) for table in code.quadrant())
+    magnitudes, words = code.magnitudes.to(pair.device), code.words.to(pair.device)
     energy = (scale * pair.square()).sum(dim=(0, 3))
     typical = (energy / scale.sum(dim=(0, 3))).sqrt() * code.unit_step
     best_error = torch.full_like(typical, torch.inf)

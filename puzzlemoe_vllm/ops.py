@@ -25,7 +25,7 @@ VARIABLE = "PUZZLEMOE_BACKEND"
 _library = torch.library.Library("puzzlemoe", "FRAGMENT")
 _library.define(
     "fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13_pairs, Tensor w2_pairs, "
-    "Tensor w13_dense, Tensor w2_dense, Tensor? expert_map, str code, Tensor? w13_grid, Tensor? w2_grid) -> Tensor",
+    "Tensor w13_dense, Tensor w2_dense, Tensor? expert_map, str code, Tensor? w13_grid=None, Tensor? w2_grid=None) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -69,8 +69,8 @@ def _fused_experts(
     w2_dense: Tensor,
     expert_map: Tensor | None,
     code: str,
-    w13_grid: Tensor | None,
-    w2_grid: Tensor | None,
+    w13_grid: Tensor | None = None,
+    w2_grid: Tensor | None = None,
 ) -> Tensor:
     weights = ExpertWeights(w13_pairs, w2_pairs, w13_dense, w2_dense, expert_map, code, w13_grid, w2_grid)
     return backend_for(x.device.type).fused_experts(x, topk_weights, topk_ids, weights)

@@ -177,7 +177,10 @@ def minifloat(byte: int) -> float:
 class GridCode(PairCode):
     """A code with group steps: a weight is the step of its row and group times a value that its word picks.
 
-    values: the value of every word at position 0 and 1, float32 [2, 2^bits].  They are E3M4 bytes, sums or bit-selects
+    values: the value of every word at position 0 and 1, float32 [2, 2^bits].
+    magnitudes: the distinct pairs of absolute values, float32 [C, 2].
+    words: uint8 [C, 2, 2], the word of each by signs (1 for a negative weight at position 0, at position 1).
+    Values are E3M4 bytes, sums or bit-selects
     of two byte tables with at most eight entries, so that a GPU looks four of them up with one PRMT per table.
     unit_step: the best step for pairs of normal weights of variance 1.
     """
@@ -188,18 +191,15 @@ class GridCode(PairCode):
     def __init__(self, name: str, bits: int, unit_step: float, value_bytes: tuple[list[int], list[int]]):
         self.name, self.bits, self.unit_step = name, bits, unit_step
         self.values = torch.tensor([[minifloat(byte) for byte in row] for row in value_bytes])
-
-    def quadrant(self) -> tuple[Tensor, Tensor]:
-        """The magnitudes that the code can hold, float32 [C, 2], and the uint8 word [C, 2, 2] of each by signs (1 for a
-        negative weight at position 0, at position 1)."""
-        words: dict[tuple[float, float], Tensor] = {}
-        for word in reversed(range(2**self.bits)):
-            value = self.values[:, word]
-            first, second = (torch.tensor([True, True]) if v == 0 else torch.tensor([v > 0, v < 0]) for v in value)
-            entry = words.setdefault((abs(float(value[0])), abs(float(value[1]))), torch.zeros(2, 2, dtype=torch.uint8))
-            entry[first[:, None] & second[None, :]] = word
-        keys = sorted(words)
-        return torch.tensor(keys), torch.stack([words[key] for key in keys])
+        words: dict[tuple[float, float], list[list[int]]] = {}
+        for word, (value0, value1) in enumerate(self.values.T.tolist()):
+            by_sign = words.setdefault((abs(value0), abs(value1)), [[0, 0], [0, 0]])
+            # A weight of 0 has no sign: its word stands for both.
+            for negative0 in (value0 < 0, value0 <= 0):
+                for negative1 in (value1 < 0, value1 <= 0):
+                    by_sign[negative0][negative1] = word
+        self.magnitudes = torch.tensor(list(words))
+        self.words = torch.tensor(list(words.values()), dtype=torch.uint8)
 
     def pack(self, word: Tensor) -> Tensor:
         """Stored words of uint8 words [N, K], one a column.
