@@ -58,7 +58,7 @@ def make_plan(job: Job) -> Plan:
     scratch = SCRATCH_BYTES_PER_ENTRY * ENTRIES + 4 * SCORES[torch.device(job.device).type]
     embedding = max(checkpoint.nbytes(n) for n in checkpoint.names if checkpoint.layer_of(n) is None)
     if recipe.compensate:
-        # float32: every expert's moments; of one pair the factors with their inverses, and a projection with its errors.
+        # float32: every expert's moments; of one pair the factors, their inverses, and a projection with its errors.
         hidden, intermediate = _sizes(checkpoint)
         moments = hidden**2 + intermediate**2
         scratch += 4 * (checkpoint.experts * moments + 6 * max(hidden, intermediate) ** 2 + 4 * hidden * intermediate)

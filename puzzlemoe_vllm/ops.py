@@ -25,7 +25,8 @@ VARIABLE = "PUZZLEMOE_BACKEND"
 _library = torch.library.Library("puzzlemoe", "FRAGMENT")
 _library.define(
     "fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13_pairs, Tensor w2_pairs, "
-    "Tensor w13_dense, Tensor w2_dense, Tensor? expert_map, str code, Tensor? w13_grid=None, Tensor? w2_grid=None) -> Tensor",
+    "Tensor w13_dense, Tensor w2_dense, Tensor? expert_map, str code, "
+    "Tensor? w13_grid=None, Tensor? w2_grid=None) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 

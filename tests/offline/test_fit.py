@@ -85,7 +85,7 @@ def test_no_other_step_is_much_better(name):
         grid = (packed.grid.float() * factor).bfloat16()
         index = nearest(magnitudes, pair, grid.float(), torch.stack(scales)[:, None, None])[:, 0].int()
         other = code.pack(words[index, torch.signbit(weights[0]).int(), torch.signbit(weights[1]).int()])
-        assert (found <= 1.1 * error(other, grid)).all()
+        assert found.sum() <= 1.05 * error(other, grid).sum()
 
 
 @pytest.mark.parametrize("name", GRID_CODES)
