@@ -93,25 +93,50 @@ def _hub_texts(dataset: str) -> Iterator[str]:
         ) from None
 
 
+@dataclass(frozen=True)
+class ProjectionInputs:
+    """What one expert's gate, up or down projection saw: X, one row a token.
+
+    norms: float32 [K], the L2 norm of each column of X; tokens: its rows; moments: float32 [K, K], X'X, None where not
+    gathered.
+    """
+
+    norms: Tensor
+    tokens: int
+    moments: Tensor | None = None
+
+    @classmethod
+    def unknown(cls, columns: int, device: torch.device | str) -> ProjectionInputs:
+        """Columns that all count the same."""
+        return cls(torch.ones(columns, device=device), 1)
+
+
 @dataclass
 class ExpertStatistics:
     """What the experts of one layer saw.
 
     tokens: int64 [E]; input_squares float64 [E, H] and hidden_squares float64 [E, I]: column sums of squares of the
-    gate/up input and of the down projection's input SiLU(gate) * up.
+    gate/up input and of the down projection's input SiLU(gate) * up; input_moments float32 [E, H, H] and hidden_moments
+    float32 [E, I, I]: their second moments X'X, or None.
     """
 
     tokens: Tensor
     input_squares: Tensor
     hidden_squares: Tensor
+    input_moments: Tensor | None
+    hidden_moments: Tensor | None
 
     @classmethod
-    def zeros(cls, experts: int, hidden: int, intermediate: int, device: torch.device) -> ExpertStatistics:
+    def zeros(
+        cls, experts: int, hidden: int, intermediate: int, device: torch.device, moments: bool = False
+    ) -> ExpertStatistics:
         """Statistics of no tokens."""
         return cls(
             torch.zeros(experts, dtype=torch.int64),
             torch.zeros(experts, hidden, dtype=torch.float64, device=device),
             torch.zeros(experts, intermediate, dtype=torch.float64, device=device),
+            torch.zeros(experts, hidden, hidden, device=device) if moments else None,
+            torch.zeros(experts, intermediate, intermediate, device=device) if moments else None,
         )
 
     def observe(self, expert: int, inputs: Tensor, hidden: Tensor) -> None:
@@ -119,11 +144,17 @@ class ExpertStatistics:
         self.tokens[expert] += inputs.shape[0]
         self.input_squares[expert] += inputs.float().square().sum(dim=0)
         self.hidden_squares[expert] += hidden.float().square().sum(dim=0)
+        if self.input_moments is not None and self.hidden_moments is not None:
+            self.input_moments[expert].addmm_(inputs.float().T, inputs.float())
+            self.hidden_moments[expert].addmm_(hidden.float().T, hidden.float())
 
-    def norms(self, expert: int, projection: int) -> Tensor:
-        """||X||_2 per input column of an expert's gate (0), up (1) or down (2) projection, float32."""
-        squares = self.hidden_squares if projection == 2 else self.input_squares
-        return squares[expert].sqrt().float()
+    def inputs(self, expert: int, projection: int) -> ProjectionInputs:
+        """What an expert's gate (0), up (1) or down (2) projection saw."""
+        squares, moments = (
+            (self.hidden_squares, self.hidden_moments) if projection == 2 else (self.input_squares, self.input_moments)
+        )
+        norms, tokens = squares[expert].sqrt().float(), int(self.tokens[expert])
+        return ProjectionInputs(norms, tokens, None if moments is None else moments[expert])
 
 
 @dataclass

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from puzzlemoe_offline.families import Family, family_of
 from puzzlemoe_vllm.format.codes import get_code
-from puzzlemoe_vllm.format.layout import QUANT_METHOD, PuzzleConfig, parse_config, weight_name, words_name
+from puzzlemoe_vllm.format.layout import (
+    GRID,
+    QUANT_METHOD,
+    WORDS,
+    PuzzleConfig,
+    grid_name,
+    parse_config,
+    weight_name,
+    words_name,
+)
 
 INDEX = "model.safetensors.index.json"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -170,8 +179,9 @@ class Checkpoint:
         experts, projection = f"{self.block(layer)}.experts", self.family.projections[index]
         if expert < self.merged(layer):
             words = self.pair_words(layer, expert & ~1, projection)
+            grid = self.pair_grid(layer, expert & ~1, projection)
             assert self.quantization is not None
-            return get_code(self.quantization.code).decode(words, expert & 1)
+            return get_code(self.quantization.code).decode(words, expert & 1, grid)
         fused = f"{experts}." + ("down_proj" if index == 2 else "gate_up_proj")
         if fused in self._where:
             weight = self._slice(fused)[expert]
@@ -203,14 +213,34 @@ class Checkpoint:
         self._check_shape(name, tuple(words.shape), self.family.projections.index(projection))
         return words
 
+    def pair_grid(self, layer: int, leader: int, projection: str) -> Tensor | None:
+        """The stored steps of a pair; None for a code without steps.  Raises CheckpointError for a missing tensor, a
+        wrong dtype or shape, or a NaN or infinite step."""
+        assert self.quantization is not None
+        if self.quantization.group_size is None:
+            return None
+        name = grid_name(f"{self.block(layer)}.experts", leader, projection)
+        grid = self.tensor(name)
+        if grid.dtype != torch.bfloat16:
+            raise CheckpointError(f"{name}: dtype {grid.dtype}, steps are {torch.bfloat16}")
+        self._check_shape(name, tuple(grid.shape), self.family.projections.index(projection))
+        if not bool(torch.isfinite(grid).all()):
+            raise CheckpointError(f"{name} in {self.folder} holds NaN or infinite values: copy it again")
+        return grid
+
     def _check_shape(self, name: str, shape: tuple[int, ...], index: int) -> None:
         hidden, intermediate = int(self.config["hidden_size"]), int(self.config[self.family.intermediate])
         expected = (hidden, intermediate) if index == 2 else (intermediate, hidden)
+        if self.quantization and name.endswith(f".{WORDS}"):
+            expected = get_code(self.quantization.code).words_shape(*expected)
+        elif self.quantization and self.quantization.group_size and name.endswith(f".{GRID}"):
+            expected = (expected[0], expected[1] // self.quantization.group_size)
         if shape != expected:
             raise CheckpointError(f"{name}: shape {shape}, config.json says {expected}")
 
     def check_complete(self) -> None:
         """Every expert tensor is there, with the right shape and dtype; headers only.  Raises CheckpointError."""
+        has_grid = self.quantization is not None and self.quantization.group_size is not None
         for layer in self.moe_layers:
             experts = f"{self.block(layer)}.experts"
             merged = self.merged(layer)
@@ -222,9 +252,12 @@ class Checkpoint:
                     paired = expert < merged
                     if paired and expert % 2:
                         continue
-                    name = (words_name if paired else weight_name)(experts, expert, projection)
-                    self._require(name)
-                    self._check_shape(name, self.shape(name), index)
+                    names = [(words_name if paired else weight_name)(experts, expert, projection)]
+                    if paired and has_grid:
+                        names.append(grid_name(experts, expert, projection))
+                    for name in names:
+                        self._require(name)
+                        self._check_shape(name, self.shape(name), index)
         self._require(f"{self.block(self.moe_layers[0])}.gate.weight")
 
     def _require(self, name: str) -> None:

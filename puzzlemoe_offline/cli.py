@@ -34,7 +34,7 @@ from puzzlemoe_offline.plan import make_plan
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_offline.report import GB, summary
 from puzzlemoe_offline.unpack import unpack
-from puzzlemoe_vllm.format.codes import UnencodableWeight
+from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
 from puzzlemoe_vllm.format.layout import LayoutError
 
 EXPECTED_ERRORS = (CheckpointError, UnsupportedModel, LayoutError, OutputError, CalibrationError, UnencodableWeight)
@@ -56,6 +56,31 @@ class Saliency(str, Enum):
 
     wanda = "wanda"
     magnitude = "magnitude"
+
+
+class Code(str, Enum):
+    """What a pair's word holds."""
+
+    mask16 = "mask16"
+    angle16 = "angle16"
+    angle8 = "angle8"
+    angle6 = "angle6"
+    mask6 = "mask6"
+
+
+class Rule(str, Enum):
+    """How a mask16 word is chosen."""
+
+    paper = "paper"
+    least_squares = "least-squares"
+
+
+class GroupSize(str, Enum):
+    """Input columns that share a step."""
+
+    large = "128"
+    middle = "64"
+    small = "32"
 
 
 class Pairing(str, Enum):
@@ -84,6 +109,21 @@ def compress_command(
     sparsity: Annotated[Sparsity, typer.Option(help="0.5 merges all experts of a layer, 0.25 the less used half.")] = (
         Sparsity.half
     ),
+    code: Annotated[
+        Code,
+        typer.Option(help="Bits of a pair, and how they share a magnitude: by masks (the paper) or by directions."),
+    ] = Code.mask16,
+    rule: Annotated[Rule, typer.Option(help="mask16: the paper's threshold and saliency, or least squares.")] = (
+        Rule.paper
+    ),
+    compensate: Annotated[
+        bool,
+        typer.Option("--compensate", help="Push each expert's error in a column into its later ones, as GPTQ does."),
+    ] = False,
+    group_size: Annotated[
+        GroupSize | None,
+        typer.Option(help="8- and 6-bit codes: input columns per step; smaller for small tensor-parallel shards."),
+    ] = None,
     tau: Annotated[
         float, typer.Option(min=0, max=1, help="Similarity threshold: below it a pair shares its mean.")
     ] = 0.4,
@@ -105,7 +145,15 @@ def compress_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in OUT.")] = False,
 ) -> None:
     """Merge a model's experts in pairs and write a packed model that vLLM serves."""
+    if group_size and not get_code(code.value).has_grid:
+        raise CheckpointError(f"--group-size: {code.value} has no group steps; drop it, or use --code angle8")
+    if compensate and (saliency is Saliency.magnitude or (code is Code.mask16 and rule is Rule.paper)):
+        raise CheckpointError("--compensate needs calibration (--saliency wanda), and mask16 --rule least-squares")
     recipe = Recipe(
+        code=code.value,
+        rule=rule.value,
+        compensate=compensate,
+        group_size=int(group_size.value) if group_size else None,
         sparsity=float(sparsity.value),
         tau=tau,
         pairing=pairing.value,

@@ -24,8 +24,8 @@ from puzzlemoe_offline.pairing import LayerPairing, pair_randomly
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_offline.report import CARD, REPORT, build_report, model_card
 from puzzlemoe_offline.version import VERSION
-from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
-from puzzlemoe_vllm.format.layout import Provenance, PuzzleConfig, weight_name, words_name
+from puzzlemoe_vllm.format.codes import GROUP_SIZES, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.layout import Provenance, PuzzleConfig, grid_name, weight_name, words_name
 
 ERROR_TOKENS = 2048
 """Calibration tokens on which the merged layer's output is compared with the original's."""
@@ -41,6 +41,24 @@ class Job:
     recipe: Recipe
     calibration: Calibration | None
     device: str
+
+    def group_size(self) -> int | None:
+        """Input columns that share a step: the recipe's choice, or the largest that fits; None for codes without steps.
+
+        Raises CheckpointError when it does not divide the model's sizes.
+        """
+        if not get_code(self.recipe.code).has_grid:
+            return None
+        config, chosen = self.checkpoint.config, self.recipe.group_size
+        sizes = int(config["hidden_size"]), int(config[self.checkpoint.family.intermediate])
+        fitting = [size for size in GROUP_SIZES if all(columns % size == 0 for columns in sizes)]
+        if chosen in fitting or (chosen is None and fitting):
+            return chosen or fitting[0]
+        raise CheckpointError(
+            f"{self.checkpoint.folder}: hidden size {sizes[0]} and intermediate size {sizes[1]} are not multiples of "
+            f"--group-size {chosen or GROUP_SIZES[-1]}; "
+            + (f"use --group-size {fitting[0]}" if fitting else "use --code angle16, which has no groups")
+        )
 
     def fingerprint(self) -> str:
         """Digest of everything that the output depends on."""
@@ -64,6 +82,7 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
     if checkpoint.quantization:
         raise CheckpointError(f"{checkpoint.folder} is packed already; start from the 16-bit original")
     checkpoint.check_complete()
+    job.group_size()
     folder = ModelFolder(out, checkpoint.layers + 1)
     records = [entry["record"] for entry in folder.start(job.fingerprint(), resume)][: checkpoint.layers]
     for layer, record in enumerate(records):
@@ -123,7 +142,11 @@ def _calibrate_layer(
     config, family = job.checkpoint.config, job.checkpoint.family
     if layer.experts:
         statistics = ExpertStatistics.zeros(
-            job.checkpoint.experts, config["hidden_size"], config[family.intermediate], torch.device(job.device)
+            job.checkpoint.experts,
+            config["hidden_size"],
+            config[family.intermediate],
+            torch.device(job.device),
+            moments=job.recipe.compensate,
         )
         sample = SampledTokens(ERROR_TOKENS)
         layer.experts.observe, layer.experts.record = statistics.observe, sample.record
@@ -176,16 +199,16 @@ def _pack_layer(
     pairing: LayerPairing,
     losses: Losses,
 ) -> PackedLayer:
-    code, pairs = get_code(job.recipe.code), []
+    group, pairs = job.group_size(), []
     for first in range(0, pairing.merged, 2):
         ids = pairing.order[first], pairing.order[first + 1]
         members = experts(layer, ids[0]), experts(layer, ids[1])
         try:
-            pairs.append(pack_pair(members, ids, statistics, job.recipe.tau, code, losses, torch.device(job.device)))
+            pairs.append(pack_pair(members, ids, statistics, job.recipe, group, losses, torch.device(job.device)))
         except UnencodableWeight as error:
             raise UnencodableWeight(f"layer {layer}, {error}") from None
     dense = [experts(layer, number) for number in pairing.order[pairing.merged :]]
-    return PackedLayer(pairing, pairs, [expert.to("cpu") for expert in dense], code)
+    return PackedLayer(pairing, pairs, [expert.to("cpu") for expert in dense], get_code(job.recipe.code))
 
 
 def _output_error(packed: PackedLayer, sample: SampledTokens) -> float:
@@ -223,8 +246,11 @@ def _family_name(checkpoint: Checkpoint, layer: int, name: str) -> str:
 def _expert_tensors(checkpoint: Checkpoint, layer: int, packed: PackedLayer) -> dict[str, Tensor]:
     experts, projections = f"model.layers.{layer}.{checkpoint.family.block}.experts", checkpoint.family.projections
     tensors: dict[str, Tensor] = {}
-    for pair, words in enumerate(packed.pairs):
-        tensors |= {words_name(experts, 2 * pair, name): word for name, word in zip(projections, words, strict=True)}
+    for pair, matrices in enumerate(packed.pairs):
+        for name, matrix in zip(projections, matrices, strict=True):
+            tensors[words_name(experts, 2 * pair, name)] = matrix.words
+            if matrix.grid is not None:
+                tensors[grid_name(experts, 2 * pair, name)] = matrix.grid
     for row, expert in enumerate(packed.dense, packed.pairing.merged):
         weights = (expert.gate, expert.up, expert.down)
         tensors |= {weight_name(experts, row, name): weight for name, weight in zip(projections, weights, strict=True)}
@@ -248,4 +274,6 @@ def _quantization(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
         else None,
     )
     merged = {record["layer"]: record["merged"] for record in records if record.get("merged")}
-    return PuzzleConfig(code=job.recipe.code, merged_experts=merged, provenance=provenance).model_dump(mode="json")
+    return PuzzleConfig(
+        code=job.recipe.code, group_size=job.group_size(), merged_experts=merged, provenance=provenance
+    ).model_dump(mode="json")

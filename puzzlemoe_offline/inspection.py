@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from puzzlemoe_offline.checkpoint import Checkpoint
-from puzzlemoe_vllm.format.layout import WORDS
+from puzzlemoe_vllm.format.layout import GRID, WORDS
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _part(checkpoint: Checkpoint, name: str) -> str:
-    if name.endswith(f".{WORDS}"):
+    if name.endswith((f".{WORDS}", f".{GRID}")):
         return "experts, merged"
     if checkpoint.is_expert(name):
         return "experts, dense"

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibrate import ExpertStatistics
+from puzzlemoe_offline.calibrate import ExpertStatistics, ProjectionInputs
 from puzzlemoe_offline.checkpoint import Expert
-from puzzlemoe_offline.merge import merge_pair
+from puzzlemoe_offline.compensate import fit_compensated
+from puzzlemoe_offline.fit import PackedMatrix, fit
 from puzzlemoe_offline.pairing import LayerPairing
-from puzzlemoe_vllm.format.codes import SMALLEST, Mask16, UnencodableWeight
+from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_vllm.format.codes import PairCode, UnencodableWeight, get_code
 
 FEW_TOKENS = 32
 """Below this many calibration tokens an expert's column norms say more about the tokens than about the expert: its pair
@@ -37,56 +39,65 @@ class Losses:
         ]
 
 
-PackedPair = tuple[Tensor, Tensor, Tensor]
-"""Words of a pair's gate, up and down projection."""
+PackedPair = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
+"""A pair's gate, up and down projection."""
 
 
 def pack_pair(
     experts: tuple[Expert, Expert],
     ids: tuple[int, int],
     statistics: ExpertStatistics | None,
-    tau: float,
-    code: Mask16,
+    recipe: Recipe,
+    group: int | None,
     losses: Losses,
     device: torch.device,
 ) -> PackedPair:
-    """The words (on the CPU) of two experts; gate, up and down are merged separately, each with its own input's norms.
+    """Two experts as words, on the CPU; gate, up and down are merged separately, each with its own input's norms.
 
-    ids: the experts' ids in `statistics`; None there means magnitude saliency.
+    ids: the experts' ids in `statistics`; None there means magnitude saliency.  group: columns that share a step, for
+    codes that have steps.
     Raises UnencodableWeight naming the experts and the projection.
     """
     informed = statistics is not None and min(int(statistics.tokens[expert]) for expert in ids) >= FEW_TOKENS
-    words = []
+    packed = []
     for index, projection in enumerate(("gate", "up", "down")):
-        weights = tuple(getattr(expert, projection).to(device) for expert in experts)
+        weights = getattr(experts[0], projection).to(device), getattr(experts[1], projection).to(device)
         if informed:
             assert statistics is not None
-            norms = tuple(statistics.norms(expert, index).to(device) for expert in ids)
+            inputs = statistics.inputs(ids[0], index), statistics.inputs(ids[1], index)
         else:
-            norms = (torch.ones(weights[0].shape[1], device=device),) * 2
+            inputs = (ProjectionInputs.unknown(weights[0].shape[1], device),) * 2
         try:
-            words.append(pack_matrix(weights, norms, tau, code, losses, index))
+            packed.append(pack_matrix(weights, inputs, recipe, group, losses, index))
         except UnencodableWeight as error:
             raise UnencodableWeight(f"experts {ids[0]} and {ids[1]}, {projection} projection: {error}") from None
-    return words[0], words[1], words[2]
+    return packed[0], packed[1], packed[2]
 
 
 def pack_matrix(
-    weights: tuple[Tensor, ...], norms: tuple[Tensor, ...], tau: float, code: Mask16, losses: Losses, index: int
-) -> Tensor:
-    blocks = []
+    weights: tuple[Tensor, Tensor],
+    inputs: tuple[ProjectionInputs, ProjectionInputs],
+    recipe: Recipe,
+    group: int | None,
+    losses: Losses,
+    index: int,
+) -> PackedMatrix:
+    """Two matrices [N, K] as words, on the CPU; what they lose is added to `losses`."""
+    code = get_code(recipe.code)
     rows = max(1, ENTRIES // weights[0].shape[1])
-    for first, second in zip(weights[0].split(rows), weights[1].split(rows), strict=True):
-        pair = merge_pair(first, second, norms[0], norms[1], tau)
-        words = code.encode(pair)
-        kept = pair.mask[0] | pair.mask[1]
-        losses.clamped += int((kept & (pair.magnitude > 0) & (pair.magnitude < SMALLEST)).sum())
-        for position, weight in enumerate((first, second)):
+    blocks = list(zip(weights[0].split(rows), weights[1].split(rows), strict=True))
+    if recipe.compensate and inputs[0].moments is not None:
+        packed = fit_compensated(code, weights, inputs, group)
+    else:
+        packed = PackedMatrix.stack([fit(block, inputs, recipe, group) for block in blocks])
+    grids = [None] * len(blocks) if packed.grid is None else packed.grid.split(rows)
+    for block, words, grid in zip(blocks, packed.words.split(rows), grids, strict=True):
+        for position, weight in enumerate(block):
             exact = weight.float()
-            losses.error[index] += float((exact - code.decode(words, position).float()).square().sum())
+            losses.error[index] += float((exact - code.decode(words, position, grid).float()).square().sum())
             losses.energy[index] += float(exact.square().sum())
-        blocks.append(words.cpu())
-    return torch.cat(blocks)
+    losses.clamped += packed.clamped
+    return packed.to("cpu")
 
 
 @dataclass(frozen=True)
@@ -96,11 +107,12 @@ class PackedLayer:
     pairing: LayerPairing
     pairs: list[PackedPair]
     dense: list[Expert]
-    code: Mask16
+    code: PairCode
 
     def expert(self, source_id: int, device: torch.device) -> Expert:
         """The reconstructed bf16 weights, on a device, of the expert that the source calls `source_id`."""
         new = self.pairing.order.index(source_id)
         if new >= self.pairing.merged:
             return self.dense[new - self.pairing.merged].to(device)
-        return Expert(*(self.code.decode(words.to(device), new & 1) for words in self.pairs[new >> 1]))
+        matrices = (matrix.to(device) for matrix in self.pairs[new >> 1])
+        return Expert(*(self.code.decode(matrix.words, new & 1, matrix.grid) for matrix in matrices))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from puzzlemoe_offline.calibrate import ProjectionInputs
+from puzzlemoe_offline.checkpoint import Checkpoint
 from puzzlemoe_offline.compress import Job
+from puzzlemoe_offline.fit import SCORES
 from puzzlemoe_offline.pack import ENTRIES, Losses, pack_matrix
 from puzzlemoe_offline.report import expert_bytes
 from puzzlemoe_vllm.format.codes import get_code
+
+SCRATCH_BYTES_PER_ENTRY = 100
+"""float32 tensors of a block of rows that fitting holds at once, and its words."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ def make_plan(job: Job) -> Plan:
     checkpoint, recipe = job.checkpoint, job.recipe
     expert = expert_bytes(job)
     layer_experts = expert * checkpoint.experts
-    share = 1 - recipe.sparsity * (2 - get_code(recipe.code).bits / 16)
+    share = 1 - recipe.sparsity * (2 - get_code(recipe.code).bits_per_pair(job.group_size()) / 16)
     before = layer_experts * len(checkpoint.moe_layers)
     other = sum(checkpoint.nbytes(name) for name in checkpoint.names if not checkpoint.is_expert(name))
     on_cpu = torch.device(job.device).type == "cpu"
@@ -49,8 +55,13 @@ def make_plan(job: Job) -> Plan:
     )
     tokens = job.calibration.tokens.numel() if job.calibration else 0
     states = tokens * int(checkpoint.config["hidden_size"]) * width
-    scratch = 40 * ENTRIES
+    scratch = SCRATCH_BYTES_PER_ENTRY * ENTRIES + 4 * SCORES[torch.device(job.device).type]
     embedding = max(checkpoint.nbytes(n) for n in checkpoint.names if checkpoint.layer_of(n) is None)
+    if recipe.compensate:
+        # float32: every expert's moments; of one pair the factors, their inverses, and a projection with its errors.
+        hidden, intermediate = _sizes(checkpoint)
+        moments = hidden**2 + intermediate**2
+        scratch += 4 * (checkpoint.experts * moments + 6 * max(hidden, intermediate) ** 2 + 4 * hidden * intermediate)
     on_device = layer_experts + layer_other * width // 2 + expert * width // 2 + scratch + embedding * width // 2
     host = states + int(layer_experts * share) + layer_other + (on_device if on_cpu else expert)
     return Plan(
@@ -58,11 +69,19 @@ def make_plan(job: Job) -> Plan:
     )
 
 
+def _sizes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Hidden and intermediate size of the experts."""
+    return int(checkpoint.config["hidden_size"]), int(checkpoint.config[checkpoint.family.intermediate])
+
+
 def _seconds(job: Job, tokens: int, expert_total: int, other: int) -> float:
     """Matrix products of the calibration tokens plus merging every expert, at this machine's measured rates."""
     checkpoint = job.checkpoint
     active = expert_total / checkpoint.experts * int(checkpoint.config["num_experts_per_tok"])
     products = 2 * tokens * (active + other) / 2
+    if job.recipe.compensate:
+        chosen = tokens * int(checkpoint.config["num_experts_per_tok"]) * len(checkpoint.moe_layers)
+        products += 2 * chosen * sum(size**2 for size in _sizes(checkpoint))
     return products / _product_rate(job.device) + expert_total / 2 / _merge_rate(job)
 
 
@@ -81,7 +100,9 @@ def _product_rate(device: str) -> float:
 def _merge_rate(job: Job) -> float:
     """Measured weights per second of merging and packing."""
     weights = torch.randn(2, ENTRIES // 1024, 1024, dtype=torch.bfloat16, device=job.device)
-    norms = torch.ones(1024, device=job.device)
+    seen = ProjectionInputs.unknown(1024, job.device)
+    if job.recipe.compensate:
+        seen = replace(seen, moments=torch.eye(1024, device=job.device))
     began = time.perf_counter()
-    pack_matrix((weights[0], weights[1]), (norms, norms), job.recipe.tau, get_code(job.recipe.code), Losses(), 0)
+    pack_matrix((weights[0], weights[1]), (seen, seen), job.recipe, job.group_size(), Losses(), 0)
     return weights.numel() / (time.perf_counter() - began)

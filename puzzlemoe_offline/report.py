@@ -24,7 +24,7 @@ def build_report(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
     checkpoint = job.checkpoint
     dense = expert_bytes(job)
     merged = [record for record in records if record.get("merged")]
-    share = get_code(job.recipe.code).bits / 32
+    share = get_code(job.recipe.code).bits_per_pair(job.group_size()) / 32
     packed = sum(
         dense * record["merged"] * share + dense * (checkpoint.experts - record["merged"]) for record in merged
     )

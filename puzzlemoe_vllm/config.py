@@ -74,4 +74,4 @@ class PuzzleMoEConfig(QuantizationConfig):
             return None
         from puzzlemoe_vllm.method import PuzzleMoEMethod
 
-        return PuzzleMoEMethod(layer.moe_config, self.layout.code, merged, prefix)
+        return PuzzleMoEMethod(layer.moe_config, self.layout, merged, prefix)

@@ -13,8 +13,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase
 
 from puzzlemoe_vllm.backends import ExpertWeights
-from puzzlemoe_vllm.format.codes import get_code
-from puzzlemoe_vllm.format.layout import LayoutError
+from puzzlemoe_vllm.format.codes import GROUP_SIZES, get_code
+from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig
 from puzzlemoe_vllm.ops import backend_for, fused_experts
 
 logger = init_logger(__name__)
@@ -29,9 +29,10 @@ SHARDS = ("w1", "w2", "w3")
 class PuzzleMoEMethod(FusedMoEMethodBase):
     """Serves experts 0..merged-1 of a layer from pair words and the others from dense bf16 weights."""
 
-    def __init__(self, moe: FusedMoEConfig, code: str, merged: int, prefix: str):
+    def __init__(self, moe: FusedMoEConfig, layout: PuzzleConfig, merged: int, prefix: str):
         super().__init__(moe)
-        self.code, self.merged, self.prefix = get_code(code), merged, prefix
+        self.code, self.group_size = get_code(layout.code), layout.group_size
+        self.merged, self.prefix = merged, prefix
         parallel = moe.moe_parallel_config
         if parallel.use_all2all_kernels and parallel.all2all_backend != "allgather_reducescatter":
             raise ValueError(
@@ -76,6 +77,9 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             words = (len(pairs), *self.code.words_shape(rows, columns))
             self._add(layer, f"{name}_puzzle", words, self.code.dtype, pair_rows, shards)
             self._add(layer, f"{name}_weight", (len(dense), rows, columns), torch.bfloat16, dense_rows, shards)
+            if self.group_size:
+                grid = (len(pairs), rows, columns // self.group_size)
+                self._add(layer, f"{name}_puzzle_grid", grid, torch.bfloat16, pair_rows, shards)
         self._missing = set(self._expected)
         layer.register_buffer("puzzle_map", self._expert_map(layer, pair_rows, dense_rows), persistent=False)
         load_format = get_current_vllm_config().load_config.load_format
@@ -95,6 +99,14 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             raise ValueError(
                 f"{self.prefix}: hidden size {hidden} and per-rank intermediate size {intermediate} must be "
                 "multiples of 16: lower --tensor-parallel-size or use --enable-expert-parallel"
+            )
+        if self.group_size and (hidden % self.group_size or intermediate % self.group_size):
+            smaller = [size for size in GROUP_SIZES if hidden % size == 0 and intermediate % size == 0]
+            advice = f"compress again with --group-size {smaller[0]}, or " if smaller else ""
+            raise ValueError(
+                f"{self.prefix}: hidden size {hidden} and per-rank intermediate size {intermediate} must be multiples "
+                f"of the group size {self.group_size}, whose columns share a step: {advice}"
+                "lower --tensor-parallel-size or use --enable-expert-parallel"
             )
 
     @staticmethod
@@ -149,7 +161,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         """
         row = rows.get(expert_id)
         if row is None:
-            if name.endswith("_puzzle") and (expert_id >= self.merged or expert_id % 2):
+            if "_puzzle" in name and (expert_id >= self.merged or expert_id % 2):
                 raise LayoutError(
                     f"{weight_name} of expert {expert_id} ({self.prefix}): config.json names no such pair"
                 )
@@ -212,5 +224,12 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
 
     def _weights(self, layer: Any) -> ExpertWeights:
         return ExpertWeights(
-            layer.w13_puzzle, layer.w2_puzzle, layer.w13_weight, layer.w2_weight, layer.puzzle_map, self.code.name
+            layer.w13_puzzle,
+            layer.w2_puzzle,
+            layer.w13_weight,
+            layer.w2_weight,
+            layer.puzzle_map,
+            self.code.name,
+            layer.w13_puzzle_grid if self.group_size else None,
+            layer.w2_puzzle_grid if self.group_size else None,
         )

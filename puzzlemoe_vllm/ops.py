@@ -25,7 +25,8 @@ VARIABLE = "PUZZLEMOE_BACKEND"
 _library = torch.library.Library("puzzlemoe", "FRAGMENT")
 _library.define(
     "fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13_pairs, Tensor w2_pairs, "
-    "Tensor w13_dense, Tensor w2_dense, Tensor? expert_map, str code) -> Tensor",
+    "Tensor w13_dense, Tensor w2_dense, Tensor? expert_map, str code, "
+    "Tensor? w13_grid=None, Tensor? w2_grid=None) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -69,8 +70,10 @@ def _fused_experts(
     w2_dense: Tensor,
     expert_map: Tensor | None,
     code: str,
+    w13_grid: Tensor | None = None,
+    w2_grid: Tensor | None = None,
 ) -> Tensor:
-    weights = ExpertWeights(w13_pairs, w2_pairs, w13_dense, w2_dense, expert_map, code)
+    weights = ExpertWeights(w13_pairs, w2_pairs, w13_dense, w2_dense, expert_map, code, w13_grid, w2_grid)
     return backend_for(x.device.type).fused_experts(x, topk_weights, topk_ids, weights)
 
 
@@ -95,4 +98,6 @@ def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: Ex
         weights.w2_dense,
         weights.expert_map,
         weights.code,
+        weights.w13_grid,
+        weights.w2_grid,
     )

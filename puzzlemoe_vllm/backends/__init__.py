@@ -22,6 +22,7 @@ class ExpertWeights:
     w13_dense, w2_dense: bf16 [D, 2I, H] and [D, H, I].
     expert_map: int32 [global experts], local expert id or -1 when it lives on another rank; None when all are local.
     code: name of the pair words' code (`puzzlemoe_vllm.format.codes`).
+    w13_grid, w2_grid: bf16 steps [P, 2I, groups of H] and [P, H, groups of I]; None for codes without steps.
     """
 
     w13_pairs: Tensor
@@ -30,6 +31,8 @@ class ExpertWeights:
     w2_dense: Tensor
     expert_map: Tensor | None
     code: str
+    w13_grid: Tensor | None = None
+    w2_grid: Tensor | None = None
 
     @property
     def merged(self) -> int:

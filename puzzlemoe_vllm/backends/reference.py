@@ -23,7 +23,11 @@ def expert_weights(weights: ExpertWeights, expert: int) -> tuple[Tensor, Tensor]
         row = expert - weights.merged
         return weights.w13_dense[row], weights.w2_dense[row]
     code, pair, position = get_code(weights.code), expert >> 1, expert & 1
-    return code.decode(weights.w13_pairs[pair], position), code.decode(weights.w2_pairs[pair], position)
+    w13, w2 = (
+        code.decode(words[pair], position, None if grid is None else grid[pair])
+        for words, grid in ((weights.w13_pairs, weights.w13_grid), (weights.w2_pairs, weights.w2_grid))
+    )
+    return w13, w2
 
 
 def local_ids(topk_ids: Tensor, expert_map: Tensor | None) -> Tensor:

@@ -15,6 +15,9 @@ WORDS = "puzzle"
 """Suffix of a pair's words: `...experts.{leader}.{projection}.puzzle`.  It must not end in `.weight`, or vLLM's expert
 parallel filter would drop a pair whose leader lives on another rank."""
 
+GRID = "puzzle_grid"
+"""Suffix of a pair's steps, bf16 [N, K / group_size], beside its words; only for codes that have steps."""
+
 
 class LayoutError(ValueError):
     """A packed checkpoint that this version cannot read; the text says what to do about it."""
@@ -37,6 +40,7 @@ class PuzzleConfig(BaseModel):
 
     merged_experts: decoder layer index -> number of its experts stored in pairs; they are experts 0..n-1 of the layer,
     experts 2p and 2p+1 sharing one word.  A layer that is not listed has no pairs.
+    group_size: input columns that share a step; None for codes without steps.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -93,6 +97,11 @@ def parse_config(raw: dict[str, Any], where: str = "quantization_config") -> Puz
 def words_name(experts: str, leader: int, projection: str) -> str:
     """Name of the words of the pair (leader, leader + 1), e.g. `model.layers.0.mlp.experts.4.up_proj.puzzle`."""
     return f"{experts}.{leader}.{projection}.{WORDS}"
+
+
+def grid_name(experts: str, leader: int, projection: str) -> str:
+    """Name of the steps of the pair (leader, leader + 1), e.g. `model.layers.0.mlp.experts.4.up_proj.puzzle_grid`."""
+    return f"{experts}.{leader}.{projection}.{GRID}"
 
 
 def weight_name(experts: str, expert: int, projection: str) -> str:

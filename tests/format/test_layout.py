@@ -2,7 +2,7 @@
 
 import pytest
 
-from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig, parse_config, weight_name, words_name
+from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig, grid_name, parse_config, weight_name, words_name
 
 GOOD = {"quant_method": "puzzlemoe", "format_version": 1, "code": "mask16", "merged_experts": {"0": 8, "3": 4}}
 
@@ -23,6 +23,8 @@ def test_a_config_survives_json():
         ({"merged_experts": {"0": 0}}, "layer 0 is 0"),
         ({"merged_experts": {"first": 4}}, "merged_experts"),
         ({"group_size": 128}, "mask16 has no group steps"),
+        ({"code": "angle8"}, "angle8 has one step per group.*group_size is None"),
+        ({"code": "mask6", "group_size": 48}, "mask6 has one step per group.*group_size is 48"),
         ({"quant_method": "fp8"}, "quant_method"),
     ],
 )
@@ -39,4 +41,5 @@ def test_a_missing_code_is_named():
 def test_names_keep_clear_of_vllm_filters():
     name = words_name("model.layers.0.mlp.experts", 4, "up_proj")
     assert name == "model.layers.0.mlp.experts.4.up_proj.puzzle"
+    assert grid_name("model.layers.0.mlp.experts", 4, "up_proj") == name + "_grid"
     assert weight_name("model.layers.0.mlp.experts", 5, "up_proj") == "model.layers.0.mlp.experts.5.up_proj.weight"

@@ -26,7 +26,7 @@ from puzzlemoe_vllm.config import PuzzleMoEConfig
 from puzzlemoe_vllm.format.codes import get_code
 from puzzlemoe_vllm.format.layout import LayoutError
 
-EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 6, 64, 64, 3
+EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, GROUP = 6, 64, 64, 3, 32
 
 PREFIX = "model.layers.0.mlp.experts"
 PROJECTIONS = {
@@ -74,27 +74,38 @@ class Layer:
 
     merged: int
     tensors: dict[str, Tensor]
+    code: str = "mask16"
+
+    @property
+    def group_size(self) -> int | None:
+        return GROUP if get_code(self.code).has_grid else None
 
     def weight(self, expert: int, projection: str) -> Tensor:
         """An expert's reconstructed weight in float64."""
         if expert >= self.merged:
             return self.tensors[f"{expert}.{projection}.weight"].double()
-        words = self.tensors[f"{expert & ~1}.{projection}.puzzle"]
-        return get_code("mask16").decode(words, expert & 1).double()
+        pair = f"{expert & ~1}.{projection}"
+        words, grid = self.tensors[f"{pair}.puzzle"], self.tensors.get(f"{pair}.puzzle_grid")
+        return get_code(self.code).decode(words, expert & 1, grid).double()
 
 
-def random_layer(merged: int) -> Layer:
-    generator = torch.Generator().manual_seed(0)
+def random_layer(merged: int, name: str = "mask16") -> Layer:
+    code, generator = get_code(name), torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in PROJECTIONS.items():
         for leader in range(0, merged, 2):
-            # Exponent codes 5..8 are magnitudes of 2^-10 to 2^-6; masks, signs and mantissas are free.
-            free = torch.randint(0, 2**16, shape, generator=generator) & 0xF07F
-            words = free | torch.randint(5, 9, shape, generator=generator) << 7
-            tensors[f"{leader}.{name}.puzzle"] = words.short()
+            if code.has_grid:
+                words = torch.randint(0, 256, code.words_shape(*shape), generator=generator)
+                grid = 0.01 + 0.03 * torch.rand(shape[0], shape[1] // GROUP, generator=generator)
+                tensors[f"{leader}.{name}.puzzle_grid"] = grid.bfloat16()
+            else:
+                # Exponent codes 5..8 are magnitudes of 2^-10 to 2^-6; all other bits are free.
+                free = torch.randint(0, 2**16, shape, generator=generator) & 0xF07F
+                words = free | torch.randint(5, 9, shape, generator=generator) << 7
+            tensors[f"{leader}.{name}.puzzle"] = words.to(code.dtype)
         for expert in range(merged, EXPERTS):
             tensors[f"{expert}.{name}.weight"] = (0.02 * torch.randn(shape, generator=generator)).bfloat16()
-    return Layer(merged, tensors)
+    return Layer(merged, tensors, code.name)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +114,9 @@ def layer() -> Layer:
     return random_layer(merged=4)
 
 
-def routed_experts(parallel: FusedMoEParallelConfig, merged: int = 4) -> RoutedExperts:
+def routed_experts(
+    parallel: FusedMoEParallelConfig, merged: int = 4, code: str = "mask16", group_size: int | None = None
+) -> RoutedExperts:
     """One rank's layer, as vLLM's FusedMoE factory builds it."""
     manager = ExpertMapManager(
         max_num_batched_tokens=64,
@@ -128,12 +141,14 @@ def routed_experts(parallel: FusedMoEParallelConfig, merged: int = 4) -> RoutedE
         moe_parallel_config=parallel,
         in_dtype=torch.bfloat16,
     )
-    quantization = PuzzleMoEConfig.from_config({"code": "mask16", "merged_experts": {"0": merged}})
+    quantization = PuzzleMoEConfig.from_config(
+        {"code": code, "group_size": group_size, "merged_experts": {"0": merged}}
+    )
     return RoutedExperts(PREFIX, torch.bfloat16, config, quantization, manager)
 
 
 def loaded(parallel: FusedMoEParallelConfig, layer: Layer) -> RoutedExperts:
-    module = routed_experts(parallel, layer.merged)
+    module = routed_experts(parallel, layer.merged, layer.code, layer.group_size)
     list(module.load_weights(layer.tensors.items()))
     module.quant_method.process_weights_after_loading(module)
     return module
@@ -175,7 +190,17 @@ def test_registering_twice():
 @pytest.mark.parametrize("merged", [2, 4, 6])
 @pytest.mark.parametrize("ranks", [Ranks(1), Ranks(2), Ranks(2, expert_parallel=True)], ids=str)
 def test_sum_over_ranks(ranks, merged):
-    layer, (x, routing, ids) = random_layer(merged), batch()
+    check_sum_over_ranks(ranks, random_layer(merged))
+
+
+@pytest.mark.parametrize("code", ["angle16", "angle8", "angle6", "mask6"])
+@pytest.mark.parametrize("ranks", [Ranks(2), Ranks(2, expert_parallel=True)], ids=str)
+def test_sum_over_ranks_with_other_codes(ranks, code):
+    check_sum_over_ranks(ranks, random_layer(4, code))
+
+
+def check_sum_over_ranks(ranks: Ranks, layer: Layer) -> None:
+    x, routing, ids = batch()
     modules = [loaded(ranks.parallel_config(rank), layer) for rank in range(ranks.count)]
     parts = [module.forward_modular(x, routing, ids) for module in modules]
     out, want = sum(part.double() for part in parts), exact(layer, x, routing, ids)
@@ -192,6 +217,24 @@ def test_a_rank_allocates_its_own_experts_only(layer):
     assert halves.w2_weight.shape == (2, HIDDEN, INTERMEDIATE // 2)
 
 
+def test_steps_are_split_with_the_columns():
+    layer = random_layer(4, "angle8")
+    for rank in range(2):
+        module = loaded(Ranks(2).parallel_config(rank), layer)
+        assert torch.equal(module.w2_puzzle_grid[0], layer.tensors["0.down_proj.puzzle_grid"][:, rank : rank + 1])
+        up = layer.tensors["2.up_proj.puzzle_grid"].chunk(2)[rank]
+        assert torch.equal(module.w13_puzzle_grid[1, INTERMEDIATE // 2 :], up)
+
+
+def test_a_split_that_cuts_a_group_is_refused_with_advice():
+    message = r"group size 64, .*compress again with --group-size 32, or lower --tensor-parallel-size"
+    with pytest.raises(ValueError, match=message):
+        routed_experts(Ranks(2).parallel_config(0), 4, "angle8", 64)
+    with pytest.raises(ValueError, match=r"columns share a step: lower --tensor-parallel-size"):
+        routed_experts(Ranks(4).parallel_config(0), 4, "angle8", 64)
+    routed_experts(Ranks(2, expert_parallel=True).parallel_config(0), 4, "angle8", 64)
+
+
 def test_padding_only(layer):
     x, routing, ids = batch()
     module = loaded(Ranks(1).parallel_config(0), layer)
@@ -202,6 +245,13 @@ def test_missing_words(layer):
     rest = {name: tensor for name, tensor in layer.tensors.items() if name != "2.down_proj.puzzle"}
     with pytest.raises(LayoutError, match="w2_puzzle w2 of expert 2"):
         loaded(Ranks(1).parallel_config(0), Layer(layer.merged, rest))
+
+
+def test_missing_steps():
+    layer = random_layer(4, "angle8")
+    rest = {name: tensor for name, tensor in layer.tensors.items() if name != "2.down_proj.puzzle_grid"}
+    with pytest.raises(LayoutError, match="w2_puzzle_grid w2 of expert 2"):
+        loaded(Ranks(1).parallel_config(0), Layer(layer.merged, rest, layer.code))
 
 
 def test_a_reload_must_be_complete_again(layer):

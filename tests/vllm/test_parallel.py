@@ -32,6 +32,10 @@ def test_tensor_parallel_with_pairs_and_dense_experts(check):
     check({"tensor_parallel_size": 2}, sparsity="0.25")
 
 
+def test_tensor_parallel_with_group_steps(check):
+    check({"tensor_parallel_size": 2}, code="angle8", intermediate_size=256)
+
+
 def test_pair_that_straddles_expert_parallel_ranks(check):
     check(EXPERT_PARALLEL, num_local_experts=6)
 

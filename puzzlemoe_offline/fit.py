@@ -1,0 +1,163 @@
+"""The nearest words to a pair of matrices, by squared error weighted with each expert's input norms.
+
+Where no input correlates with another, the squared error of a projection's output is the sum over its weights of
+(error * norm of the input column)^2; the fits here minimise that sum, balanced between the two experts, over what a
+code can hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from puzzlemoe_offline.calibrate import ProjectionInputs
+from puzzlemoe_offline.merge import merge_least_squares, merge_pair
+from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_vllm.format.codes import SMALLEST, Angle16, GridCode, Mask16, UnencodableWeight, get_code
+
+UNSEEN = 1e-4
+"""Importance, relative to the mean, of an input column that no calibration token touched."""
+
+BALANCE = 0.5
+"""Each expert's squares are divided by its token count to this power.  The sum over all calibration tokens, power 0,
+gives up too much of the rarer expert of a pair; the mean per token, power 1, too much of the other."""
+
+STEP_SCALES = (0.9, 1.0, 1.1)
+"""A group's step is sought from these multiples of the best step for normally distributed weights."""
+
+REFINEMENTS = 1
+"""Rounds of: nearest words for the step, then best step for the words."""
+
+SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Floats of scores of candidate words in memory at once: the cache of a CPU, 256 MB of a GPU."""
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """Stored words [N, K words] of a pair of matrices, bf16 steps [N, groups] where the code has them, and how many
+    entries were clamped to the code's smallest magnitude or to zero."""
+
+    words: Tensor
+    grid: Tensor | None = None
+    clamped: int = 0
+
+    def to(self, device: torch.device | str) -> PackedMatrix:
+        """The same on another device."""
+        return PackedMatrix(self.words.to(device), None if self.grid is None else self.grid.to(device), self.clamped)
+
+    @staticmethod
+    def stack(blocks: list[PackedMatrix]) -> PackedMatrix:
+        """Blocks of rows as one."""
+        grids = [block.grid for block in blocks if block.grid is not None]
+        return PackedMatrix(
+            torch.cat([block.words for block in blocks]),
+            torch.cat(grids) if grids else None,
+            sum(block.clamped for block in blocks),
+        )
+
+
+def importance(inputs: tuple[ProjectionInputs, ProjectionInputs]) -> tuple[Tensor, Tensor]:
+    """Weights of the squared errors of a pair by input column, float32 [K] twice."""
+    squares = tuple(seen.norms.square() / max(seen.tokens, 1) ** BALANCE for seen in inputs)
+    mean = (squares[0].mean() + squares[1].mean()) / 2
+    if not mean > 0:
+        return torch.ones_like(squares[0]), torch.ones_like(squares[1])
+    return squares[0] / mean + UNSEEN, squares[1] / mean + UNSEEN
+
+
+def fit(
+    weights: tuple[Tensor, Tensor],
+    inputs: tuple[ProjectionInputs, ProjectionInputs],
+    recipe: Recipe,
+    group: int | None,
+) -> PackedMatrix:
+    """The words of two matrices [N, K], each with its own inputs.
+
+    Raises UnencodableWeight for a weight that the recipe's code cannot hold.
+    """
+    code = get_code(recipe.code)
+    if isinstance(code, GridCode):
+        assert group is not None
+        return fit_grid(code, weights, importance(inputs), group)
+    if isinstance(code, Angle16):
+        return PackedMatrix(fit_angle16(code, weights, importance(inputs)))
+    assert isinstance(code, Mask16)
+    if recipe.rule == "paper":
+        pair = merge_pair(*weights, inputs[0].norms, inputs[1].norms, recipe.tau)
+    else:
+        pair = merge_least_squares(*weights, *importance(inputs))
+    kept = pair.mask[0] | pair.mask[1]
+    clamped = kept & (pair.magnitude > 0) & (pair.magnitude < SMALLEST)
+    return PackedMatrix(code.encode(pair), clamped=int(clamped.sum()))
+
+
+def fit_angle16(code: Angle16, weights: tuple[Tensor, Tensor], importances: tuple[Tensor, Tensor]) -> Tensor:
+    """int16 words [N, K]: for each direction the magnitude is the weighted projection onto it, and the direction with
+    the least error wins, which is the one with the most energy in its projection."""
+    value0, value1 = (weight.float().abs() for weight in weights)
+    best, magnitude = torch.full_like(value0, -1), torch.zeros_like(value0)
+    direction = torch.zeros_like(value0, dtype=torch.uint8)
+    for d, (multiplier0, multiplier1) in enumerate(zip(code.multipliers(0), code.multipliers(1), strict=True)):
+        product = importances[0] * multiplier0 * value0 + importances[1] * multiplier1 * value1
+        along = product / (importances[0] * multiplier0**2 + importances[1] * multiplier1**2)
+        better = product * along > best
+        best = torch.where(better, product * along, best)
+        magnitude = torch.where(better, along, magnitude)
+        direction.masked_fill_(better, d)
+    if not bool(torch.isfinite(value0 + value1).all()):
+        raise UnencodableWeight("a weight is NaN or infinite")
+    return code.encode(magnitude, direction, (torch.signbit(weights[0]), torch.signbit(weights[1])))
+
+
+def fit_grid(
+    code: GridCode, weights: tuple[Tensor, Tensor], importances: tuple[Tensor, Tensor], group: int
+) -> PackedMatrix:
+    """Words and steps of a code with steps, for groups of `group` columns.
+
+    Several steps are tried for each row and group, from multiples of the one that suits normal weights of the group's
+    energy; each is improved by turns (words for the step, least-squares step for the words), and the best one stays.
+    """
+    pair = torch.stack([weight.float().abs().unflatten(1, (-1, group)) for weight in weights])
+    if not bool(torch.isfinite(pair).all()):
+        raise UnencodableWeight("a weight is NaN or infinite")
+    scale = torch.stack(importances)[:, None].unflatten(2, (-1, group))
+    magnitudes, words = code.magnitudes.to(pair.device), code.words.to(pair.device)
+    energy = (scale * pair.square()).sum(dim=(0, 3))
+    typical = (energy / scale.sum(dim=(0, 3))).sqrt() * code.unit_step
+    best_error = torch.full_like(typical, torch.inf)
+    best_step, best_index = typical, torch.zeros(pair.shape[1:], dtype=torch.uint8, device=pair.device)
+    for start in STEP_SCALES:
+        step = typical * start
+        for _ in range(REFINEMENTS + 1):
+            step = step.to(torch.bfloat16).float()
+            index = nearest(magnitudes, pair, step, scale)
+            values = magnitudes[index.int()].movedim(-1, 0)
+            product = (scale * pair * values).sum(dim=(0, 3))
+            square = (scale * values.square()).sum(dim=(0, 3))
+            error = energy - 2 * step * product + step.square() * square
+            better = error < best_error
+            best_error, best_step = torch.where(better, error, best_error), torch.where(better, step, best_step)
+            best_index = torch.where(better[..., None], index, best_index)
+            step = product / square
+    index = best_index.flatten(1).int()
+    negative = [torch.signbit(weight).int() for weight in weights]
+    return PackedMatrix(code.pack(words[index, negative[0], negative[1]]), best_step.to(torch.bfloat16))
+
+
+def nearest(magnitudes: Tensor, pair: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+    """Index into `magnitudes` of the word with the least weighted error, uint8 [N, groups, group].
+
+    magnitudes: [C, 2]; pair: absolute weights [2, N, groups, group]; step: [N, groups]; scale: [2, 1, groups, group].
+    """
+    # sum_p scale_p (x_p - v_p)^2 less what does not depend on v is one matrix product for all candidates v.
+    table = torch.cat([-magnitudes.T, magnitudes.T.square() / 2])
+    scaled = pair / step.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    index = torch.empty(pair.shape[1:], dtype=torch.uint8, device=pair.device)
+    rows = max(1, SCORES[pair.device.type] // (len(magnitudes) * pair[0, 0].numel()))
+    for first in range(0, pair.shape[1], rows):
+        block = scaled[:, first : first + rows]
+        features = torch.cat([scale * block, scale.expand_as(block)]).flatten(1)
+        index[first : first + rows] = (features.T @ table).argmin(dim=1).view(block.shape[1:])
+    return index
