@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodB
 from puzzlemoe_vllm.backends import ExpertWeights
 from puzzlemoe_vllm.format.codes import GROUP_SIZES, get_code
 from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig
-from puzzlemoe_vllm.ops import backend_for, fused_experts
+from puzzlemoe_vllm.ops import backend_for, check_code, fused_experts
 
 logger = init_logger(__name__)
 
@@ -60,9 +60,10 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Parameters of this rank's pairs and dense experts.
 
-        Raises ValueError for an activation, bias or per-rank size that the kernels do not serve.
+        Raises ValueError for an activation, bias, per-rank size or code that the kernels do not serve.
         """
         self._check_supported(layer, hidden_size, intermediate_size_per_partition)
+        check_code(torch.empty(0).device.type, self.code.name)
         local = self._local_experts(layer, extra["global_num_experts"])
         pairs = sorted({expert >> 1 for expert in local if expert < self.merged})
         dense = [expert for expert in local if expert >= self.merged]

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
 
+CODES = ("mask16",)
+
 INTERPRETED = triton.knobs.runtime.interpret
 OPERAND = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
 """What products multiply.  The interpreter has no bf16 products; float32 holds every bf16."""
@@ -91,7 +93,7 @@ def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: Ex
     """
     if x.dtype != torch.bfloat16 or weights.w13_dense.dtype != torch.bfloat16:
         raise TypeError(f"the Triton backend computes in bfloat16, not {x.dtype} by {weights.w13_dense.dtype}")
-    if weights.code != "mask16" or weights.w13_pairs.dtype != torch.int16:
+    if weights.code not in CODES or weights.w13_pairs.dtype != torch.int16:
         raise TypeError(f"the Triton backend reads int16 mask16 words, not {weights.w13_pairs.dtype} {weights.code}")
     x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
     out = torch.empty_like(x)
