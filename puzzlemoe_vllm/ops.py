@@ -62,8 +62,8 @@ def check_code(device_type: str, code: str) -> None:
     if code not in backend.CODES:
         name, known = backend.__name__.rsplit(".", 1)[1], ", ".join(backend.CODES)
         raise ValueError(
-            f"the {name} kernels read {known} words, not {code}: compress again with --code mask16, write a dense model "
-            "with `puzzlemoe unpack`, or serve on a CPU"
+            f"the {name} kernels read {known} words, not {code}: compress again with --code mask16, write a dense "
+            "model with `puzzlemoe unpack`, or serve on a CPU"
         )
 
 
