@@ -148,12 +148,20 @@ class ExpertStatistics:
             self.input_moments[expert].addmm_(inputs.float().T, inputs.float())
             self.hidden_moments[expert].addmm_(hidden.float().T, hidden.float())
 
-    def inputs(self, expert: int, projection: int) -> ProjectionInputs:
-        """What an expert's gate (0), up (1) or down (2) projection saw."""
+    def inputs(self, expert: int, projection: int, flat: bool = False) -> ProjectionInputs:
+        """What an expert's gate (0), up (1) or down (2) projection saw.
+
+        flat: as if its tokens, at least one, had the mean energy of the layer's in every column and nothing correlated.
+        """
         squares, moments = (
             (self.hidden_squares, self.hidden_moments) if projection == 2 else (self.input_squares, self.input_moments)
         )
         norms, tokens = squares[expert].sqrt().float(), int(self.tokens[expert])
+        if flat:
+            tokens = max(tokens, 1)
+            energy = squares.sum() / max(int(self.tokens.sum()), 1) / squares.shape[1] * tokens
+            norms = energy.sqrt().float().expand(squares.shape[1])
+            return ProjectionInputs(norms, tokens, None if moments is None else norms.square().diag())
         return ProjectionInputs(norms, tokens, None if moments is None else moments[expert])
 
 

@@ -84,7 +84,7 @@ def fit(
     if isinstance(code, Angle16):
         return PackedMatrix(fit_angle16(code, weights, importance(inputs)))
     assert isinstance(code, Mask16)
-    if recipe.rule == "paper":
+    if recipe.is_paper:
         pair = merge_pair(*weights, inputs[0].norms, inputs[1].norms, recipe.tau)
     else:
         pair = merge_least_squares(*weights, *importance(inputs))

@@ -16,8 +16,8 @@ from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_vllm.format.codes import PairCode, UnencodableWeight, get_code
 
 FEW_TOKENS = 32
-"""Below this many calibration tokens an expert's column norms say more about the tokens than about the expert: its pair
-is merged by magnitude alone."""
+"""Below this many calibration tokens an expert's column norms say more about the tokens than about the expert: the
+paper's rule merges its pair by magnitude alone, and least squares takes all its columns to be equally strong."""
 
 ENTRIES = 1 << 20
 """Entries merged at a time: bounds the float32 scratch memory, and lets it stay in a CPU's cache."""
@@ -58,15 +58,15 @@ def pack_pair(
     codes that have steps.
     Raises UnencodableWeight naming the experts and the projection.
     """
-    informed = statistics is not None and min(int(statistics.tokens[expert]) for expert in ids) >= FEW_TOKENS
+    few = [statistics is None or int(statistics.tokens[expert]) < FEW_TOKENS for expert in ids]
     packed = []
     for index, projection in enumerate(("gate", "up", "down")):
         weights = getattr(experts[0], projection).to(device), getattr(experts[1], projection).to(device)
-        if informed:
-            assert statistics is not None
-            inputs = statistics.inputs(ids[0], index), statistics.inputs(ids[1], index)
-        else:
+        if statistics is None or (recipe.is_paper and any(few)):
             inputs = (ProjectionInputs.unknown(weights[0].shape[1], device),) * 2
+        else:
+            first, second = (statistics.inputs(expert, index, flat=flat) for expert, flat in zip(ids, few, strict=True))
+            inputs = first, second
         try:
             packed.append(pack_matrix(weights, inputs, recipe, group, losses, index))
         except UnencodableWeight as error:

@@ -34,11 +34,16 @@ class Recipe(BaseModel):
     saliency: Literal["wanda", "magnitude"] = "wanda"
     seed: int = 0
 
+    @property
+    def is_paper(self) -> bool:
+        """Whether words are chosen by the paper's rule."""
+        return self.code == "mask16" and self.rule == "paper"
+
     @model_validator(mode="after")
     def _choices_fit_together(self) -> Recipe:
         if self.group_size is not None:
             get_code(self.code).check_group_size(self.group_size)
-        if self.compensate and (self.saliency == "magnitude" or (self.code == "mask16" and self.rule == "paper")):
+        if self.compensate and (self.saliency == "magnitude" or self.is_paper):
             raise ValueError("compensation needs calibration (wanda saliency) and a least-squares rule")
         return self
 

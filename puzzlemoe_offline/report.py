@@ -72,9 +72,7 @@ def summary(report: dict[str, Any]) -> Group:
         "seconds         " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items()),
     ]
     if few:
-        lines.append(
-            f"[yellow]{few} experts saw too few calibration tokens; their pairs were merged by magnitude alone"
-        )
+        lines.append(f"[yellow]{few} experts saw too few calibration tokens to tell which inputs matter")
     return Group(table, *lines)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from puzzlemoe_offline.calibrate import ProjectionInputs
+from puzzlemoe_offline.calibrate import ExpertStatistics, ProjectionInputs
 from puzzlemoe_offline.fit import fit, fit_angle16, fit_grid, importance, nearest
 from puzzlemoe_offline.merge import merge_least_squares
 from puzzlemoe_offline.recipe import Recipe
@@ -129,3 +129,22 @@ def test_importance_balances_the_experts_and_keeps_unseen_columns():
     assert first[1] > 0 and second[1] > 0
     silent = ProjectionInputs(torch.zeros(2), 0)
     assert torch.equal(importance((silent, silent))[0], torch.ones(2))
+
+
+def test_an_expert_without_tokens_leaves_the_word_to_its_partner():
+    """Its columns count as much as one token of the layer's mean energy."""
+    torch.manual_seed(4)
+    statistics = ExpertStatistics.zeros(2, 64, 32, torch.device("cpu"), moments=True)
+    statistics.observe(0, 3 * torch.randn(4096, 64), torch.randn(4096, 32))
+    inputs = statistics.inputs(0, 0), statistics.inputs(1, 0, flat=True)
+    assert inputs[1].tokens == 1
+    torch.testing.assert_close(inputs[1].norms, torch.full((64,), 3.0), rtol=0.02, atol=0)
+    assert torch.equal(inputs[1].moments, inputs[1].norms.square().diag())
+    weights = torch.randn(32, 64).bfloat16(), torch.randn(32, 64).bfloat16()
+    code = get_code("angle8")
+    packed = fit(weights, inputs, Recipe(code="angle8"), 32)
+    errors = [
+        float((code.decode(packed.words, position, packed.grid).float() - weight.float()).square().mean())
+        for position, weight in enumerate(weights)
+    ]
+    assert 2 * errors[0] < errors[1] < 0.5
