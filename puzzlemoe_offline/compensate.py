@@ -3,8 +3,8 @@
 This is GPTQ's update (arXiv 2210.17323) with two matrices instead of one: each expert has its own second moments of its
 own inputs, and so its own factor, but one word holds both weights of an entry.  What each expert's error in a column
 costs once the later columns have made up for what they can is 1 / U[j, j]^2, with U'U the inverse of its moments; the
-word is the nearest one under these weights.  Raw column norms in their place let the error of the expert that saw fewer
-tokens grow from column to column, since a shared magnitude, unlike GPTQ's rounding, does not bound it.
+word is the nearest one under these weights.  They must not be too unequal between the experts: a shared magnitude,
+unlike GPTQ's rounding, does not bound the lighter expert's error, which may then grow from column to column.
 """
 
 from __future__ import annotations
