@@ -5,8 +5,8 @@
     benchmarks/kernels.py --tune --out ../puzzlemoe_vllm/backends/cuda_dispatch.json   rewrite the dispatch table
 
 Times are CUDA-graph replays over several copies of the layer, each with its own routing, that together exceed the L2
-cache.  The floor is the time to read every distinct pair that the routing touches, at the bandwidth that a large
-device copy reaches on the same machine.
+cache.  The floor of each of our codes is the time to read every distinct pair that the routing touches, at the
+bandwidth that a large device copy reaches on the same machine.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.backends import ExpertWeights, cuda
+from puzzlemoe_vllm.backends import ExpertWeights, cuda, triton
+from puzzlemoe_vllm.format.codes import GROUP_SIZES, get_code
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -39,8 +41,13 @@ class Model:
     copies: int
     """Layers to rotate among, so that even one token's experts do not stay in the L2 cache."""
 
-    def words(self) -> int:
-        return 3 * self.hidden * self.intermediate
+    def pair_bytes(self, code: str) -> float:
+        """Of one pair's words and steps."""
+        return 3 * self.hidden * self.intermediate * get_code(code).bits_per_pair(group_size(code)) / 8
+
+
+def group_size(code: str) -> int | None:
+    return GROUP_SIZES[0] if get_code(code).has_grid else None
 
 
 MODELS = {
@@ -97,35 +104,31 @@ def copies(layers: list, tokens: int) -> list:
 Call = Callable[[Tensor, Tensor, Tensor], object]
 
 
-def random_words(*shape: int) -> Tensor:
-    """Pair words whose exponents are those of usual weights."""
+def random_words(shape: tuple[int, ...], code: str) -> Tensor:
+    """Stored words; those of the 16-bit codes with the exponents of usual weights."""
+    if get_code(code).has_grid:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
     words = torch.randint(0, 1 << 16, shape, dtype=torch.int32, device="cuda")
     return ((words & 0xF07F) | ((words >> 7 & 3) + 6 << 7)).to(torch.int16)
 
 
-def pair_weights(model: Model) -> ExpertWeights:
+def pair_weights(model: Model, code: str) -> ExpertWeights:
     pairs, hidden, intermediate = model.experts // 2, model.hidden, model.intermediate
-    words = [torch.empty(pairs, *shape, dtype=torch.int16, device="cuda")
-             for shape in ((2 * intermediate, hidden), (hidden, intermediate))]  # fmt: skip
-    for tensor in words:
-        for matrix in tensor:
-            matrix.copy_(random_words(*matrix.shape))
+    words, grids = [], []
+    for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
+        shape = get_code(code).words_shape(rows, columns)
+        words.append(torch.stack([random_words(shape, code) for _ in range(pairs)]))
+        size = group_size(code)
+        steps = (pairs, rows, columns // size) if size else None
+        grids.append(torch.full(steps, columns**-0.5, dtype=torch.bfloat16, device="cuda") if steps else None)
     dense = torch.empty(0, 2 * intermediate, hidden, dtype=torch.bfloat16, device="cuda")
-    return ExpertWeights(*words, dense, dense.new_empty(0, hidden, intermediate), None, "mask16")
+    return ExpertWeights(*words, dense, dense.new_empty(0, hidden, intermediate), None, code, *grids)
 
 
-def ours(model: Model, kernel: str | None = None) -> Call:
-    weights = pair_weights(model)
-    cuda.prepare(weights)
-    return lambda x, topk_weights, topk_ids: cuda.fused_experts(x, topk_weights, topk_ids, weights, kernel=kernel)
-
-
-def triton_backend(model: Model) -> Call:
-    from puzzlemoe_vllm.backends import triton
-
-    weights = pair_weights(model)
-    triton.prepare(weights)
-    return lambda x, topk_weights, topk_ids: triton.fused_experts(x, topk_weights, topk_ids, weights)
+def ours(model: Model, backend: ModuleType, code: str) -> Call:
+    weights = pair_weights(model, code)
+    backend.prepare(weights)
+    return lambda x, topk_weights, topk_ids: backend.fused_experts(x, topk_weights, topk_ids, weights)
 
 
 def random_matrices(model: Model) -> tuple[Tensor, Tensor]:
@@ -169,13 +172,23 @@ def vllm_int4(model: Model) -> Call:
     )
 
 
+OURS = {f"puzzlemoe {code}": (cuda, code) for code in cuda.CODES} | {
+    f"puzzlemoe triton {code}": (triton, code) for code in triton.CODES
+}
 CONTENDERS: dict[str, Callable[[Model], Call]] = {
-    "puzzlemoe cuda": ours,
-    "puzzlemoe triton": triton_backend,
+    **{name: partial(ours, backend=backend, code=code) for name, (backend, code) in OURS.items()},
     "vllm bf16": vllm_bf16,
     "vllm fp8": vllm_fp8,
     "vllm int4 marlin": vllm_int4,
 }
+DEFAULT = [
+    "puzzlemoe mask16",
+    "puzzlemoe angle8",
+    "puzzlemoe triton mask16",
+    "vllm bf16",
+    "vllm fp8",
+    "vllm int4 marlin",
+]
 
 
 def machine() -> dict[str, str]:
@@ -195,7 +208,8 @@ class Point:
     experts: float
     """Distinct experts that a layer's routing touches, mean over the copies; pairs likewise."""
     pairs: float
-    floor: float
+    floors: dict[str, float]
+    """Microseconds by contender; rivals have none."""
     microseconds: dict[str, float]
 
 
@@ -218,10 +232,11 @@ def measure(
                     time = graph_microseconds(calls)
                     pairs = statistics.mean((chosen // 2).unique().numel() for chosen in ids)
                     experts = statistics.mean(chosen.unique().numel() for chosen in ids)
-                    floor = pairs * model.words() * 2 / bandwidth * 1e6
                     kind = f"skew {skew:g}" if skew else "random"
-                    point = points.setdefault((skew, count), Point(name, kind, count, experts, pairs, floor, {}))
+                    point = points.setdefault((skew, count), Point(name, kind, count, experts, pairs, {}, {}))
                     point.microseconds[contender] = time
+                    if contender in OURS:
+                        point.floors[contender] = pairs * model.pair_bytes(OURS[contender][1]) / bandwidth * 1e6
         except Exception as reason:  # a rival may lack a kernel for this GPU: its column stays empty, and says why
             print(
                 f"{name}: {contender} was not measured: {type(reason).__name__}: {str(reason)[:300]}", file=sys.stderr
@@ -232,23 +247,23 @@ def measure(
 
 
 def show(point: Point, contenders: list[str]) -> str:
-    own = point.microseconds.get("puzzlemoe cuda")
-    cells = [f"{point.tokens:6d} {point.experts:6.1f} {point.pairs:5.1f} {point.floor:7.0f}"]
+    """A line of times, each with bf16's time over it, and for our own the floor's share of it."""
+    base = point.microseconds.get("vllm bf16")
+    cells = [f"{point.tokens:6d} {point.experts:6.1f} {point.pairs:5.1f}"]
     for contender in contenders:
         time = point.microseconds.get(contender)
-        ratio = f"{time / own:5.2f}x" if time and own else "      "
-        cells.append(f"{time:9.1f} {ratio}" if time else " " * 16)
-    if own:
-        cells.append(f"{point.floor / own * 100:4.0f}% of floor")
+        ratio = f"{base / time:5.2f}x" if time and base else ""
+        share = f"{point.floors[contender] / time * 100:4.0f}%" if time and contender in point.floors else ""
+        cells.append(f"{time:9.1f} {ratio:6s} {share:5s}" if time else " " * 22)
     return " ".join(cells)
 
 
-def tune(models: list[str], tokens: list[int], kernels: list[str]) -> dict:
+def tune(models: list[str], tokens: list[int], kernels: list[str], code: str) -> list[dict]:
     """For each load, the kernel with the least time summed over the models, each model's times relative to its best."""
     losses: dict[float, dict[str, list[float]]] = {}
     for name in models:
         model = MODELS[name]
-        prepared = [pair_weights(model) for _ in range(model.copies)]
+        prepared = [pair_weights(model, code) for _ in range(model.copies)]
         for weights in prepared:
             cuda.prepare(weights)
         candidates = kernels
@@ -267,7 +282,7 @@ def tune(models: list[str], tokens: list[int], kernels: list[str]) -> dict:
             # More tokens do not save a kernel that is far behind.
             candidates = [kernel for kernel in candidates if times[kernel] < 2 * min(times.values())]
             best, load = min(times.values()), count * model.topk / model.experts
-            print(f"{name:18s} {count:6d} tokens, {load:8.2f} slots per expert: "
+            print(f"{code} {name:18s} {count:6d} tokens, {load:8.2f} slots per expert: "
                   + "  ".join(f"{kernel} {time:.1f}" for kernel, time in times.items()))  # fmt: skip
             for kernel, time in times.items():
                 losses.setdefault(load, {}).setdefault(kernel, []).append(time / best)
@@ -282,14 +297,14 @@ def tune(models: list[str], tokens: list[int], kernels: list[str]) -> dict:
             rows[-1]["slots_per_expert"] = load
         else:
             rows.append({"slots_per_expert": load, "kernel": min(mean, key=lambda kernel: mean[kernel])})
-    return {"rows": rows, "machine": machine()}
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", default=DEFAULT, choices=CONTENDERS)
     parser.add_argument("--skews", nargs="+", type=float, default=[0.0, 0.5], help="0 is uniform routing")
     parser.add_argument("--tune", action="store_true", help="time every kernel and write the dispatch table")
     parser.add_argument("--kernels", nargs="+", help="of the CUDA library, for --tune; default all that run here")
@@ -298,18 +313,19 @@ def main() -> None:
 
     if arguments.tune:
         kernels = arguments.kernels or cuda.runnable_kernels(torch.device("cuda"))
-        result = tune(arguments.models, arguments.tokens, kernels)
-        major, minor = torch.cuda.get_device_capability()
+        capability = "".join(map(str, torch.cuda.get_device_capability()))
         table = json.loads(cuda.DISPATCH.read_text())
-        table["kernels"][f"{major}{minor}"] = result["rows"]
-        table.setdefault("measured", {})[f"{major}{minor}"] = result["machine"]
+        table["kernels"][capability] = {
+            code: tune(arguments.models, arguments.tokens, kernels, code) for code in ("mask16", "angle8")
+        }
+        table.setdefault("measured", {})[capability] = machine()
         text = json.dumps(table, indent=2) + "\n"
     else:
         bandwidth = copy_bandwidth()
         print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
         points = []
         for name in arguments.models:
-            print(f"{name}\ntokens experts pairs floor us " + " ".join(f"{c:>16s}" for c in arguments.contenders))
+            print(f"{name}\ntokens experts pairs " + " ".join(f"{c:>22s}" for c in arguments.contenders))
             for point in measure(name, arguments.contenders, arguments.tokens, arguments.skews, bandwidth):
                 print(show(point, arguments.contenders) + f" {point.routing}", flush=True)
                 points.append(asdict(point))

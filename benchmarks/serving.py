@@ -1,6 +1,6 @@
 """Whole models in vLLM with random weights: weight memory, room for the KV cache, prefill and decode speed.
 
-    python benchmarks/serving.py --model qwen3-30b-a3b --weights bf16 --weights puzzle --output results.json
+    python benchmarks/serving.py --model qwen3-30b-a3b --weights bf16 --weights angle8 --output results.json
     python benchmarks/serving.py --url http://127.0.0.1:8000 --concurrency 32    # a running server
 
 With --url, `vllm bench serve` does the measuring.  Otherwise each kind of weights runs in a process of its own on the
@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES
 
 PROMPT = 1024
 DECODE = (4, 36)
@@ -62,7 +64,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-WEIGHTS = ("bf16", "fp8", "int4", "puzzle")
+OURS = tuple(CODES)
+WEIGHTS = ("bf16", "fp8", "int4", *OURS)
 
 
 def config_of(model: str, weights: str) -> dict[str, Any]:
@@ -77,19 +80,20 @@ def config_of(model: str, weights: str) -> dict[str, Any]:
             "sym": True,
             "lm_head": False,
         }
-    if weights == "puzzle":
+    if weights in OURS:
         experts = config.get("num_local_experts") or config["num_experts"]
         config["quantization_config"] = {
             "quant_method": "puzzlemoe",
             "format_version": 1,
-            "code": "mask16",
+            "code": weights,
+            "group_size": GROUP_SIZES[0] if CODES[weights].has_grid else None,
             "merged_experts": {str(layer): experts for layer in range(config["num_hidden_layers"])},
         }
     return config
 
 
 def fill_words(model: Any) -> int:
-    """Gives pair words random signs, masks, mantissas and one small exponent; returns how many tensors it filled.
+    """Gives pair words random bits, 16-bit ones one small exponent; returns how many tensors it filled.
 
     Dummy loading leaves integer parameters as the memory was, which may be anything.
     """
@@ -99,7 +103,10 @@ def fill_words(model: Any) -> int:
     for name, words in model.named_parameters():
         if name.endswith("_puzzle"):
             for row in words.data:
-                row.random_(-(2**15), 2**15).bitwise_and_(~0x0F80).bitwise_or_(9 << 7)
+                if row.dtype == torch.uint8:
+                    row.random_(0, 256)
+                else:
+                    row.random_(-(2**15), 2**15).bitwise_and_(~0x0F80).bitwise_or_(9 << 7)
             filled += 1
     torch.cuda.synchronize()
     return filled
@@ -126,8 +133,8 @@ def measure(model: str, weights: str, batches: list[int], gpu_memory: float) -> 
             enable_prefix_caching=False,
         )
         started = time.perf_counter() - began
-    filled = sum(engine.apply_model(fill_words)) if weights == "puzzle" else 0
-    assert weights != "puzzle" or filled
+    filled = sum(engine.apply_model(fill_words)) if weights in OURS else 0
+    assert weights not in OURS or filled
 
     def seconds(batch: int, output: int) -> float:
         prompts = [{"prompt_token_ids": torch.randint(10, 30000, (PROMPT,)).tolist()} for _ in range(batch)]

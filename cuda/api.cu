@@ -45,14 +45,39 @@ struct Workspace {
     routing.counts = scratch.take<int>(routing.experts());
     routing.sorted_slots = scratch.take<int>(routing.slots);
     routing.groups = scratch.take<TokenGroup>(routing.max_groups(kernel.part_tokens));
-    routing.group_count = scratch.take<int>(1);
+    routing.group_counts = scratch.take<int>(2);
     hidden = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.intermediate);
     slots = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.hidden);
-    routing.arrivals = scratch.take<int>(2 * kMaxArrivals);
+    routing.arrivals = scratch.take<int>(kMaxArrivals);
     partials = scratch.take<float4>(kernel.splits ? kMaxPartials * int64_t(128) * 2 * kernel.part_tokens / 4 : 0);
     bytes = scratch.used;
   }
 };
+
+// Gate and up, or down, of all groups.  Only mask16's decoder also reads dense experts: with the other codes they take
+// a launch of their own.
+cudaError_t multiply(const pm_layer& layer, const Kernel& kernel, const Workspace& work, bool gate_up,
+                     cudaStream_t stream) {
+  const int* counts = work.routing.group_counts;
+  int group_shift = 0;
+  while (32 << group_shift <= layer.group_size) ++group_shift;
+  GroupedGemm gemm{static_cast<const uint8_t*>(gate_up ? layer.w13_pairs : layer.w2_pairs),
+                   static_cast<const uint8_t*>(gate_up ? layer.w13_steps : layer.w2_steps),
+                   static_cast<const uint32_t*>(layer.table),
+                   static_cast<const uint8_t*>(gate_up ? layer.w13_dense : layer.w2_dense),
+                   gate_up ? static_cast<const __nv_bfloat16*>(layer.x) : work.hidden,
+                   gate_up ? work.hidden : work.slots,
+                   work.routing.sorted_slots, work.routing.groups, nullptr, counts + 1,
+                   work.partials, work.routing.arrivals, layer.topk, layer.pairs,
+                   gate_up ? 2 * layer.intermediate : layer.hidden,
+                   gate_up ? layer.hidden : layer.intermediate, group_shift};
+  if (layer.code == PM_CODE_MASK16 || layer.dense == 0) return kernel.launch(layer.code, gate_up, gemm, stream);
+  gemm.end_group = counts;
+  cudaError_t error = layer.pairs ? kernel.launch(layer.code, gate_up, gemm, stream) : cudaSuccess;
+  gemm.first_group = counts;
+  gemm.end_group = counts + 1;
+  return error ? error : kernel.launch(PM_CODE_MASK16, gate_up, gemm, stream);
+}
 
 }  // namespace
 
@@ -89,26 +114,17 @@ int pm_fused_experts(const pm_layer* layer, void* stream_handle) {
   if (2 * layer->pairs + layer->dense > kMaxExperts) return fail("more than 512 experts on one device");
   if (int64_t(layer->tokens) * layer->topk > INT32_MAX) return fail("more than 2^31 - 1 (token, expert) slots");
   if (layer->topk > 32) return fail("more than 32 experts per token");
+  if (layer->code >= PM_CODE_TABLE8 && layer->group_size != 128 && layer->group_size != 64 && layer->group_size != 32)
+    return fail("a code with steps needs group_size 128, 64 or 32");
+  if (layer->code >= PM_CODE_TABLE8 && (layer->hidden % layer->group_size || layer->intermediate % layer->group_size))
+    return fail("hidden and intermediate must be multiples of group_size");
   if (layer->tokens == 0) return 0;
 
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const Workspace work(*layer, *kernel);
-  auto product = [&](const void* words, const void* dense, const void* activations, void* out, int* arrivals, int rows,
-                     int depth) {
-    return GroupedGemm{static_cast<const uint8_t*>(words), static_cast<const uint8_t*>(dense),
-                       static_cast<const __nv_bfloat16*>(activations), static_cast<__nv_bfloat16*>(out),
-                       work.routing.sorted_slots, work.routing.groups, work.routing.group_count,
-                       work.partials, arrivals, layer->topk, layer->pairs, rows, depth};
-  };
   cudaError_t error = route(work.routing, kernel->part_tokens, stream);
-  if (!error)
-    error = kernel->launch(layer->code, true,
-                           product(layer->w13_pairs, layer->w13_dense, layer->x, work.hidden, work.routing.arrivals,
-                                   2 * layer->intermediate, layer->hidden), stream);
-  if (!error)
-    error = kernel->launch(layer->code, false,
-                           product(layer->w2_pairs, layer->w2_dense, work.hidden, work.slots,
-                                   work.routing.arrivals + kMaxArrivals, layer->hidden, layer->intermediate), stream);
+  if (!error) error = multiply(*layer, *kernel, work, true, stream);
+  if (!error) error = multiply(*layer, *kernel, work, false, stream);
   if (!error)
     error = combine(work.slots, layer->topk_weights, work.routing, static_cast<__nv_bfloat16*>(layer->out),
                     layer->tokens, layer->hidden, stream);

@@ -9,25 +9,30 @@ template <class Code, class Tile, bool kGateUp>
 cudaError_t launch_kernel(const GroupedGemm& gemm, cudaStream_t stream) {
   constexpr auto kernel = gemm_mma<Code, Tile, kGateUp>;
   constexpr int kSharedBytes = MmaKernel<Code, Tile, kGateUp>::kSharedBytes;
-  static_assert(kSharedBytes <= 99 * 1024, "a block of compute capability 8.6 and 8.9 has no more");
   static std::atomic<int> known[kMaxDevices];
   int blocks;
   if (cudaError_t error = resident_blocks(kernel, Tile::kThreads, kSharedBytes, known, blocks)) return error;
   return launch_early(kernel, blocks, Tile::kThreads, kSharedBytes, stream, gemm);
 }
 
+template <class Code, class Tile>
+cudaError_t launch_product(bool gate_up, const GroupedGemm& gemm, cudaStream_t stream) {
+  return gate_up ? launch_kernel<Code, Tile, true>(gemm, stream) : launch_kernel<Code, Tile, false>(gemm, stream);
+}
+
 template <class Tile>
 cudaError_t launch(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t stream) {
   switch (code) {
-    case PM_CODE_MASK16:
-      return gate_up ? launch_kernel<Mask16, Tile, true>(gemm, stream)
-                     : launch_kernel<Mask16, Tile, false>(gemm, stream);
+    case PM_CODE_MASK16: return launch_product<Mask16, Tile>(gate_up, gemm, stream);
+    case PM_CODE_ANGLE16: return launch_product<Angle16, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TABLE8: return launch_product<TableWords<8>, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TABLE6: return launch_product<TableWords<6>, Tile>(gate_up, gemm, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-// Tokens a part, warps over rows, warps over depth, strips a warp, depth, stages: 8 KB of words and 8 KB of tokens a
-// stage (16 and 16 in the last), two blocks on an 8.0 or 9.0 multiprocessor and one on 8.6 and 8.9.
+// Tokens a part, warps over rows, warps over depth, strips a warp, depth, stages: 8 KB of mask16 words and 8 KB of tokens
+// a stage (16 and 16 in the last).
 using Mma8 = MmaTile<8, 1, 8, 1, 256, 5>;
 using Mma16 = MmaTile<16, 2, 4, 1, 128, 5>;
 using Mma32 = MmaTile<32, 4, 2, 1, 64, 5>;

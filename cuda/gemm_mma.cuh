@@ -13,7 +13,7 @@ struct MmaTile {
   static constexpr int kDepthWarps = kDepthWarps_;  // warps that share a row and split a stage's depth
   static constexpr int kWarpStrips = kWarpStrips_;  // 16-row strips per warp
   static constexpr int kDepth = kDepth_;            // columns per stage
-  static constexpr int kStages = kStages_;
+  static constexpr int kMostStages = kStages_;
 
   static constexpr int kWarps = kRowWarps * kDepthWarps, kThreads = 32 * kWarps;
   static constexpr int kStrips = kRowWarps * kWarpStrips;
@@ -27,8 +27,13 @@ template <class Code, class Tile, bool kGateUp>
 struct MmaKernel {
   static constexpr int kStripBytes = Tile::kDepthTiles * Code::kTileBytes;  // of a stage
   static constexpr int kWeightBytes = Tile::kStrips * kStripBytes;
-  static constexpr int kStageBytes = kWeightBytes + Tile::kTokenBytes;
-  static constexpr int kSharedBytes = Tile::kStages * kStageBytes + Tile::kSumBytes;
+  static constexpr int kGroups = Code::kHasSteps ? Tile::kDepthTiles / kMinGroupTiles : 0;  // of a stage, at most
+  static constexpr int kStageBytes = kWeightBytes + Tile::kTokenBytes + kGroups * Tile::kStrips * kStripStepBytes;
+  static constexpr int kTableBytes = Code::kTableEntries * 128;
+  static constexpr int kSharedLimit = 99 * 1024;  // of compute capability 8.6 and 8.9
+  static constexpr int kRoom = (kSharedLimit - kTableBytes - Tile::kSumBytes) / kStageBytes;
+  static constexpr int kStages = kRoom < Tile::kMostStages ? kRoom : Tile::kMostStages;
+  static constexpr int kSharedBytes = kTableBytes + kStages * kStageBytes + Tile::kSumBytes;
 
   // Token tiles that are multiplied or skipped together: of one part, or one of each where a part is a single tile.
   static constexpr int kBlockTiles = Tile::kPartTokens < 64 ? 2 : 4;
@@ -38,15 +43,20 @@ struct MmaKernel {
   struct Loader {
     const GroupedGemm& gemm;
     uint8_t* shared;
-    int row_tiles, items;
+    int first_group, row_tiles, items;
     int item, slot = 0, tile = 0;  // of the next stage
     WorkItem work, next;           // read one item ahead, since its reads depend on one another
     int strips;
     const uint8_t* weights;        // this thread's first chunk of the stage
 
-    // Words: every thread copies the chunks that are kPassBytes apart in the stage.
-    static constexpr int kPassBytes = Tile::kThreads * 16, kWordChunks = kWeightBytes / kPassBytes;
+    // Words: threads copy the chunks that are kPassBytes apart in the stage, whole strips or whole parts of a strip.
+    static constexpr int kBlockBytes = Tile::kThreads * 16;
+    static constexpr int kPassBytes = kStripBytes > kBlockBytes ? kBlockBytes
+                                      : kBlockBytes > kWeightBytes ? kWeightBytes
+                                                                   : kBlockBytes / kStripBytes * kStripBytes;
+    static constexpr int kWordChunks = kWeightBytes / kPassBytes;
     static_assert(kWeightBytes % kPassBytes == 0 && (kPassBytes % kStripBytes == 0 || kStripBytes % kPassBytes == 0));
+    static_assert(kGroups * Tile::kStrips * kStripStepBytes <= kBlockBytes);
     // Tokens: neighbouring threads copy one token's columns.  A thread's tokens are a multiple of eight apart, so that
     // its place in the swizzle never changes.
     static constexpr int kRowChunks = Tile::kDepth / 8;
@@ -55,16 +65,16 @@ struct MmaKernel {
     static constexpr uint32_t kNone = ~0u;
     uint32_t places[kTokenChunks];  // in the activations, in 16-byte vectors
 
-    __device__ Loader(const GroupedGemm& gemm, uint8_t* shared, int row_tiles, int items)
-        : gemm(gemm), shared(shared), row_tiles(row_tiles), items(items), item(blockIdx.x) {
+    __device__ Loader(const GroupedGemm& gemm, uint8_t* shared, int first_group, int row_tiles, int items)
+        : gemm(gemm), shared(shared), first_group(first_group), row_tiles(row_tiles), items(items), item(blockIdx.x) {
       if (item >= items) return;
-      next = WorkItem(gemm, item, row_tiles);
+      next = WorkItem(gemm, first_group, item, row_tiles);
       start_item();
     }
 
     __device__ void start_item() {
       work = next;
-      if (item + gridDim.x < items) next = WorkItem(gemm, item + gridDim.x, row_tiles);
+      if (item + gridDim.x < items) next = WorkItem(gemm, first_group, item + gridDim.x, row_tiles);
       strips = gemm.rows / 16 - work.row_tile * Tile::kStrips;
       const int strip = work.row_tile * Tile::kStrips + threadIdx.x * 16 / kStripBytes;
       weights = unit_weights<Code>(gemm, work.group.unit) + int64_t(strip) * (gemm.depth / 16) * Code::kTileBytes +
@@ -88,6 +98,7 @@ struct MmaKernel {
 #pragma unroll
         for (int i = 0; i < kWordChunks; ++i) {
           const int at = threadIdx.x * 16 + i * kPassBytes;
+          if (kPassBytes < kBlockBytes && threadIdx.x * 16 >= kPassBytes) break;
           if (at / kStripBytes < strips && at % kStripBytes < (tiles - tile) * Code::kTileBytes)
             cp_async_16(to + i * kPassBytes, weights + i * pass);
         }
@@ -102,7 +113,8 @@ struct MmaKernel {
           for (int i = 0; i < kTokenChunks; ++i)
             if (places[i] != kNone) cp_async_16(to + i * kTokenStep * Tile::kDepth * 2, from + places[i]);
         }
-        slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+        if constexpr (Code::kHasSteps) load_steps();
+        slot = slot + 1 == kStages ? 0 : slot + 1;
         tile += Tile::kDepthTiles;
         if (tile >= tiles) {
           tile = 0;
@@ -112,12 +124,22 @@ struct MmaKernel {
       }
       cp_async_commit();
     }
+
+    // The stage's steps, [groups][strips]: a thread copies those of eight rows at most.
+    __device__ void load_steps() {
+      constexpr int kGroupBytes = Tile::kStrips * kStripStepBytes;
+      const int group = threadIdx.x * 16 / kGroupBytes, byte = threadIdx.x * 16 % kGroupBytes;
+      const int group_tile = tile + (group << gemm.group_shift);
+      if (group_tile < min(tile + Tile::kDepthTiles, gemm.depth / 16) && byte / kStripStepBytes < strips)
+        cp_async_16(shared_address(shared + slot * kStageBytes + kWeightBytes + Tile::kTokenBytes) + threadIdx.x * 16,
+                    strip_steps(gemm, work.group.unit, group_tile, work.row_tile * Tile::kStrips) + byte);
+    }
   };
 
   // One stage's products for this warp's strips and depth tiles.  Columns of absent tokens hold stale values: they
   // reach no other column and are never stored.
-  __device__ static void multiply(const uint8_t* stage, const TokenGroup& group, const Code (&codes)[2],
-                                  int depth_tiles, Accumulators& sums) {
+  __device__ static void multiply(const uint8_t* stage, const TokenGroup& group, const Code& code,
+                                  int depth_tiles, int group_shift, Accumulators& sums) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row_warp = warp % Tile::kRowWarps, depth_warp = warp / Tile::kRowWarps;
     const uint32_t tokens = shared_address(stage + kWeightBytes);
@@ -129,10 +151,16 @@ struct MmaKernel {
 #pragma unroll
       for (int s = 0; s < Tile::kWarpStrips; ++s) {
         const int strip = row_warp * Tile::kWarpStrips + s;
-        auto words = *reinterpret_cast<const typename Code::Words*>(
-            stage + strip * kStripBytes + tile * Code::kTileBytes + lane * sizeof(typename Code::Words));
-        codes[0].decode(words, a[s][0]);
-        if (group.count[1] > 0) codes[1].decode(words, a[s][1]);
+        const uint8_t* words = stage + strip * kStripBytes + tile * Code::kTileBytes;
+        const bool two = group.count[1] > 0;
+        if (two) code.template decode<true>(code.load(words, lane), a[s][0], a[s][1]);
+        else code.template decode<false>(code.load(words, lane), a[s][0], a[s][1]);
+        if constexpr (Code::kHasSteps) {
+          const uint32_t steps = reinterpret_cast<const uint32_t*>(stage + kWeightBytes + Tile::kTokenBytes)[
+              ((tile >> group_shift) * Tile::kStrips + strip) * (kStripStepBytes / 4) + lane / 4];
+          multiply_by_steps(a[s][0], steps);
+          if (two) multiply_by_steps(a[s][1], steps);
+        }
       }
 #pragma unroll
       for (int block = 0; block < Tile::kTokenTiles; block += kBlockTiles) {
@@ -185,31 +213,34 @@ struct MmaKernel {
   }
 
   __device__ __forceinline__ static void run(const GroupedGemm& gemm) {
-    extern __shared__ __align__(128) uint8_t shared[];
+    extern __shared__ __align__(128) uint8_t shared_memory[];
+    const uint32_t table = fill_table<Code>(gemm, shared_memory);
+    uint8_t* shared = shared_memory + kTableBytes;
     wait_for_previous_kernel();
     let_next_kernel_start();
-    float4* exchange = reinterpret_cast<float4*>(shared + Tile::kStages * kStageBytes);
+    float4* exchange = reinterpret_cast<float4*>(shared + kStages * kStageBytes);
     const int row_tiles = (gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips;
-    const int items = *gemm.group_count * row_tiles;
+    const int first_group = gemm.first_group ? *gemm.first_group : 0;
+    const int items = (*gemm.end_group - first_group) * row_tiles;
     const int lane = threadIdx.x % 32, row_warp = threadIdx.x / 32 % Tile::kRowWarps;
     const bool stores = threadIdx.x / 32 < Tile::kRowWarps;
 
-    Loader loader(gemm, shared, row_tiles, items);
-    for (int s = 0; s < Tile::kStages - 1; ++s) loader.load_stage();
+    Loader loader(gemm, shared, first_group, row_tiles, items);
+    for (int s = 0; s < kStages - 1; ++s) loader.load_stage();
 
     int slot = 0;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      const WorkItem work(gemm, item, row_tiles);
+      const WorkItem work(gemm, first_group, item, row_tiles);
       const bool dense = work.dense(gemm);
-      const Code codes[2] = {Code(dense, work.position(0)), Code(dense, work.position(1))};
+      const Code code(dense, work.position(0), work.position(1), table);
       Accumulators sums = {};
       for (int tile = 0; tile < gemm.depth / 16; tile += Tile::kDepthTiles) {
-        cp_async_wait<Tile::kStages - 2>();
+        cp_async_wait<kStages - 2>();
         __syncthreads();  // the oldest stage is here for all, and nobody reads the one before it any more
         loader.load_stage();
         const uint8_t* stage = shared + slot * kStageBytes;
-        multiply(stage, work.group, codes, gemm.depth / 16 - tile, sums);
-        slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+        multiply(stage, work.group, code, gemm.depth / 16 - tile, gemm.group_shift, sums);
+        slot = slot + 1 == kStages ? 0 : slot + 1;
       }
       if constexpr (Tile::kDepthWarps > 1) sum_depth(exchange, sums);
       if (!stores) continue;

@@ -15,26 +15,34 @@ cudaError_t launch_kernel(const GroupedGemm& gemm, cudaStream_t stream) {
   return launch_early(kernel, blocks, Tile::kThreads, kSharedBytes, stream, gemm);
 }
 
+template <class Code, class Tile>
+cudaError_t launch_product(bool gate_up, const GroupedGemm& gemm, cudaStream_t stream) {
+  return gate_up ? launch_kernel<Code, Tile, true>(gemm, stream) : launch_kernel<Code, Tile, false>(gemm, stream);
+}
+
 template <class Tile>
 cudaError_t launch(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t stream) {
   switch (code) {
-    case PM_CODE_MASK16:
-      return gate_up ? launch_kernel<Mask16, Tile, true>(gemm, stream)
-                     : launch_kernel<Mask16, Tile, false>(gemm, stream);
+    case PM_CODE_MASK16: return launch_product<Mask16, Tile>(gate_up, gemm, stream);
+    case PM_CODE_ANGLE16: return launch_product<Angle16, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TABLE8: return launch_product<TableWords<8>, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TABLE6: return launch_product<TableWords<6>, Tile>(gate_up, gemm, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-// Tokens a part, step of widths, stages, splits.
-using Wgmma16 = WgmmaTile<16, 8, 10, 4>;
-using Wgmma32 = WgmmaTile<32, 16, 8, 4>;
-using Wgmma64 = WgmmaTile<64, 32, 6, 1>;
-using Wgmma128 = WgmmaTile<128, 64, 4, 1>;
+// wgmma or not, tokens a part, step of widths, splits, blocks on a multiprocessor.
+using Bulk16 = WgmmaTile<false, 16, 8, 4, 2>;
+using Bulk32 = WgmmaTile<false, 32, 16, 4, 2>;
+using Wgmma32 = WgmmaTile<true, 32, 16, 4, 1>;
+using Wgmma64 = WgmmaTile<true, 64, 32, 1, 1>;
+using Wgmma128 = WgmmaTile<true, 128, 64, 1, 1>;
 
 }  // namespace
 
 extern const Kernel kWgmmaKernels[] = {
-    {"wgmma16", Wgmma16::kPartTokens, Wgmma16::kMaxSplits > 1, 90, 90, launch<Wgmma16>},
+    {"bulk16", Bulk16::kPartTokens, Bulk16::kMaxSplits > 1, 90, 90, launch<Bulk16>},
+    {"bulk32", Bulk32::kPartTokens, Bulk32::kMaxSplits > 1, 90, 90, launch<Bulk32>},
     {"wgmma32", Wgmma32::kPartTokens, Wgmma32::kMaxSplits > 1, 90, 90, launch<Wgmma32>},
     {"wgmma64", Wgmma64::kPartTokens, Wgmma64::kMaxSplits > 1, 90, 90, launch<Wgmma64>},
     {"wgmma128", Wgmma128::kPartTokens, Wgmma128::kMaxSplits > 1, 90, 90, launch<Wgmma128>},

@@ -24,25 +24,43 @@ struct TokenGroup {
 // One of the two matrix products: activations [rows in expert order, depth] times the units' [rows, depth] weights.
 struct GroupedGemm {
   const uint8_t* words;             // pairs, kernel order
+  const uint8_t* steps;             // of pairs, kernel order
+  const uint32_t* table;            // of pair words, for codes with one
   const uint8_t* dense;             // dense experts, kernel order
   const __nv_bfloat16* activations;
   __nv_bfloat16* out;
   const int* sorted_slots;          // (token, k) slot of every row in expert order
   const TokenGroup* groups;
-  const int* group_count;
+  const int *first_group, *end_group;  // the launch's groups
   float4* partials;                 // [kMaxPartials] tiles of 128 rows: sums of items whose depth is split
-  int* arrivals;                    // [kMaxArrivals], zero at launch: how many splits of a warp's rows are there
+  int* arrivals;                    // [kMaxArrivals], zero at launch and at its end: how many splits of 64 rows are there
   int topk, pairs;
   int rows, depth;                  // of a unit's weight matrix
+  int group_shift;                  // log2 of the tiles that share a step
+
+  __device__ int step_groups() const { return (depth / 16) >> group_shift; }
 };
+
+// Fills a code's table in shared memory with all threads, a copy for every lane, and returns the address of this
+// lane's.  The caller synchronises.
+template <class Code>
+__device__ inline uint32_t fill_table(const GroupedGemm& gemm, uint8_t* shared) {
+  for (int i = threadIdx.x; i < Code::kTableEntries * 32; i += blockDim.x)
+    reinterpret_cast<uint32_t*>(shared)[i] = gemm.table[i / 32];
+  return shared_address(shared) + threadIdx.x % 32 * 4;
+}
+
+constexpr int kStripStepBytes = 32;  // steps of a strip's 16 rows, in one group
+constexpr int kMinGroupTiles = 2;
 
 // Tells the compiler that all lanes of the warp hold the same value.
 __device__ inline int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
-constexpr int kMaxPartials = 1024, kMaxArrivals = kMaxPartials / 2 * 8;
+constexpr int kMaxPartials = 1024, kMaxArrivals = kMaxPartials / 2 * 2;
 
-// Into how many splits of its depth each item is cut.  A block can read up to half again as fast as its even share of
-// the memory bandwidth, so work need not be quite even; adding up splits costs about as much as a few stages.
+// Into how many splits of its depth each item is cut; the same for all, so that no sum depends on which item a token
+// falls into.  A block can read up to half again as fast as its even share of the memory bandwidth, so work need not be
+// quite even; adding up splits costs about as much as a few stages.
 __device__ inline int choose_splits(int items, int stages, int blocks, int most) {
   constexpr int kSumStages = 4;
   int best = 1, best_time = INT_MAX;
@@ -54,7 +72,7 @@ __device__ inline int choose_splits(int items, int stages, int blocks, int most)
   return best;
 }
 
-// The items of a launch are groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row tiles,
+// The items of a launch are its groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row tiles,
 // then the next band, so that a band's words and the unit's tokens stay in the L2 cache between its groups.
 struct WorkItem {
   TokenGroup group;
@@ -63,15 +81,17 @@ struct WorkItem {
   static constexpr int kBand = 16;
 
   WorkItem() = default;
-  __device__ WorkItem(const GroupedGemm& gemm, int item, int row_tiles) {
-    group = load(gemm.groups + item / row_tiles);
-    int rest = item - group.first * row_tiles;
+  // first_group: of the launch.
+  __device__ WorkItem(const GroupedGemm& gemm, int first_group, int item, int row_tiles) {
+    const int own = first_group + item / row_tiles;
+    group = load(gemm.groups + own);
+    int rest = item - (group.first - first_group) * row_tiles;
     int band = rest / (kBand * group.unit_groups);
     rest -= band * kBand * group.unit_groups;
     int tiles = min(kBand, row_tiles - band * kBand);
     int index = rest / tiles;
     row_tile = band * kBand + rest - index * tiles;
-    if (index + group.first != item / row_tiles) group = load(gemm.groups + group.first + index);
+    if (group.first + index != own) group = load(gemm.groups + group.first + index);
   }
 
   __device__ bool dense(const GroupedGemm& gemm) const { return group.unit >= gemm.pairs; }
@@ -89,7 +109,14 @@ struct WorkItem {
 template <class Code>
 __device__ inline const uint8_t* unit_weights(const GroupedGemm& gemm, int unit) {
   const int64_t bytes = int64_t(gemm.rows / 16) * (gemm.depth / 16) * Code::kTileBytes;
-  return unit < gemm.pairs ? gemm.words + unit * bytes : gemm.dense + (unit - gemm.pairs) * bytes;
+  if (!Code::kReadsDense || unit < gemm.pairs) return gemm.words + unit * bytes;
+  return gemm.dense + (unit - gemm.pairs) * bytes;
+}
+
+// First byte of the steps of a pair's strip, in the group that holds a tile of the depth.
+__device__ inline const uint8_t* strip_steps(const GroupedGemm& gemm, int pair, int tile, int strip) {
+  const int64_t group = int64_t(pair) * gemm.step_groups() + (tile >> gemm.group_shift);
+  return gemm.steps + (group * (gemm.rows / 16) + strip) * kStripStepBytes;
 }
 
 // The activations that a row in expert order multiplies: gate and up read the token's own row, down reads the hidden
@@ -99,6 +126,12 @@ __device__ inline int64_t activation_row(const GroupedGemm& gemm, int sorted_row
   return kGateUp ? gemm.sorted_slots[sorted_row] / gemm.topk : sorted_row;
 }
 
+// SiLU(gate) * up of an accumulator tile, rows 0..7 gate and 8..15 up: the lane's two tokens of row lane/4.
+__device__ __forceinline__ uint32_t gated(const float (&tile)[4], float scale) {
+  auto silu_times = [](float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; };
+  return pack_bf16(silu_times(tile[0] * scale, tile[2] * scale), silu_times(tile[1] * scale, tile[3] * scale));
+}
+
 // Stores one 16 (weight rows) x 8 (tokens) accumulator tile; all lanes of the warp call it together.
 // `sorted_row` is that of the lane's token lane/4, below 0 where the tile has no such token.
 template <bool kGateUp>
@@ -106,9 +139,7 @@ __device__ __forceinline__ void store_tile(const GroupedGemm& gemm, int strip, i
                                   float scale) {
   const int column = 2 * (threadIdx.x % 4);
   if constexpr (kGateUp) {
-    auto silu_times = [](float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; };
-    uint32_t hidden = transpose_8x8(pack_bf16(silu_times(tile[0] * scale, tile[2] * scale),
-                                              silu_times(tile[1] * scale, tile[3] * scale)));
+    uint32_t hidden = transpose_8x8(gated(tile, scale));
     if (sorted_row < 0) return;
     int64_t offset = int64_t(sorted_row) * (gemm.rows / 2) + strip * 8 + column;
     *reinterpret_cast<uint32_t*>(gemm.out + offset) = hidden;

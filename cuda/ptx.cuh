@@ -19,15 +19,23 @@ __device__ inline void cp_async_wait() {
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared)
-               : "memory");
+               : "r"(shared));
 }
 
+// d += a b.
 __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d = a b.
+__device__ inline void mma_m16n8k16_first(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
 // Lane 4r + c gives row r, columns 2c and 2c+1 of an 8 x 8 matrix of 16-bit elements and gets those of its transpose.
@@ -90,6 +98,16 @@ __device__ inline void barrier_arrive_after_copies(uint32_t barrier) {
 
 // Orders the writes to shared memory that this thread has observed, cp.async included, before wgmma's reads.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Barrier `name` among the 128 threads of a warpgroup.
+__device__ inline void warpgroup_barrier(int name) { asm volatile("bar.sync %0, 128;" ::"r"(name) : "memory"); }
+
+// Stores four 8 x 8 matrices of 16-bit elements transposed; lane 8m + r gives the address of matrix m's column r.
+__device__ inline void store_transposed_x4(uint32_t shared, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 
 template <int kRegisters>
 __device__ inline void registers_up() {

@@ -6,14 +6,15 @@
 #pragma once
 #include <stdint.h>
 
-#define PM_ABI_VERSION 1
+#define PM_ABI_VERSION 2
 #define PM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum { PM_CODE_MASK16 = 0 };
+/* How pair words are decoded; the last two look 8- and 6-bit words up in a table and multiply by steps. */
+enum { PM_CODE_MASK16, PM_CODE_ANGLE16, PM_CODE_TABLE8, PM_CODE_TABLE6 };
 
 /* P pairs and D dense experts; local expert 2p + position is that position of pair p, 2P + d is dense expert d.
  * Weights are in kernel order (see words.cuh); puzzlemoe_vllm/backends/cuda.py writes it. */
@@ -24,12 +25,16 @@ typedef struct {
   const int32_t* expert_map;  /* [experts], local expert or -1; NULL: ids are local */
   const void* w13_pairs;      /* words of [pairs, 2 intermediate, hidden] */
   const void* w2_pairs;       /* words of [pairs, hidden, intermediate] */
+  const void* w13_steps;      /* bf16 steps of w13_pairs, a row and group_size columns each; NULL without */
+  const void* w2_steps;       /* those of w2_pairs */
+  const void* table;          /* bf16 [256 or 64, 2], a word's value at position 0 and 1; NULL without */
   const void* w13_dense;      /* bf16 of [dense, 2 intermediate, hidden] */
   const void* w2_dense;       /* bf16 of [dense, hidden, intermediate] */
   void* out;                  /* bf16 [tokens, hidden] */
   void* scratch;              /* pm_scratch_bytes bytes */
   int32_t tokens, topk, hidden, intermediate, pairs, dense;
   int32_t code;               /* PM_CODE_* */
+  int32_t group_size;         /* columns per step: 128, 64 or 32; 0 for codes without steps */
   int32_t kernel;             /* index below pm_kernel_count */
 } pm_layer;
 

@@ -48,7 +48,9 @@ __device__ int plan(const Routing& routing, int part_tokens, int count) {
   const int groups = leads ? (parts + 1) / 2 : 0;
   int2 total;
   const int2 before = exclusive_sum({count, groups}, total);
-  if (expert == 0) *routing.group_count = total.y;
+  if (expert == 0) routing.group_counts[1] = total.y;
+  if (expert == min(2 * routing.pairs, kPlanThreads - 1))
+    routing.group_counts[0] = 2 * routing.pairs < kPlanThreads ? before.y : total.y;
 
   TokenGroup group{paired ? expert / 2 : expert - routing.pairs, before.y, groups, 0, {0, 0}, {0, 0}};
   for (int g = 0; g < groups; ++g) {
@@ -62,7 +64,7 @@ __device__ int plan(const Routing& routing, int part_tokens, int count) {
     }
     routing.groups[before.y + g] = group;
   }
-  for (int i = expert; i < 2 * kMaxArrivals / 4; i += kPlanThreads)
+  for (int i = expert; i < kMaxArrivals / 4; i += kPlanThreads)
     reinterpret_cast<int4*>(routing.arrivals)[i] = make_int4(0, 0, 0, 0);
   return before.x;
 }

@@ -12,8 +12,8 @@ struct Routing {
   int* counts;        // [2 pairs + dense], also the cursors of the scatter
   int* sorted_slots;  // [slots]
   TokenGroup* groups;
-  int* group_count;
-  int* arrivals;      // [2 * kMaxArrivals], zeroed for the two products
+  int* group_counts;  // [2], of pairs and of all
+  int* arrivals;      // [kMaxArrivals], zeroed
 
   __host__ __device__ int experts() const { return 2 * pairs + dense; }
   __host__ __device__ int units() const { return pairs + dense; }

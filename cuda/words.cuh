@@ -1,12 +1,37 @@
 // Kernel order of weights, and how a lane turns one load of a pair into the weights of either expert.
 //
-// A [N, K] matrix is cut into 16 x 16 tiles, stored strip by strip: [N/16][K/16][lane 32][8 elements], where lane
-// 4g + c holds exactly its registers of an m16k16 A operand (mma and wgmma agree on it):
+// A [N, K] matrix is cut into 16 x 16 tiles, stored strip by strip, [N/16][K/16] tiles.  Of a tile's 256 elements, lane
+// 4g + c of a warp holds the eight that are its registers of an m16k16 A operand (mma and wgmma agree on it):
 //   row g, columns 2c 2c+1 | row g+8, 2c 2c+1 | row g, 2c+8 2c+9 | row g+8, 2c+8 2c+9.
 // In the gate-and-up matrix, strip s holds gate rows 8s..8s+7 as its rows 0..7 and up rows 8s..8s+7 as its rows
 // 8..15, so that a gate and its up value meet in one thread's accumulators.
+//
+// Codes with steps have them in the order [K/group][N/16][8][2]: rows g and g+8 of a strip in one 32-bit register.
+//
+// A code is a class, made for the positions of the two parts of a token group, with
+//   kTileBytes, Words: of a tile and of one lane's share of it, which load() reads from shared memory;
+//   decode(): a lane's A registers of part 0 and, if kTwo, of part 1;
+//   kHasSteps: whether weights are what decode() gives times the step of their row and group;
+//   kTableEntries: of the table in shared memory that it looks words up in, 0 for none;
+//   kReadsDense: whether it also decodes the bf16 weights of dense experts, which are stored as its own tiles are;
+//   scale(): what the sums are multiplied by in the end.
 #pragma once
+#include <cuda_bf16.h>
 #include <cstdint>
+
+__device__ inline __nv_bfloat162 as_bf16x2(uint32_t bits) { return reinterpret_cast<__nv_bfloat162&>(bits); }
+
+__device__ inline uint32_t multiply_bf16x2(uint32_t a, __nv_bfloat162 b) {
+  __nv_bfloat162 product = __hmul2(as_bf16x2(a), b);
+  return reinterpret_cast<uint32_t&>(product);
+}
+
+// A lane's A registers times the steps of its rows.
+__device__ inline void multiply_by_steps(uint32_t (&a)[4], uint32_t steps) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    a[j] = multiply_bf16x2(a[j], j % 2 ? __high2bfloat162(as_bf16x2(steps)) : __low2bfloat162(as_bf16x2(steps)));
+}
 
 // Pair word in kernel order: [15] sign 0, [14] mask 0, [13] sign 1, [12] mask 1, [11:7] exponent - 112, [6:0] mantissa.
 // With its mask as the top exponent bit the word already is a bf16: the weight times 2^16 where the mask is set, and
@@ -16,25 +41,135 @@
 // constants pass the plain bf16 weights of dense experts through.
 class Mask16 {
  public:
-  static constexpr int kTileBytes = 512;
+  static constexpr int kTileBytes = 512, kTableEntries = 0;
+  static constexpr bool kHasSteps = false, kReadsDense = true;
   using Words = uint4;
 
-  __device__ Mask16(bool dense, int position)
-      : shift_(dense ? 0 : 2 * position), upper_(dense ? 0xFFFFFFFFu : 0xC000C000u), lower_(dense ? 0 : 0x0FFF0FFFu) {}
+  __device__ Mask16(bool dense, int position0, int position1, uint32_t)
+      : shift0_(dense ? 0 : 2 * position0),
+        shift1_(dense ? 0 : 2 * position1),
+        upper_(dense ? 0xFFFFFFFFu : 0xC000C000u),
+        lower_(dense ? 0 : 0x0FFF0FFFu) {}
 
   __device__ static float scale(bool dense) { return dense ? 1.0f : 1.0f / 65536.0f; }
 
-  // One lane's A registers of a tile.
-  __device__ void decode(const Words& words, uint32_t (&a)[4]) const {
-    a[0] = weight_pair(words.x);
-    a[1] = weight_pair(words.y);
-    a[2] = weight_pair(words.z);
-    a[3] = weight_pair(words.w);
+  __device__ Words load(const uint8_t* tile, int lane) const { return reinterpret_cast<const uint4*>(tile)[lane]; }
+
+  template <bool kTwo>
+  __device__ void decode(const Words& words, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
+    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      a0[j] = ((pairs[j] << shift0_) & upper_) | (pairs[j] & lower_);
+      if (kTwo) a1[j] = ((pairs[j] << shift1_) & upper_) | (pairs[j] & lower_);
+    }
   }
 
  private:
-  __device__ uint32_t weight_pair(uint32_t words) const { return ((words << shift_) & upper_) | (words & lower_); }
-
-  int shift_;
+  int shift0_, shift1_;
   uint32_t upper_, lower_;
+};
+
+// The stored word: [15] sign 0, [14] sign 1, [13:12] direction d, [11:0] magnitude times 2^-112 as a bf16's low bits.
+// Moved below the exponent of 1.0, d is the bf16 1 + d/4, which one multiply-add makes (15 - 4d)/16 or (3 + 4d)/16
+// times 2^112.
+class Angle16 {
+ public:
+  static constexpr int kTileBytes = 512, kTableEntries = 0;
+  static constexpr bool kHasSteps = false, kReadsDense = false;
+  using Words = uint4;
+
+  __device__ Angle16(bool, int position0, int position1, uint32_t) : first_(position0), second_(position1) {}
+
+  __device__ static float scale(bool) { return 1.0f; }
+
+  __device__ Words load(const uint8_t* tile, int lane) const { return reinterpret_cast<const uint4*>(tile)[lane]; }
+
+  template <bool kTwo>
+  __device__ void decode(const Words& words, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
+    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t direction = ((pairs[j] >> 7) & 0x00600060u) | 0x3F803F80u, magnitude = pairs[j] & 0x0FFF0FFFu;
+      a0[j] = first_.weights(pairs[j], direction, magnitude);
+      if (kTwo) a1[j] = second_.weights(pairs[j], direction, magnitude);
+    }
+  }
+
+ private:
+  struct Position {
+    static constexpr float kLarge = 0x1p112f;
+    int shift;
+    __nv_bfloat162 slope, offset;
+
+    __device__ explicit Position(int position)
+        : shift(position),
+          slope(__float2bfloat162_rn(position ? kLarge : -kLarge)),
+          offset(__float2bfloat162_rn((position ? -13.0f / 16 : 31.0f / 16) * kLarge)) {}
+    __device__ uint32_t weights(uint32_t words, uint32_t direction, uint32_t magnitude) const {
+      return multiply_bf16x2(((words << shift) & 0x80008000u) | magnitude,
+                             __hfma2(as_bf16x2(direction), slope, offset));
+    }
+  };
+  Position first_, second_;
+};
+
+// Words of kBits that a table turns into two weights: entry w has the bf16 value of word w at position 0 in its low
+// half and at position 1 in its high half.  Every lane has a copy of the table in its own bank of shared memory, so a
+// look-up is one load without conflicts, and both experts' weights come of it.  That leaves two instructions a word for
+// the integer pipe, which arithmetic decoding would keep busier than the memory.
+//
+// A lane's share of a tile is its eight words as one little-endian number; of six-bit words, the lanes' lower 32 bits
+// come first, then their upper 16.
+template <int kBits>
+class TableWords {
+ public:
+  static constexpr int kTileBytes = 32 * kBits, kTableEntries = 1 << kBits;
+  static constexpr bool kHasSteps = true, kReadsDense = false;
+  struct Words {
+    uint32_t low, high;
+  };
+
+  // table: of this lane, in shared memory; entries are 128 bytes apart.
+  __device__ TableWords(bool, int position0, int position1, uint32_t table)
+      : table_(table), half0_(half(position0)), half1_(half(position1)) {}
+
+  __device__ static float scale(bool) { return 1.0f; }
+
+  __device__ Words load(const uint8_t* tile, int lane) const {
+    if constexpr (kBits == 8) {
+      const uint2 both = reinterpret_cast<const uint2*>(tile)[lane];
+      return {both.x, both.y};
+    } else {
+      return {reinterpret_cast<const uint32_t*>(tile)[lane], reinterpret_cast<const uint16_t*>(tile + 128)[lane]};
+    }
+  }
+
+  template <bool kTwo>
+  __device__ void decode(const Words& words, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t even = look_up(word(words, 2 * j)), odd = look_up(word(words, 2 * j + 1));
+      a0[j] = __byte_perm(even, odd, half0_);
+      if (kTwo) a1[j] = __byte_perm(even, odd, half1_);
+    }
+  }
+
+ private:
+  static_assert(kBits == 8 || kBits == 6);
+
+  __device__ static uint32_t half(int position) { return position ? 0x7632 : 0x5410; }
+
+  __device__ static uint32_t word(const Words& words, int i) {
+    if constexpr (kBits == 8) return __byte_perm(i < 4 ? words.low : words.high, 0, 0x4440 | i % 4);
+    return (i < 6 ? __funnelshift_r(words.low, words.high, 6 * i) : words.high >> (6 * i - 32)) & 63;
+  }
+
+  __device__ uint32_t look_up(uint32_t word) const {
+    uint32_t entry;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(entry) : "r"(table_ + word * 128));
+    return entry;
+  }
+
+  uint32_t table_, half0_, half1_;
 };

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import subprocess
 from pathlib import Path
 
 import pytest
+import sass
 import torch
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda
+from puzzlemoe_vllm.format.codes import get_code
 
 CUDA = Path(__file__).parents[1] / "cuda"
 
@@ -50,8 +53,6 @@ def test_kernel_words_swap_two_bits():
 
 def test_kernel_word_is_the_leaders_weight_times_2_to_16():
     """The identity that the kernels' decoding rests on, for every word with the leader's mask."""
-    from puzzlemoe_vllm.format.codes import get_code
-
     words = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
     kernel = cuda.kernel_words(words, "mask16")
     for position in (0, 1):
@@ -60,6 +61,38 @@ def test_kernel_word_is_the_leaders_weight_times_2_to_16():
         exact = get_code("mask16").decode(words, position).double()
         assert torch.equal(scaled.where(exact != 0, 0), exact)
         assert scaled.where(exact == 0, 0).abs().max() < 4e-34
+
+
+@pytest.mark.parametrize("code", ["angle8", "angle6", "mask6"])
+def test_nibbles_hold_each_word_where_its_lane_looks_it_up(code):
+    """Rebuilds words from the registers as cuda/words.cuh describes them."""
+    bits = get_code(code).bits
+    words = torch.randint(0, 1 << bits, (3, 2, 256), dtype=torch.uint8)
+    kernel = cuda.kernel_words(words, code)
+    assert kernel.shape == (3, 2, 256 * bits // 8)
+    for lane in (0, 5, 31):
+        for j in range(8):
+            element = words[1, 1, lane * 8 + (2 * j if j < 4 else 2 * (j - 4) + 1)].item()
+            if code == "angle8":
+                low, high = (nibble(kernel[1, 1], lane * 8 + 4 * half, j) for half in (0, 1))
+                assert element == high << 4 | low
+                continue
+            four = nibble(kernel[1, 1], lane * 4, j)
+            two = nibble(kernel[1, 1], 128 + lane * 2, j % 4) >> 2 * (j // 4) & 3
+            if code == "angle6":
+                assert element == (four >> 2) << 4 | two << 2 | four & 3
+            else:
+                assert element == four << 2 | two
+
+
+def nibble(data: torch.Tensor, first_byte: int, index: int) -> int:
+    return int(data[first_byte + index // 2]) >> 4 * (index % 2) & 15
+
+
+def test_steps_come_in_the_order_of_the_strips():
+    grid = torch.arange(64 * 3, dtype=torch.int32).view(64, 3)
+    assert cuda.tile_steps(grid, False)[2, 1, 5, 1] == grid[16 + 5 + 8, 2]
+    assert cuda.tile_steps(grid, True)[0, 3, 2, 1] == grid[32 + 3 * 8 + 2, 0]
 
 
 def test_prepare_keeps_shapes_and_content():
@@ -76,11 +109,11 @@ def test_prepare_keeps_shapes_and_content():
 
 
 def test_dispatch_table_is_ordered_and_open_ended():
-    for capability in (80, 86, 89, 90, 100):
-        rows = cuda._dispatch_rows(capability)
+    for capability, code in itertools.product((80, 86, 89, 90, 100), cuda.CODES):
+        rows = cuda._dispatch_rows(capability, code)
         assert [limit for limit, _ in rows] == sorted(limit for limit, _ in rows)
-        assert cuda.choose_kernel(1e9, capability) == rows[-1][1]
-        assert cuda.choose_kernel(0.01, capability) == rows[0][1]
+        assert cuda.choose_kernel(1e9, capability, code) == rows[-1][1]
+        assert cuda.choose_kernel(0.01, capability, code) == rows[0][1]
 
 
 def test_library_states_its_reason_when_it_cannot_be_used(tmp_path, monkeypatch):
@@ -110,14 +143,46 @@ def test_build_without_nvcc_says_what_to_do(build, tmp_path, monkeypatch):
         build.build_library(tmp_path / "library.so")
 
 
-def test_library_builds_and_answers_without_a_gpu(build, tmp_path):
+@pytest.fixture(scope="module")
+def library(build, tmp_path_factory):
     try:
         build.find_nvcc()
     except FileNotFoundError:
         pytest.skip("nvcc is not installed")
-    output = tmp_path / "libpuzzlemoe_cuda.so"
+    output = tmp_path_factory.mktemp("library") / "libpuzzlemoe_cuda.so"
     build.build_library(output, ["90"])
-    library = ctypes.CDLL(str(output))
-    assert library.pm_abi_version() == cuda.ABI_VERSION
-    undefined = subprocess.run(["nm", "-D", "--undefined-only", output], capture_output=True, text=True, check=True)
+    return output
+
+
+def test_library_builds_and_answers_without_a_gpu(library):
+    assert ctypes.CDLL(str(library)).pm_abi_version() == cuda.ABI_VERSION
+    undefined = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
     assert "torch" not in undefined.stdout and "Py" not in undefined.stdout and "cudart" not in undefined.stdout
+
+
+def test_no_register_is_written_while_a_product_reads_it(library):
+    """ptxas before CUDA 13.3 is known to reuse a wgmma's A registers too early in some kernels: not in these."""
+    cuobjdump = sass.find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("cuobjdump is not installed")
+    kernels = {name: code for name, code in sass.functions(cuobjdump, library).items() if "gemm_wgmma" in name}
+    assert len(kernels) == 2 * 4 * len(cuda.CODES)
+    for name, code in kernels.items():
+        assert any(instruction.opcode.startswith("HGMMA") for instruction in code), name
+        assert not sass.overwritten_operands(code), name
+
+
+def test_an_early_write_would_be_found():
+    def program(left: str) -> list[sass.Instruction]:
+        product = ("R24", "R56", "gdesc[UR8]", "R24", "gsb0")
+        return [
+            sass.Instruction(0, False, "HGMMA.64x64x16.F32.BF16", product),
+            sass.Instruction(16, False, "HGMMA.64x64x16.F32.BF16", ("R24", "R60", *product[2:])),
+            sass.Instruction(32, False, "WARPGROUP.DEPBAR.LE", ("gsb0", left)),
+            sass.Instruction(48, False, "LOP3.LUT", ("R63", "R1", "R2", "R3")),
+            sass.Instruction(64, True, "BRA", ("0x0",)),
+            sass.Instruction(80, False, "EXIT", ()),
+        ]
+
+    assert [found.address for found in sass.overwritten_operands(program("0x1"))] == [48]
+    assert not sass.overwritten_operands(program("0x0"))

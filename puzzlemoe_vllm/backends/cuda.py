@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
+from puzzlemoe_vllm.format.codes import GridCode, get_code
 
-ABI_VERSION = 1
-CODES = {"mask16": 0}
+ABI_VERSION = 2
+CODES = {"mask16": 0, "angle16": 1, "angle8": 2, "angle6": 3, "mask6": 3}
+"""The library's decoder of each code."""
+
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
 DISPATCH = Path(__file__).with_name("cuda_dispatch.json")
 """Which kernel serves how many tokens; written by `benchmarks/kernels.py --tune`."""
@@ -33,9 +36,10 @@ class _Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "topk_weights", "topk_ids", "expert_map")),
-        *((name, ctypes.c_void_p) for name in ("w13_pairs", "w2_pairs", "w13_dense", "w2_dense", "out", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("w13_pairs", "w2_pairs", "w13_steps", "w2_steps")),
+        *((name, ctypes.c_void_p) for name in ("table", "w13_dense", "w2_dense", "out", "scratch")),
         *((name, ctypes.c_int32) for name in ("tokens", "topk", "hidden", "intermediate", "pairs", "dense")),
-        *((name, ctypes.c_int32) for name in ("code", "kernel")),
+        *((name, ctypes.c_int32) for name in ("code", "group_size", "kernel")),
     ]
 
 
@@ -94,27 +98,46 @@ def runnable_kernels(device: torch.device) -> list[str]:
 
 
 @functools.cache
-def _dispatch_rows(capability: int) -> list[tuple[float, str]]:
+def _dispatch_rows(capability: int, code: str) -> list[tuple[float, str]]:
     tables = json.loads(DISPATCH.read_text())["kernels"]
     table = tables[str(capability)] if str(capability) in tables else tables["other"]
-    return [(float(row["slots_per_expert"]), row["kernel"]) for row in table]
+    rows = table["mask16" if get_code(code).bits == 16 else "angle8"]
+    return [(float(row["slots_per_expert"]), row["kernel"]) for row in rows]
 
 
-def choose_kernel(slots_per_expert: float, capability: int) -> str:
+def choose_kernel(slots_per_expert: float, capability: int, code: str) -> str:
     """The kernel for a layer whose experts are chosen `slots_per_expert` times on average.
 
-    capability: compute capability without its dot, 90 for an H100.
+    capability: compute capability without its dot, 90 for an H100.  code: mask16 was timed for the 16-bit codes, angle8
+    for the smaller ones.
     """
-    rows = _dispatch_rows(capability)
+    rows = _dispatch_rows(capability, code)
     return next((kernel for limit, kernel in rows if slots_per_expert <= limit), rows[-1][1])
 
 
-def kernel_words(words: Tensor, code: str) -> Tensor:
-    """Pair words with their bits in the kernel's order (cuda/words.cuh); its own inverse for mask16."""
-    if code != "mask16":
-        return words
-    swapped = ((words >> 13) & 1) << 14 | ((words >> 14) & 1) << 13
-    return (words & ~0x6000) | swapped
+def kernel_words(tiles: Tensor, code: str) -> Tensor:
+    """Tiles of one word per element, [..., 256], in the bit order that the kernels read (cuda/words.cuh): int16 for the
+    16-bit codes, else uint8 [..., bytes of a tile]."""
+    if code == "mask16":
+        swapped = ((tiles >> 13) & 1) << 14 | ((tiles >> 14) & 1) << 13
+        return (tiles & ~0x6000) | swapped
+    if get_code(code).bits != 6:
+        return tiles
+    first, second = tiles.unflatten(-1, (32, 2, 4)).unbind(-2)
+    three_bytes = [
+        torch.stack([w[..., 0] | w[..., 1] << 6, w[..., 1] >> 2 | w[..., 2] << 4, w[..., 2] >> 4 | w[..., 3] << 2], -1)
+        for w in (first, second)
+    ]
+    lower, upper = torch.cat(three_bytes, dim=-1).split((4, 2), dim=-1)
+    return torch.cat([lower.flatten(-2), upper.flatten(-2)], dim=-1)
+
+
+@functools.cache
+def word_table(code: str, device: torch.device) -> Tensor:
+    """bf16 [2^bits, 2]: the value of every word of a code with steps at position 0 and 1."""
+    grid_code = get_code(code)
+    assert isinstance(grid_code, GridCode)
+    return grid_code.values.T.contiguous().to(device, torch.bfloat16)
 
 
 def tile(matrix: Tensor, gate_up: bool) -> Tensor:
@@ -129,17 +152,29 @@ def tile(matrix: Tensor, gate_up: bool) -> Tensor:
     return tiles.permute(strip, 3, 2, 5, 4, half, 6).reshape(rows // 16, columns // 16, 256)
 
 
+def tile_steps(grid: Tensor, gate_up: bool) -> Tensor:
+    """Steps [N, groups] in the order of cuda/words.cuh, [groups, N/16, 8, 2]."""
+    rows, groups = grid.shape
+    if gate_up:
+        return grid.view(2, rows // 16, 8, groups).permute(3, 1, 2, 0)
+    return grid.view(rows // 16, 2, 8, groups).permute(3, 0, 2, 1)
+
+
 def prepare(weights: ExpertWeights) -> None:
     """Rewrites a layer's weights, as they were loaded, into the order that the kernels read.  In place, one matrix at a
     time: the extra memory is a few copies of one expert's largest matrix."""
-    for tensor, code, gate_up in (
-        (weights.w13_pairs, weights.code, True),
-        (weights.w2_pairs, weights.code, False),
-        (weights.w13_dense, "dense", True),
-        (weights.w2_dense, "dense", False),
+    code = get_code(weights.code)
+    for words, grid, dense, gate_up in (
+        (weights.w13_pairs, weights.w13_grid, weights.w13_dense, True),
+        (weights.w2_pairs, weights.w2_grid, weights.w2_dense, False),
     ):
-        for matrix in tensor.detach():
-            matrix.copy_(tile(kernel_words(matrix, code), gate_up).view_as(matrix))
+        for matrix in words.detach():
+            elements = code.unpack(matrix) if isinstance(code, GridCode) else matrix
+            matrix.copy_(kernel_words(tile(elements, gate_up), code.name).view_as(matrix))
+        for matrix in dense.detach():
+            matrix.copy_(tile(matrix, gate_up).view_as(matrix))
+        for steps in grid.detach() if grid is not None else ():
+            steps.copy_(tile_steps(steps, gate_up).reshape(steps.shape))
 
 
 def fused_experts(
@@ -160,7 +195,7 @@ def fused_experts(
     with torch.cuda.device(x.device):
         if kernel is None:
             major, minor = torch.cuda.get_device_capability()
-            kernel = choose_kernel(tokens * topk / experts, 10 * major + minor)
+            kernel = choose_kernel(tokens * topk / experts, 10 * major + minor, weights.code)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         # Held here until the launches are queued: the allocator reuses memory in stream order.
         inputs = {
@@ -173,6 +208,9 @@ def fused_experts(
             "w2_dense": weights.w2_dense,
             "out": out,
         }
+        if weights.w13_grid is not None and weights.w2_grid is not None:
+            inputs |= {"w13_steps": weights.w13_grid, "w2_steps": weights.w2_grid}
+            inputs["table"] = word_table(weights.code, x.device)
         if weights.expert_map is not None:
             inputs["expert_map"] = weights.expert_map
         layer = _Layer(
@@ -184,6 +222,7 @@ def fused_experts(
             pairs=weights.w13_pairs.shape[0],
             dense=weights.w13_dense.shape[0],
             code=CODES[weights.code],
+            group_size=0 if weights.w13_grid is None else hidden // weights.w13_grid.shape[2],
             kernel=kernel_names().index(kernel),
         )
         scratch = torch.empty(library.pm_scratch_bytes(layer), dtype=torch.uint8, device=x.device)
