@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights, reference
-from puzzlemoe_vllm.format.codes import MergedPair, get_code
+from puzzlemoe_vllm.format.codes import Angle16, Mask16, MergedPair, PairCode, get_code
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,10 +28,10 @@ if GPU or INTERPRETED:
     from puzzlemoe_vllm.backends import triton as backend
 
     @triton.jit
-    def decode_kernel(words, out, position, BLOCK: tl.constexpr):
+    def decode_kernel(words, out, POSITION: tl.constexpr, CODE: tl.constexpr, BLOCK: tl.constexpr):
         index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        weight = backend._pair_weights(tl.load(words + index), position, "mask16").to(tl.float32)
-        tl.store(out + index, weight * backend._pair_scale("mask16"))
+        weight = backend._decode(tl.load(words + index), POSITION, None, None, CODE)
+        tl.store(out + index, weight.to(tl.float32))
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run here themselves")
@@ -49,23 +49,34 @@ class Layer:
     hidden: int
     intermediate: int
     top_k: int
+    code: str = "mask16"
+    group_size: int | None = None
 
 
 TINY = Layer(pairs=2, dense=0, hidden=64, intermediate=32, top_k=2)
 MIXTRAL = Layer(pairs=4, dense=0, hidden=4096, intermediate=14336, top_k=2)
 QWEN3 = Layer(pairs=64, dense=0, hidden=2048, intermediate=768, top_k=8)
+QWEN3_ANGLE8 = replace(QWEN3, code="angle8", group_size=128)
 DEEPSEEK = Layer(pairs=32, dense=0, hidden=2048, intermediate=1408, top_k=6)
 
 
-def pair_words(pairs: int, rows: int, columns: int, seed: int) -> Tensor:
+def pair_words(code: PairCode, pairs: int, rows: int, columns: int, seed: int) -> Tensor:
     draw = torch.Generator(DEVICE).manual_seed(seed)
     shape = (pairs, rows, columns)
+    if code.has_grid:
+        return torch.randint(256, (pairs, *code.words_shape(rows, columns)), generator=draw, device=DEVICE).to(
+            code.dtype
+        )
     merged = MergedPair(
         magnitude=(torch.randn(shape, generator=draw, device=DEVICE) / columns**0.5).abs(),
         mask=tuple(torch.rand(shape, generator=draw, device=DEVICE) < 0.7 for _ in range(2)),
         negative=tuple(torch.rand(shape, generator=draw, device=DEVICE) < 0.5 for _ in range(2)),
     )
-    return get_code("mask16").encode(merged)
+    if isinstance(code, Angle16):
+        direction = torch.randint(4, shape, generator=draw, device=DEVICE)
+        return code.encode(merged.magnitude, direction, merged.negative)
+    assert isinstance(code, Mask16)
+    return code.encode(merged)
 
 
 def make_weights(layer: Layer, seed: int = 0) -> ExpertWeights:
@@ -75,13 +86,22 @@ def make_weights(layer: Layer, seed: int = 0) -> ExpertWeights:
         shape = (layer.dense, rows, columns)
         return (torch.randn(shape, generator=draw, device=DEVICE) / columns**0.5).bfloat16()
 
+    def steps(rows: int, columns: int) -> Tensor | None:
+        if layer.group_size is None:
+            return None
+        shape = (layer.pairs, rows, columns // layer.group_size)
+        return ((torch.rand(shape, generator=draw, device=DEVICE) + 0.5) / columns**0.5).bfloat16()
+
+    code = get_code(layer.code)
     return ExpertWeights(
-        w13_pairs=pair_words(layer.pairs, 2 * layer.intermediate, layer.hidden, seed),
-        w2_pairs=pair_words(layer.pairs, layer.hidden, layer.intermediate, seed + 1),
+        w13_pairs=pair_words(code, layer.pairs, 2 * layer.intermediate, layer.hidden, seed),
+        w2_pairs=pair_words(code, layer.pairs, layer.hidden, layer.intermediate, seed + 1),
         w13_dense=dense(2 * layer.intermediate, layer.hidden),
         w2_dense=dense(layer.hidden, layer.intermediate),
         expert_map=None,
-        code="mask16",
+        code=layer.code,
+        w13_grid=steps(2 * layer.intermediate, layer.hidden),
+        w2_grid=steps(layer.hidden, layer.intermediate),
     )
 
 
@@ -112,11 +132,21 @@ def check(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeig
 def test_every_word_decodes_as_the_code_says(position):
     words = torch.arange(-(2**15), 2**15, device=DEVICE).to(torch.int16)
     out = torch.empty(2**16, device=DEVICE)
-    decode_kernel[(16,)](words, out, position, BLOCK=4096)
+    decode_kernel[(16,)](words, out, position, "mask16", BLOCK=4096)
     expected = get_code("mask16").decode(words, position).float()
     kept = (words.int() >> (13 - position)) & 1 == 1
-    assert torch.equal(out[kept], expected[kept])
-    assert (out[~kept].abs() < 1e-30).all()
+    assert torch.equal(out[kept] * 2.0**-16, expected[kept])
+    assert (out[~kept].abs() < 1e-25).all()
+
+
+@runs
+@pytest.mark.parametrize("position", [0, 1])
+def test_every_angle16_word_decodes_as_the_code_says(position):
+    words = torch.arange(-(2**15), 2**15, device=DEVICE).to(torch.int16)
+    out = torch.empty(2**16, device=DEVICE)
+    decode_kernel[(16,)](words, out, position, "angle16", BLOCK=4096)
+    # The interpreter truncates to bf16 where a GPU rounds.
+    torch.testing.assert_close(out, get_code("angle16").decode(words, position).float(), rtol=2**-7, atol=0)
 
 
 # Around the tile sizes of all three regimes: 4 experts, so M tokens of top 2 are M / 2 per expert.
@@ -132,6 +162,16 @@ def test_tokens(tokens):
 def test_any_multiple_of_16(hidden, intermediate, tokens):
     layer = replace(TINY, hidden=hidden, intermediate=intermediate)
     check(*make_routing(layer, tokens, 4), make_weights(layer))
+
+
+@runs
+@pytest.mark.parametrize(
+    "code, group_size", [("angle16", None), ("angle8", 32), ("angle8", 128), ("angle6", 64), ("mask6", 32)]
+)
+@pytest.mark.parametrize("tokens", [3, 70, 400])
+def test_every_code(code, group_size, tokens):
+    layer = Layer(2, 1, 128 if group_size is None else 2 * group_size, 128, 2, code, group_size)
+    check(*make_routing(layer, tokens, 5), make_weights(layer))
 
 
 @runs
@@ -205,12 +245,14 @@ def test_refuses_what_it_would_misread():
     weights = make_weights(TINY)
     with pytest.raises(TypeError, match="bfloat16"):
         backend.fused_experts(x.float(), topk_weights, topk_ids, weights)
-    with pytest.raises(TypeError, match="mask16"):
-        backend.fused_experts(x, topk_weights, topk_ids, replace(weights, code="other"))
+    with pytest.raises(TypeError, match=r"angle8 words are torch\.uint8"):
+        backend.fused_experts(x, topk_weights, topk_ids, replace(weights, code="angle8"))
 
 
 @compiled
-@pytest.mark.parametrize("name, layer", [("mixtral", MIXTRAL), ("qwen3", QWEN3), ("deepseek", DEEPSEEK)])
+@pytest.mark.parametrize(
+    "name, layer", [("mixtral", MIXTRAL), ("qwen3", QWEN3), ("deepseek", DEEPSEEK), ("angle8", QWEN3_ANGLE8)]
+)
 def test_real_shapes(name, layer):
     weights = make_weights(layer)
     for tokens in (1, 16, 100, 513, 2048):

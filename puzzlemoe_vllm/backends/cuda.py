@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
-from puzzlemoe_vllm.format.codes import GridCode, get_code
+from puzzlemoe_vllm.format.codes import GridCode, get_code, word_table
 
 ABI_VERSION = 2
 CODES = {"mask16": 0, "angle16": 1, "angle8": 2, "angle6": 3, "mask6": 3}
@@ -132,14 +132,6 @@ def kernel_words(tiles: Tensor, code: str) -> Tensor:
     return torch.cat([lower.flatten(-2), upper.flatten(-2)], dim=-1)
 
 
-@functools.cache
-def word_table(code: str, device: torch.device) -> Tensor:
-    """bf16 [2^bits, 2]: the value of every word of a code with steps at position 0 and 1."""
-    grid_code = get_code(code)
-    assert isinstance(grid_code, GridCode)
-    return grid_code.values.T.contiguous().to(device, torch.bfloat16)
-
-
 def tile(matrix: Tensor, gate_up: bool) -> Tensor:
     """A [N, K] matrix in the order of cuda/words.cuh, as [N/16, K/16, 256]; N and K multiples of 16.
 
@@ -164,6 +156,8 @@ def prepare(weights: ExpertWeights) -> None:
     """Rewrites a layer's weights, as they were loaded, into the order that the kernels read.  In place, one matrix at a
     time: the extra memory is a few copies of one expert's largest matrix."""
     code = get_code(weights.code)
+    if weights.w13_grid is not None:
+        word_table(code.name, weights.w13_grid.device)  # no graph capture could fetch it
     for words, grid, dense, gate_up in (
         (weights.w13_pairs, weights.w13_grid, weights.w13_dense, True),
         (weights.w2_pairs, weights.w2_grid, weights.w2_dense, False),

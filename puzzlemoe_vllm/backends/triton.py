@@ -27,8 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
+from puzzlemoe_vllm.format import codes
+from puzzlemoe_vllm.format.codes import get_code, word_table
 
-CODES = ("mask16",)
+CODES = tuple(codes.CODES)
 
 INTERPRETED = triton.knobs.runtime.interpret
 OPERAND = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
@@ -81,7 +83,9 @@ def choose_split(programs: int, columns: int, depth: int) -> int:
 
 
 def prepare(weights: ExpertWeights) -> None:
-    """Nothing to do: `fused_experts` reads the checkpoint's own order."""
+    """`fused_experts` reads the checkpoint's own order; only the table is fetched, which no graph capture could do."""
+    if weights.w13_grid is not None:
+        word_table(weights.code, weights.w13_grid.device)
 
 
 def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeights) -> Tensor:
@@ -93,8 +97,8 @@ def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: Ex
     """
     if x.dtype != torch.bfloat16 or weights.w13_dense.dtype != torch.bfloat16:
         raise TypeError(f"the Triton backend computes in bfloat16, not {x.dtype} by {weights.w13_dense.dtype}")
-    if weights.code not in CODES or weights.w13_pairs.dtype != torch.int16:
-        raise TypeError(f"the Triton backend reads int16 mask16 words, not {weights.w13_pairs.dtype} {weights.code}")
+    if weights.w13_pairs.dtype != get_code(weights.code).dtype:
+        raise TypeError(f"{weights.code} words are {get_code(weights.code).dtype}, not {weights.w13_pairs.dtype}")
     x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
     out = torch.empty_like(x)
     for start in range(0, x.shape[0], CHUNK):
@@ -134,7 +138,10 @@ def _fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: E
         EXPERTS=triton.next_power_of_2(experts),
     )  # fmt: skip
 
+    grid13, grid2 = weights.w13_grid, weights.w2_grid
     constants = dict(
+        WORD_TABLE=None if grid13 is None else word_table(weights.code, x.device),
+        GROUP_SIZE=None if grid13 is None else hidden_size // grid13.shape[2],
         CODE=weights.code, PAIRS=pairs > 0, DENSE=experts > 2 * pairs, SHARED=tiles.shared, GROUP=tiles.group,
         BLOCK_M=tiles.tokens, BLOCK_N=tiles.rows, BLOCK_K=tiles.depth,
         num_warps=tiles.warps, num_stages=tiles.stages, **({"maxnreg": tiles.registers} if PTX.value else {}),
@@ -142,7 +149,7 @@ def _fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: E
     hidden = scratch(slots, intermediate, dtype=torch.bfloat16)
     gate_up_programs = blocks * triton.cdiv(2 * intermediate, tiles.rows)
     _gate_up_kernel[(gate_up_programs,)](
-        x, hidden, weights.w13_pairs, weights.w13_dense, order, table, used_blocks, blocks, top_k, pairs,
+        x, hidden, weights.w13_pairs, grid13, weights.w13_dense, order, table, used_blocks, blocks, top_k, pairs,
         hidden_size, intermediate, **constants,
     )  # fmt: skip
 
@@ -151,7 +158,7 @@ def _fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: E
     # Parts are summed before any rounding; whole rows are rounded as a bf16 matrix product rounds them.
     down = scratch(split, slots, hidden_size, dtype=torch.bfloat16 if split == 1 else torch.float32)
     _down_kernel[(down_programs, split)](
-        hidden, down, weights.w2_pairs, weights.w2_dense, order, table, used_blocks, blocks, slots, pairs,
+        hidden, down, weights.w2_pairs, grid2, weights.w2_dense, order, table, used_blocks, blocks, slots, pairs,
         hidden_size, intermediate, **constants,
     )  # fmt: skip
     _combine_kernel[(triton.cdiv(out.numel(), VALUES_PER_PROGRAM),)](
@@ -234,13 +241,34 @@ def _align_kernel(
 
 
 @triton.jit
-def _pair_weights(words, position, CODE: tl.constexpr):
-    """bf16 weights of one position, times 1 / _pair_scale.
+def _load_words(words, rows, column, stop, K, CODE: tl.constexpr):
+    """Words of some rows [N, 1] and columns [1, K] of a pair, one an element."""
+    keep = column < stop
+    if CODE == "angle6" or CODE == "mask6":
+        # Of every 16 columns, eight bytes hold the upper four bits and four the lower two.
+        place = words + rows * (K // 16 * 12) + column // 16 * 12
+        upper = tl.load(place + column % 16 // 2, mask=keep, other=0).to(tl.int32) >> column % 2 * 4 & 15
+        lower = tl.load(place + 8 + column % 16 // 4, mask=keep, other=0).to(tl.int32) >> column % 4 * 2 & 3
+        return upper << 2 | lower
+    else:
+        return tl.load(words + rows * K + column, mask=keep, other=0)
 
-    mask16: with the mask as the top exponent bit, the stored exponent is 16 too high for an active weight and leaves
-    a masked one below 4e-34, so no select and no addition is needed.
+
+@triton.jit
+def _angle16_weights(words, position: tl.constexpr):
+    direction = (words >> 12 & 3).to(tl.float32)
+    multiplier = (15 - 4 * direction if position == 0 else 3 + 4 * direction) * 2.0**-4
+    bits = (words & 0x0FFF).to(tl.int32)
+    normal = ((bits << 16) + (112 << 23)).to(tl.float32, bitcast=True)
+    weight = tl.where(bits < 128, bits.to(tl.float32) * 2.0**-21, normal) * multiplier
+    return tl.where((words << position) < 0, -weight, weight).to(OPERAND)
+
+
+@triton.jit
+def _mask16_weights(words, position):
+    """Times 2^16: with the mask as the top exponent bit, the stored exponent is 16 too high for an active weight and
+    leaves a masked one below 4e-34, so no select and no addition is needed.
     """
-    tl.static_assert(CODE == "mask16")
     position = tl.full((), position, words.dtype)
     if PTX:
         # Bits that cross between the two words of a register land where the masks drop them.
@@ -262,9 +290,10 @@ def _pair_weights(words, position, CODE: tl.constexpr):
 
 
 @triton.jit
-def _pair_scale(CODE: tl.constexpr):
-    tl.static_assert(CODE == "mask16")
-    return 2.0**-16
+def _table_weights(words, position: tl.constexpr, steps, table):
+    """Weights of one position of words with steps."""
+    value = tl.load(table + words.to(tl.int32) * 2 + position)
+    return (value.to(tl.float32) * steps.to(tl.float32)).to(OPERAND)
 
 
 @triton.jit
@@ -278,9 +307,23 @@ def _place(blocks, row_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _decode(tile, position: tl.constexpr, steps, table, CODE: tl.constexpr):
+    """Weights of one position, those of mask16 times 2^16; without a position the tile is weights already."""
+    if position is None:
+        return tile
+    elif CODE == "mask16":
+        return _mask16_weights(tile, position)
+    elif CODE == "angle16":
+        return _angle16_weights(tile, position)
+    else:
+        return _table_weights(tile, position, steps, table)
+
+
+@triton.jit
 def _multiply(
-    leader, partner, weights, rows, x_leader, keep_leader, x_partner, keep_partner, start, stop, K,
-    CODE: tl.constexpr, LEADER: tl.constexpr, PARTNER: tl.constexpr, BLOCK_K: tl.constexpr,
+    leader, partner, weights, grid, rows, x_leader, keep_leader, x_partner, keep_partner, start, stop, K,
+    WORD_TABLE, GROUP_SIZE: tl.constexpr, CODE: tl.constexpr,
+    LEADER: tl.constexpr, PARTNER: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Adds the products of the leader's and the partner's tokens with some rows of weights over K in [start, stop).
 
@@ -289,21 +332,29 @@ def _multiply(
     """
     for k in range(start, stop, BLOCK_K):
         column = k + tl.arange(0, BLOCK_K)[None, :]
-        tile = tl.load(weights + rows[:, None] * K + column, mask=column < stop, other=0)
+        steps = None
+        if LEADER is None:
+            tile = tl.load(weights + rows[:, None] * K + column, mask=column < stop, other=0)
+        else:
+            tile = _load_words(weights, rows[:, None], column, stop, K, CODE)
+            if GROUP_SIZE is not None:
+                group = grid + rows[:, None] * (K // GROUP_SIZE) + column // GROUP_SIZE
+                steps = tl.load(group, mask=column < stop, other=0)
         tokens = tl.load(x_leader[:, None] + column, mask=keep_leader[:, None] & (column < stop), other=0)
-        weight = tile if LEADER is None else _pair_weights(tile, LEADER, CODE)
+        weight = _decode(tile, LEADER, steps, WORD_TABLE, CODE)
         leader = tl.dot(tokens.to(OPERAND), weight.to(OPERAND).T, leader)
         if PARTNER is not None:
             tokens = tl.load(x_partner[:, None] + column, mask=keep_partner[:, None] & (column < stop), other=0)
-            weight = _pair_weights(tile, PARTNER, CODE)
+            weight = _decode(tile, PARTNER, steps, WORD_TABLE, CODE)
             partner = tl.dot(tokens.to(OPERAND), weight.to(OPERAND).T, partner)
     return leader, partner
 
 
 @triton.jit
 def _project(
-    words, dense, expert, pairs, N, K, rows, x_leader, keep_leader, x_partner, keep_partner, start, stop,
-    CODE: tl.constexpr, PAIRS: tl.constexpr, DENSE: tl.constexpr, SHARED: tl.constexpr,
+    words, grid, dense, expert, pairs, N, K, rows, x_leader, keep_leader, x_partner, keep_partner, start, stop,
+    WORD_TABLE, GROUP_SIZE: tl.constexpr, CODE: tl.constexpr,
+    PAIRS: tl.constexpr, DENSE: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """float32 products [BLOCK_M, BLOCK_N] of an expert's tokens with some rows of its matrix [N, K] and, in a shared
@@ -316,32 +367,36 @@ def _project(
     partner = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     size = N.to(tl.int64) * K
     if PAIRS:
-        words += tl.minimum(expert >> 1, pairs - 1) * size
+        pair = tl.minimum(expert >> 1, pairs - 1)
+        words += pair * (size // 16 * 12 if CODE == "angle6" or CODE == "mask6" else size)
+        if GROUP_SIZE is not None:
+            grid += pair * (size // GROUP_SIZE)
         pair_stop = tl.where(expert < 2 * pairs, stop, start)
         if SHARED:
             leader, partner = _multiply(
-                leader, partner, words, rows, x_leader, keep_leader, x_partner, keep_partner, start, pair_stop, K,
-                CODE, 0, 1, BLOCK_K,
+                leader, partner, words, grid, rows, x_leader, keep_leader, x_partner, keep_partner, start, pair_stop,
+                K, WORD_TABLE, GROUP_SIZE, CODE, 0, 1, BLOCK_K,
             )  # fmt: skip
         else:
             first_stop = tl.where(expert & 1 == 0, pair_stop, start)
             leader, partner = _multiply(
-                leader, partner, words, rows, x_leader, keep_leader, x_partner, keep_partner, start, first_stop, K,
-                CODE, 0, None, BLOCK_K,
+                leader, partner, words, grid, rows, x_leader, keep_leader, x_partner, keep_partner, start, first_stop,
+                K, WORD_TABLE, GROUP_SIZE, CODE, 0, None, BLOCK_K,
             )  # fmt: skip
             second_stop = tl.where(expert & 1 == 1, pair_stop, start)
             leader, partner = _multiply(
-                leader, partner, words, rows, x_leader, keep_leader, x_partner, keep_partner, start, second_stop, K,
-                CODE, 1, None, BLOCK_K,
+                leader, partner, words, grid, rows, x_leader, keep_leader, x_partner, keep_partner, start, second_stop,
+                K, WORD_TABLE, GROUP_SIZE, CODE, 1, None, BLOCK_K,
             )  # fmt: skip
-        leader *= _pair_scale(CODE)
-        partner *= _pair_scale(CODE)
+        if CODE == "mask16":
+            leader *= 2.0**-16
+            partner *= 2.0**-16
     if DENSE:
         dense += tl.maximum(expert - 2 * pairs, 0) * size
         dense_stop = tl.where(expert >= 2 * pairs, stop, start)
         leader, partner = _multiply(
-            leader, partner, dense, rows, x_leader, keep_leader, x_partner, keep_partner, start, dense_stop, K,
-            CODE, None, None, BLOCK_K,
+            leader, partner, dense, None, rows, x_leader, keep_leader, x_partner, keep_partner, start, dense_stop, K,
+            None, None, CODE, None, None, BLOCK_K,
         )  # fmt: skip
     return leader, partner
 
@@ -355,8 +410,9 @@ def _silu_mul(gate_up, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["blocks", "top_k", "pairs"])
 def _gate_up_kernel(
-    x, hidden, words, dense, order, table, used_blocks, blocks, top_k, pairs, hidden_size, intermediate,
-    CODE: tl.constexpr, PAIRS: tl.constexpr, DENSE: tl.constexpr, SHARED: tl.constexpr,
+    x, hidden, words, grid, dense, order, table, used_blocks, blocks, top_k, pairs, hidden_size, intermediate,
+    WORD_TABLE, GROUP_SIZE: tl.constexpr, CODE: tl.constexpr,
+    PAIRS: tl.constexpr, DENSE: tl.constexpr, SHARED: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     block, row_tile = _place(blocks, tl.cdiv(2 * intermediate, BLOCK_N), GROUP)
@@ -369,10 +425,10 @@ def _gate_up_kernel(
     n = tl.arange(0, BLOCK_N)
     row = tl.minimum((row_tile * BLOCK_N + n) // 2, intermediate - 1) + n % 2 * intermediate
     leader, partner = _project(
-        words, dense, expert, pairs, 2 * intermediate, hidden_size, row,
+        words, grid, dense, expert, pairs, 2 * intermediate, hidden_size, row,
         x + (leader_slot // top_k).to(tl.int64) * hidden_size, m < leader_rows,
         x + (partner_slot // top_k).to(tl.int64) * hidden_size, m < partner_rows, 0, hidden_size,
-        CODE, PAIRS, DENSE, SHARED, BLOCK_M, BLOCK_N, BLOCK_K,
+        WORD_TABLE, GROUP_SIZE, CODE, PAIRS, DENSE, SHARED, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     channel = row_tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     _store_tokens(hidden, intermediate, channel, leader_row + m, m < leader_rows, _silu_mul(leader, BLOCK_M, BLOCK_N))
@@ -383,8 +439,9 @@ def _gate_up_kernel(
 
 @triton.jit(do_not_specialize=["blocks", "slots", "pairs"])
 def _down_kernel(
-    hidden, down, words, dense, order, table, used_blocks, blocks, slots, pairs, hidden_size, intermediate,
-    CODE: tl.constexpr, PAIRS: tl.constexpr, DENSE: tl.constexpr, SHARED: tl.constexpr,
+    hidden, down, words, grid, dense, order, table, used_blocks, blocks, slots, pairs, hidden_size, intermediate,
+    WORD_TABLE, GROUP_SIZE: tl.constexpr, CODE: tl.constexpr,
+    PAIRS: tl.constexpr, DENSE: tl.constexpr, SHARED: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     block, row_tile = _place(blocks, tl.cdiv(hidden_size, BLOCK_N), GROUP)
@@ -396,11 +453,11 @@ def _down_kernel(
     depth = tl.cdiv(tl.cdiv(intermediate, BLOCK_K), tl.num_programs(1)) * BLOCK_K
     start = tl.program_id(1) * depth
     leader, partner = _project(
-        words, dense, expert, pairs, hidden_size, intermediate, tl.minimum(channel, hidden_size - 1),
+        words, grid, dense, expert, pairs, hidden_size, intermediate, tl.minimum(channel, hidden_size - 1),
         hidden + (leader_row + m).to(tl.int64) * intermediate, m < leader_rows,
         hidden + (partner_row + m).to(tl.int64) * intermediate, m < partner_rows,
         start, tl.minimum(start + depth, intermediate),
-        CODE, PAIRS, DENSE, SHARED, BLOCK_M, BLOCK_N, BLOCK_K,
+        WORD_TABLE, GROUP_SIZE, CODE, PAIRS, DENSE, SHARED, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     down += tl.program_id(1).to(tl.int64) * slots * hidden_size
     slot = tl.load(order + leader_row + m, mask=m < leader_rows, other=0)

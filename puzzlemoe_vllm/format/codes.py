@@ -8,6 +8,7 @@ Every code is addressed by position: position 0 is the pair's leader (the even e
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -293,3 +294,11 @@ def get_code(name: str) -> PairCode:
     if name not in CODES:
         raise ValueError(f"unknown pair-word code {name!r}; this version knows {', '.join(sorted(CODES))}")
     return CODES[name]
+
+
+@functools.cache
+def word_table(name: str, device: torch.device) -> Tensor:
+    """bf16 [2^bits, 2]: what kernels look the words of a code with steps up in, the value at position 0 and 1."""
+    code = get_code(name)
+    assert isinstance(code, GridCode)
+    return code.values.T.contiguous().to(device, torch.bfloat16)
