@@ -16,6 +16,11 @@ C4 = "allenai/c4"
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
 
 
+FEW_TOKENS = 32
+"""Below this many calibration tokens an expert's column norms say more about the tokens than about the expert: the
+paper's rule merges its pair by magnitude alone, and least squares takes all its columns to be equally strong."""
+
+
 class CalibrationError(ValueError):
     """Calibration text that cannot be used; the text says why."""
 
@@ -115,12 +120,14 @@ class ProjectionInputs:
 class ExpertStatistics:
     """What the experts of one layer saw.
 
-    tokens: int64 [E]; input_squares float64 [E, H] and hidden_squares float64 [E, I]: column sums of squares of the
-    gate/up input and of the down projection's input SiLU(gate) * up; input_moments float32 [E, H, H] and hidden_moments
-    float32 [E, I, I]: their second moments X'X, or None.
+    tokens: int64 [E]; together: int64 [E, E], tokens that chose both experts; input_squares float64 [E, H] and
+    hidden_squares float64 [E, I]: column sums of squares of the gate/up input and of the down projection's input
+    SiLU(gate) * up; input_moments float32 [E, H, H] and hidden_moments float32 [E, I, I]: their second moments X'X, or
+    None.
     """
 
     tokens: Tensor
+    together: Tensor
     input_squares: Tensor
     hidden_squares: Tensor
     input_moments: Tensor | None
@@ -133,6 +140,7 @@ class ExpertStatistics:
         """Statistics of no tokens."""
         return cls(
             torch.zeros(experts, dtype=torch.int64),
+            torch.zeros(experts, experts, dtype=torch.int64),
             torch.zeros(experts, hidden, dtype=torch.float64, device=device),
             torch.zeros(experts, intermediate, dtype=torch.float64, device=device),
             torch.zeros(experts, hidden, hidden, device=device) if moments else None,
@@ -147,6 +155,11 @@ class ExpertStatistics:
         if self.input_moments is not None and self.hidden_moments is not None:
             self.input_moments[expert].addmm_(inputs.float().T, inputs.float())
             self.hidden_moments[expert].addmm_(hidden.float().T, hidden.float())
+
+    def observe_choices(self, ids: Tensor) -> None:
+        """Adds the experts, int [m, k], that one batch's tokens chose."""
+        chosen = torch.zeros(len(ids), len(self.tokens), device=ids.device).scatter_(1, ids.long(), 1)
+        self.together += (chosen.T @ chosen).cpu().long()
 
     def inputs(self, expert: int, projection: int, flat: bool = False) -> ProjectionInputs:
         """What an expert's gate (0), up (1) or down (2) projection saw.

@@ -55,6 +55,10 @@ def locate(source: str, revision: str | None = None) -> Path:
 SMALL_FILES = ("*.json", "*.jinja", "*.py", "*.model", "*.txt", "LICENSE*", "NOTICE*", "*.tiktoken")
 
 
+PROJECTIONS = ("gate", "up", "down")
+"""An expert's matrices, as `Expert` names them."""
+
+
 @dataclass(frozen=True)
 class Expert:
     """One routed expert's dense weights, bf16: gate and up [I, H], down [H, I]."""

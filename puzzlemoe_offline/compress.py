@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibrate import Calibration, ExpertStatistics, SampledTokens
+from puzzlemoe_offline.calibrate import FEW_TOKENS, Calibration, ExpertStatistics, SampledTokens
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.families import expert_groups
 from puzzlemoe_offline.layerwise import DecoderLayer, LayerExperts, LayerwiseModel, StreamedExperts, batch_size
+from puzzlemoe_offline.merge_error import merge_errors
 from puzzlemoe_offline.output import ModelFolder, packed_dtype_config
-from puzzlemoe_offline.pack import FEW_TOKENS, Losses, PackedLayer, pack_pair
-from puzzlemoe_offline.pairing import LayerPairing, pair_randomly
+from puzzlemoe_offline.pack import Losses, PackedLayer, pack_pair
+from puzzlemoe_offline.pairing import LayerPairing, PairCosts, pair_experts, shared_choices
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_offline.report import CARD, REPORT, build_report, model_card
 from puzzlemoe_offline.version import VERSION
@@ -149,10 +150,18 @@ def _calibrate_layer(
             moments=job.recipe.compensate,
         )
         sample = SampledTokens(ERROR_TOKENS)
-        layer.experts.observe, layer.experts.record = statistics.observe, sample.record
+        layer.experts.observe, layer.experts.record = statistics.observe, _record_both(statistics, sample)
     for start in range(0, len(states), size):
         states[start : start + size] = layer(states[start : start + size].to(job.device)).cpu()
     return statistics, sample
+
+
+def _record_both(statistics: ExpertStatistics, sample: SampledTokens) -> Callable[..., None]:
+    def record(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        statistics.observe_choices(ids)
+        sample.record(hidden, ids, weights, out)
+
+    return record
 
 
 def _finish_layer(
@@ -168,13 +177,17 @@ def _finish_layer(
     if layer not in job.checkpoint.moe_layers:
         return _plain_tensors(job.checkpoint, layer), record
     began = time.perf_counter()
-    pairing = pair_randomly(
+    groups = expert_groups(job.checkpoint.config)
+    pairing = pair_experts(
         job.checkpoint.experts,
         job.recipe.sparsity,
-        expert_groups(job.checkpoint.config),
+        groups,
         statistics.tokens if statistics else None,
         job.recipe.seed * 100_003 + layer,
+        _pair_costs(job, layer, experts, statistics),
     )
+    record["seconds"]["pair"] = time.perf_counter() - began
+    began = time.perf_counter()
     losses = Losses()
     packed = _pack_layer(job, layer, experts, statistics, pairing, losses)
     record |= {
@@ -187,8 +200,28 @@ def _finish_layer(
         record["tokens"] = statistics.tokens.tolist()
         record["few_tokens"] = [expert for expert, count in enumerate(record["tokens"]) if count < FEW_TOKENS]
         record["output_error"] = _output_error(packed, sample)
+        shared, if_random = shared_choices(pairing, statistics.together, groups)
+        record["shared_choices"] = {"this pairing": shared, "random partners": if_random}
     record["seconds"]["merge"] = time.perf_counter() - began
     return _plain_tensors(job.checkpoint, layer, pairing) | _expert_tensors(job.checkpoint, layer, packed), record
+
+
+def _pair_costs(job: Job, layer: int, experts: LayerExperts, statistics: ExpertStatistics | None) -> PairCosts | None:
+    """What the recipe's pairing minimises; None for random partners."""
+    if job.recipe.pairing == "search":
+
+        def errors(pool: list[int]) -> Tensor:
+            device = torch.device(job.device)
+            try:
+                return merge_errors(pool, partial(experts, layer), statistics, job.recipe, job.group_size(), device)
+            except UnencodableWeight as error:
+                raise UnencodableWeight(f"layer {layer}, {error}") from None
+
+        return errors
+    if job.recipe.pairing == "coactivation":
+        assert statistics is not None
+        return lambda pool: -statistics.together[pool][:, pool]
+    return None
 
 
 def _pack_layer(

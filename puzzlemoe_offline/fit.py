@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibrate import ProjectionInputs
+from puzzlemoe_offline.calibrate import FEW_TOKENS, ProjectionInputs
 from puzzlemoe_offline.merge import merge_least_squares, merge_pair
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_vllm.format.codes import SMALLEST, Angle16, GridCode, Mask16, UnencodableWeight, get_code
@@ -67,27 +67,32 @@ def importance(inputs: tuple[ProjectionInputs, ProjectionInputs]) -> tuple[Tenso
     return squares[0] / mean + UNSEEN, squares[1] / mean + UNSEEN
 
 
-def fit(
-    weights: tuple[Tensor, Tensor],
-    inputs: tuple[ProjectionInputs, ProjectionInputs],
-    recipe: Recipe,
-    group: int | None,
-) -> PackedMatrix:
-    """The words of two matrices [N, K], each with its own inputs.
+def column_scales(inputs: tuple[ProjectionInputs, ProjectionInputs], recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """How much the input columns of a pair count, float32 [K] twice: norms for the paper's rule (ones where one of the
+    experts saw few tokens), weights of the squared errors otherwise."""
+    if not recipe.is_paper:
+        return importance(inputs)
+    if any(seen.tokens < FEW_TOKENS for seen in inputs):
+        return torch.ones_like(inputs[0].norms), torch.ones_like(inputs[1].norms)
+    return inputs[0].norms, inputs[1].norms
 
+
+def fit(
+    weights: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor], recipe: Recipe, group: int | None
+) -> PackedMatrix:
+    """The words of two matrices [N, K].
+
+    scales: as `column_scales` gives them.  No column's words depend on other columns, but for those of its group.
     Raises UnencodableWeight for a weight that the recipe's code cannot hold.
     """
     code = get_code(recipe.code)
     if isinstance(code, GridCode):
         assert group is not None
-        return fit_grid(code, weights, importance(inputs), group)
+        return fit_grid(code, weights, scales, group)
     if isinstance(code, Angle16):
-        return PackedMatrix(fit_angle16(code, weights, importance(inputs)))
+        return PackedMatrix(fit_angle16(code, weights, scales))
     assert isinstance(code, Mask16)
-    if recipe.is_paper:
-        pair = merge_pair(*weights, inputs[0].norms, inputs[1].norms, recipe.tau)
-    else:
-        pair = merge_least_squares(*weights, *importance(inputs))
+    pair = merge_pair(*weights, *scales, recipe.tau) if recipe.is_paper else merge_least_squares(*weights, *scales)
     kept = pair.mask[0] | pair.mask[1]
     clamped = kept & (pair.magnitude > 0) & (pair.magnitude < SMALLEST)
     return PackedMatrix(code.encode(pair), clamped=int(clamped.sum()))

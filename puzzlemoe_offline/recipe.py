@@ -19,6 +19,8 @@ class Recipe(BaseModel):
     group_size: input columns that share a step, in codes with steps; None for the largest that fits the model.
     sparsity: share of the routed experts' memory that goes away, 0.5 (every expert merged) or 0.25 (half of them).
     tau: similarity threshold of Eq. 1, in [0, 1].
+    pairing: partners at `random`, as in the paper; by `search`, the matching with the least weighted squared error of
+    the merged weights; or by `coactivation`, the matching whose partners are chosen by the same token most often.
     saliency: `wanda` is |W| * ||X||_2 per input column, from calibration; `magnitude` is |W| and needs none.
     """
 
@@ -30,7 +32,7 @@ class Recipe(BaseModel):
     group_size: int | None = None
     sparsity: float = 0.5
     tau: float = Field(0.4, ge=0, le=1)
-    pairing: Literal["random"] = "random"
+    pairing: Literal["random", "search", "coactivation"] = "random"
     saliency: Literal["wanda", "magnitude"] = "wanda"
     seed: int = 0
 
@@ -45,6 +47,10 @@ class Recipe(BaseModel):
             get_code(self.code).check_group_size(self.group_size)
         if self.compensate and (self.saliency == "magnitude" or self.is_paper):
             raise ValueError("compensation needs calibration (wanda saliency) and a least-squares rule")
+        if self.pairing == "coactivation" and self.saliency == "magnitude":
+            raise ValueError(
+                "pairing by coactivation needs calibration (wanda saliency): use --pairing search or random"
+            )
         return self
 
     @field_validator("sparsity")

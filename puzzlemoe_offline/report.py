@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 REPORT = "puzzlemoe_report.json"
 CARD = "README.md"
 GB = 1e9
+MB = 1e6
 
 
 def build_report(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -43,9 +44,24 @@ def build_report(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
             "experts_after": int(packed),
             "other": other,
         },
+        "bytes_per_token": _bytes_per_token(job, merged, dense, share) if job.calibration else None,
         "seconds": {stage: sum(record["seconds"].get(stage, 0.0) for record in records) for stage in sorted(stages)},
         "layers": records,
     }
+
+
+def _bytes_per_token(job: Job, merged: list[dict[str, Any]], dense: int, share: float) -> dict[str, float]:
+    """Bytes of experts that one token loads on average, on the calibration text: a pair is loaded once for both its
+    experts.  With this pairing, as expected of random partners, and before compression."""
+    assert job.calibration is not None
+    totals = {"this pairing": 0.0, "random partners": 0.0, "before": 0.0}
+    for record in merged:
+        in_pairs = sum(record["tokens"][expert] for expert in record["order"][: record["merged"]])
+        alone = dense * (sum(record["tokens"]) - in_pairs)
+        totals["before"] += dense * sum(record["tokens"])
+        for pairing, shared in record["shared_choices"].items():
+            totals[pairing] += alone + 2 * dense * share * (in_pairs - shared)
+    return {name: total / job.calibration.tokens.numel() for name, total in totals.items()}
 
 
 def expert_bytes(job: Job) -> int:
@@ -71,6 +87,11 @@ def summary(report: dict[str, Any]) -> Group:
         f"other weights   {sizes['other'] / GB:.3f} GB, unchanged",
         "seconds         " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items()),
     ]
+    if loaded := report["bytes_per_token"]:
+        lines.append(
+            f"one token loads {loaded['this pairing'] / MB:.2f} MB of experts on average, "
+            f"{loaded['random partners'] / MB:.2f} MB with random partners, {loaded['before'] / MB:.2f} MB before"
+        )
     if few:
         lines.append(f"[yellow]{few} experts saw too few calibration tokens to tell which inputs matter")
     return Group(table, *lines)

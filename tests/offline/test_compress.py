@@ -98,7 +98,7 @@ def test_the_report_measures_what_was_lost(packed, quarter):
     half, less = (json.loads((folder / "puzzlemoe_report.json").read_text()) for folder in (packed, quarter))
     assert half["bytes"]["experts_after"] * 2 == half["bytes"]["experts_before"]
     assert less["bytes"]["experts_after"] * 4 == less["bytes"]["experts_before"] * 3
-    assert set(half["seconds"]) == {"calibrate", "merge", "write"}
+    assert set(half["seconds"]) == {"calibrate", "pair", "merge", "write"}
     for layer, kinder in zip(half["layers"], less["layers"], strict=True):
         assert sum(layer["tokens"]) == 8 * 128 * 2
         assert all(0.1 < error < 0.5 for error in layer["weight_error"])

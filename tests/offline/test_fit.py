@@ -107,7 +107,12 @@ def test_what_no_code_holds_is_an_error(name, value):
     weights[1][1, 5] = value
     seen = ProjectionInputs.unknown(32, "cpu")
     with pytest.raises(UnencodableWeight, match="NaN"):
-        fit(weights, (seen, seen), Recipe(code=name, rule="least-squares"), 32 if get_code(name).has_grid else None)
+        fit(
+            weights,
+            importance((seen, seen)),
+            Recipe(code=name, rule="least-squares"),
+            32 if get_code(name).has_grid else None,
+        )
 
 
 @pytest.mark.parametrize("name", [*GRID_CODES, "angle16"])
@@ -116,7 +121,7 @@ def test_more_bits_and_more_directions_lose_less(name):
     torch.manual_seed(3)
     code, weights = get_code(name), tuple(torch.randn(64, 256).bfloat16() for _ in (0, 1))
     seen = ProjectionInputs.unknown(256, "cpu")
-    packed = fit(weights, (seen, seen), Recipe(code=name), 128 if code.has_grid else None)
+    packed = fit(weights, importance((seen, seen)), Recipe(code=name), 128 if code.has_grid else None)
     error = sum((code.decode(packed.words, p, packed.grid).float() - w).square().mean() for p, w in enumerate(weights))
     assert error / 2 < {"angle16": 0.014, "angle8": 0.0095, "angle6": 0.037, "mask6": 0.06}[name]
 
@@ -142,7 +147,7 @@ def test_an_expert_without_tokens_leaves_the_word_to_its_partner():
     assert torch.equal(inputs[1].moments, inputs[1].norms.square().diag())
     weights = torch.randn(32, 64).bfloat16(), torch.randn(32, 64).bfloat16()
     code = get_code("angle8")
-    packed = fit(weights, inputs, Recipe(code="angle8"), 32)
+    packed = fit(weights, importance(inputs), Recipe(code="angle8"), 32)
     errors = [
         float((code.decode(packed.words, position, packed.grid).float() - weight.float()).square().mean())
         for position, weight in enumerate(weights)

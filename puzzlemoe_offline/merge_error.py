@@ -1,0 +1,65 @@
+"""What merging any two experts would cost in accuracy, estimated on a sample of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from puzzlemoe_offline.calibrate import ExpertStatistics
+from puzzlemoe_offline.checkpoint import PROJECTIONS, Expert
+from puzzlemoe_offline.fit import column_scales, fit
+from puzzlemoe_offline.pack import ENTRIES, projection_inputs
+from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
+
+ROWS = 128
+"""Most rows of a projection that are sampled."""
+
+
+def merge_errors(
+    pool: list[int],
+    expert: Callable[[int], Expert],
+    statistics: ExpertStatistics | None,
+    recipe: Recipe,
+    group: int | None,
+    device: torch.device,
+) -> Tensor:
+    """Symmetric float64 [n, n] on the CPU: for any two of the n experts of `pool`, how much merging them loses.
+
+    That is the squared error of the merged weights times the squared norm of their input columns, summed over both
+    experts and all calibration tokens, relative to the pool's energy in the same measure; the sum over gate, up and
+    down projection.  Without statistics every input column counts the same.
+    The merged weights are those of the recipe's code and rule, without compensation, on evenly spaced rows: `ROWS`, or
+    so many that the search fits no more weights than merging the pool does.  Many pairs are fitted at once, side by
+    side as columns of one matrix.
+    """
+    code, count = get_code(recipe.code), len(pool)
+    first, second = torch.triu_indices(count, count, offset=1)
+    errors = torch.zeros(count, count, dtype=torch.float64)
+    for index, projection in enumerate(PROJECTIONS):
+        members = [getattr(expert(number), projection) for number in pool]
+        rows, columns = members[0].shape
+        sampled = min(ROWS, -(-rows // (count - 1)))
+        chosen = torch.linspace(0, rows - 1, sampled).round().long()
+        sample = torch.stack([member[chosen.to(member.device)].to(device) for member in members])
+        inputs = [projection_inputs(statistics, number, index, columns, device) for number in pool]
+        squares = torch.stack([seen.norms.square() for seen in inputs])
+        energy = float((sample.float().square().sum(dim=1) * squares).sum())
+        at_once = max(1, ENTRIES // (sampled * columns))
+        for pairs in zip(first.split(at_once), second.split(at_once), strict=True):
+            scales = [column_scales((inputs[a], inputs[b]), recipe) for a, b in zip(*pairs, strict=True)]
+            weights = [sample[members.to(device)].transpose(0, 1).flatten(1) for members in pairs]
+            side_by_side = torch.cat([scale[0] for scale in scales]), torch.cat([scale[1] for scale in scales])
+            try:
+                packed = fit((weights[0], weights[1]), side_by_side, recipe, group)
+            except UnencodableWeight as error:
+                raise UnencodableWeight(f"one of experts {pool}, {projection} projection: {error}") from None
+            lost = torch.zeros(len(scales), device=device)
+            for position, (exact, members) in enumerate(zip(weights, pairs, strict=True)):
+                difference = exact.float() - code.decode(packed.words, position, packed.grid).float()
+                by_column = difference.square().sum(dim=0).view(-1, columns)
+                lost += (by_column * squares[members.to(device)]).sum(dim=1)
+            errors[pairs] += lost.cpu().double() / energy if energy else 0.0
+    return errors + errors.T
