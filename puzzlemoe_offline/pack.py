@@ -93,11 +93,14 @@ def pack_matrix(
         scales = column_scales(inputs, recipe)
         packed = PackedMatrix.stack([fit(block, scales, recipe, group) for block in blocks])
     grids = [None] * len(blocks) if packed.grid is None else packed.grid.split(rows)
+    error, energy = torch.zeros(2, dtype=torch.float64, device=weights[0].device)
     for block, words, grid in zip(blocks, packed.words.split(rows), grids, strict=True):
         for position, weight in enumerate(block):
             exact = weight.float()
-            losses.error[index] += float((exact - code.decode(words, position, grid).float()).square().sum())
-            losses.energy[index] += float(exact.square().sum())
+            error += (exact - code.decode(words, position, grid).float()).square().sum()
+            energy += exact.square().sum()
+    losses.error[index] += float(error)
+    losses.energy[index] += float(energy)
     losses.clamped += packed.clamped
     return packed.to("cpu")
 

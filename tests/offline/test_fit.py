@@ -60,10 +60,12 @@ def test_nearest_is_the_best_of_all_words(name):
     torch.manual_seed(0)
     pair, step, scales = torch.randn(2, 40, 3, 32).abs(), 0.5 + torch.rand(40, 3), 0.1 + torch.rand(2, 1, 3, 32)
     magnitudes = code.magnitudes
-    index = nearest(magnitudes, pair, step, scales)
+    index, score = nearest(magnitudes, pair, step, scales)
     values = magnitudes.T[:, :, None, None, None] * step[..., None]
     errors = (scales[:, None] * (pair[:, None] - values).square()).sum(dim=0)
     torch.testing.assert_close(errors.gather(0, index.long()[None])[0], errors.amin(dim=0), rtol=1e-4, atol=1e-5)
+    energy = (scales * pair.square()).sum(dim=0)
+    torch.testing.assert_close(energy + 2 * step[..., None].square() * score, errors.amin(dim=0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", GRID_CODES)
@@ -83,7 +85,7 @@ def test_no_other_step_is_much_better(name):
     pair = torch.stack([w.float().abs() for w in weights])[:, :, None]
     for factor in torch.linspace(0.5, 2, 61):
         grid = (packed.grid.float() * factor).bfloat16()
-        index = nearest(magnitudes, pair, grid.float(), torch.stack(scales)[:, None, None])[:, 0].int()
+        index = nearest(magnitudes, pair, grid.float(), torch.stack(scales)[:, None, None])[0][:, 0].int()
         other = code.pack(words[index, torch.signbit(weights[0]).int(), torch.signbit(weights[1]).int()])
         assert found.sum() <= 1.05 * error(other, grid).sum()
 
