@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,11 +40,12 @@ class Calibration:
 
 
 def load_calibration(
-    source: str, tokenizer: PreTrainedTokenizerBase, samples: int, sequence_length: int
+    source: str, tokenizer: PreTrainedTokenizerBase, samples: int, sequence_length: int, seed: int = 0
 ) -> Calibration:
     """Token windows from a plain text file, a .jsonl file with a `text` field, or a hub dataset with a `text` column.
 
-    Windows are spread evenly over a file; a hub dataset is streamed until there are enough.
+    A file is cut into as many equal parts as there are samples, and the seed chooses a window from each; a hub dataset
+    is streamed until there are enough.
     Raises CalibrationError when the source is missing, malformed, or too short for one window.
     """
     path = Path(source)
@@ -64,7 +66,8 @@ def load_calibration(
             f"{source} has {len(tokens)} tokens, fewer than one window of {sequence_length}: give more text or a "
             "smaller --sequence-length"
         )
-    chosen = torch.linspace(0, available - 1, min(samples, available)).round().long()
+    parts, rng = min(samples, available), random.Random(seed)
+    chosen = [rng.randrange(part * available // parts, (part + 1) * available // parts) for part in range(parts)]
     return Calibration(tokens[: available * sequence_length].view(available, sequence_length)[chosen], source)
 
 

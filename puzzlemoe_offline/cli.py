@@ -31,62 +31,25 @@ from puzzlemoe_offline.families import UnsupportedModel
 from puzzlemoe_offline.inspection import inspect
 from puzzlemoe_offline.output import OutputError
 from puzzlemoe_offline.plan import make_plan
-from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.recipe import Code, Pairing, RecipeError, RecipeName, Rule, Saliency, named_recipe
 from puzzlemoe_offline.report import GB, summary
 from puzzlemoe_offline.unpack import unpack
-from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import UnencodableWeight
 from puzzlemoe_vllm.format.layout import LayoutError
 
-EXPECTED_ERRORS = (CheckpointError, UnsupportedModel, LayoutError, OutputError, CalibrationError, UnencodableWeight)
+EXPECTED_ERRORS = (
+    CheckpointError,
+    UnsupportedModel,
+    LayoutError,
+    OutputError,
+    CalibrationError,
+    RecipeError,
+    UnencodableWeight,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 errors = Console(stderr=True)
-
-
-class Sparsity(str, Enum):
-    """Share of the routed experts' memory that goes away."""
-
-    half = "0.5"
-    quarter = "0.25"
-
-
-class Saliency(str, Enum):
-    """How the more salient of two weights is found."""
-
-    wanda = "wanda"
-    magnitude = "magnitude"
-
-
-class Code(str, Enum):
-    """What a pair's word holds."""
-
-    mask16 = "mask16"
-    angle16 = "angle16"
-    angle8 = "angle8"
-    angle6 = "angle6"
-    mask6 = "mask6"
-
-
-class Rule(str, Enum):
-    """How a mask16 word is chosen."""
-
-    paper = "paper"
-    least_squares = "least-squares"
-
-
-class GroupSize(str, Enum):
-    """Input columns that share a step."""
-
-    large = "128"
-    middle = "64"
-    small = "32"
-
-
-class Pairing(str, Enum):
-    """How partners are chosen."""
-
-    random = "random"
 
 
 class Device(str, Enum):
@@ -106,37 +69,62 @@ DeviceOption = Annotated[Device, typer.Option(help="Where layers run.")]
 def compress_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The model to compress: a folder or a hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the packed model.")],
-    sparsity: Annotated[Sparsity, typer.Option(help="0.5 merges all experts of a layer, 0.25 the less used half.")] = (
-        Sparsity.half
-    ),
+    recipe: Annotated[
+        RecipeName,
+        typer.Option(help="Where the options below start from: what lost least when measured, or the paper's choices."),
+    ] = "default",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="0.5 merges all experts of a layer, 0.25 the less used half.", show_default="0.5"),
+    ] = None,
     code: Annotated[
-        Code,
+        Code | None,
         typer.Option(help="Bits of a pair, and how they share a magnitude: by masks (the paper) or by directions."),
-    ] = Code.mask16,
-    rule: Annotated[Rule, typer.Option(help="mask16: the paper's threshold and saliency, or least squares.")] = (
-        Rule.paper
-    ),
+    ] = None,
+    rule: Annotated[
+        Rule | None, typer.Option(help="mask16: the paper's threshold and saliency, or least squares.")
+    ] = None,
     compensate: Annotated[
-        bool,
-        typer.Option("--compensate", help="Push each expert's error in a column into its later ones, as GPTQ does."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--compensate/--no-compensate",
+            help="Push each expert's error in a column into its later ones, as GPTQ does.",
+        ),
+    ] = None,
     group_size: Annotated[
-        GroupSize | None,
-        typer.Option(help="8- and 6-bit codes: input columns per step; smaller for small tensor-parallel shards."),
+        int | None,
+        typer.Option(
+            help="8- and 6-bit codes: input columns per step, 128, 64 or 32; smaller for small tensor-parallel shards.",
+            show_default="the largest that fits",
+        ),
     ] = None,
     tau: Annotated[
-        float, typer.Option(min=0, max=1, help="Similarity threshold: below it a pair shares its mean.")
-    ] = 0.4,
-    pairing: Annotated[Pairing, typer.Option(help="How partners are chosen.")] = Pairing.random,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Paper's rule: similarity threshold below which a pair shares its mean.",
+            show_default="0.4",
+        ),
+    ] = None,
+    pairing: Annotated[
+        Pairing | None,
+        typer.Option(
+            help="Partners at random, those that lose least, or those that the same tokens choose most often."
+        ),
+    ] = None,
     saliency: Annotated[
-        Saliency, typer.Option(help="wanda: |W| times the input column's norm; magnitude: |W|, no calibration.")
-    ] = Saliency.wanda,
+        Saliency | None,
+        typer.Option(
+            help="wanda: |W| times the input column's norm; magnitude: |W|, no calibration.", show_default="wanda"
+        ),
+    ] = None,
     calibration: Annotated[
         str, typer.Option(help="Plain text file, .jsonl file with a text field, or hub dataset with a text column.")
     ] = C4,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Seed of the random pairing.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random pairing and of the choice of calibration windows.")] = 0,
     device: DeviceOption = DEFAULT_DEVICE,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     dry_run: Annotated[
@@ -145,30 +133,27 @@ def compress_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in OUT.")] = False,
 ) -> None:
     """Merge a model's experts in pairs and write a packed model that vLLM serves."""
-    if group_size and not get_code(code.value).has_grid:
-        raise CheckpointError(f"--group-size: {code.value} has no group steps; drop it, or use --code angle8")
-    if compensate and (saliency is Saliency.magnitude or (code is Code.mask16 and rule is Rule.paper)):
-        raise CheckpointError("--compensate needs calibration (--saliency wanda), and mask16 --rule least-squares")
-    recipe = Recipe(
-        code=code.value,
-        rule=rule.value,
+    chosen = named_recipe(
+        recipe,
+        code=code,
+        rule=rule,
         compensate=compensate,
-        group_size=int(group_size.value) if group_size else None,
-        sparsity=float(sparsity.value),
+        group_size=group_size,
+        sparsity=sparsity,
         tau=tau,
-        pairing=pairing.value,
-        saliency=saliency.value,
+        pairing=pairing,
+        saliency=saliency,
         seed=seed,
     )
     folder = locate(source, revision)
     checkpoint = Checkpoint(folder)
     checkpoint.check_complete()
     data: Calibration | None = None
-    if recipe.saliency == "wanda":
-        data = load_calibration(calibration, _tokenizer(folder), samples, sequence_length)
+    if chosen.saliency == "wanda":
+        data = load_calibration(calibration, _tokenizer(folder), samples, sequence_length, seed)
         if len(data.tokens) < samples:
             errors.print(f"[yellow]{calibration} gives {len(data.tokens)} windows of {sequence_length}, not {samples}")
-    job = Job(checkpoint, source, revision, recipe, data, _usable(device))
+    job = Job(checkpoint, source, revision, chosen, data, _usable(device))
     if dry_run:
         console.print(_plan_table(job))
         return

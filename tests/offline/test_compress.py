@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.inspection import inspect
 
-OPTIONS = ["--samples", "8", "--sequence-length", "128", "--seed", "3"]
+OPTIONS = ["--recipe", "paper", "--samples", "8", "--sequence-length", "128", "--seed", "3"]
 
 
 def puzzlemoe(*words: object) -> subprocess.CompletedProcess[str]:
@@ -144,7 +144,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(packed, example, tmp_path):
 
 def test_magnitude_saliency_needs_no_calibration(example, tmp_path):
     out = tmp_path / "out"
-    done = puzzlemoe("compress", example / "model", out, "--saliency", "magnitude")
+    done = puzzlemoe("compress", example / "model", out, "--recipe", "paper", "--saliency", "magnitude")
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "puzzlemoe_report.json").read_text())
     assert report["calibration"] is None
@@ -164,3 +164,24 @@ def test_perplexity_of_packed_and_unpacked_agree_and_stay_near_dense(packed, exa
         scores[name] = json.loads(done.stdout)["perplexity"]
     assert scores["packed"] == pytest.approx(scores["unpacked"], rel=1e-5)
     assert scores["dense"] < scores["packed"] < 4 * scores["dense"]
+
+
+def test_the_default_takes_half_the_paper_s_bytes_and_loses_less(packed, example, tmp_path):
+    out = tmp_path / "out"
+    options = ["--calibration", example / "calibration.txt", *OPTIONS[2:]]
+    done = puzzlemoe("compress", example / "model", out, *options)
+    assert done.returncode == 0, done.stderr
+    default, paper = (json.loads((folder / "puzzlemoe_report.json").read_text()) for folder in (out, packed))
+    assert default["recipe"]["code"] == "angle8" and default["recipe"]["compensate"]
+    assert default["bytes"]["experts_after"] < 0.52 * paper["bytes"]["experts_after"]
+    for layer, other in zip(default["layers"], paper["layers"], strict=True):
+        assert layer["output_error"] < 0.7 * other["output_error"]
+    assert "one token loads" in done.stdout
+
+
+def test_options_that_contradict_the_recipe_are_one_line(example, tmp_path):
+    done = puzzlemoe("compress", example / "model", tmp_path / "out", "--saliency", "magnitude")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: compensation needs calibration: use --saliency wanda, or --no-compensate"
+    ]

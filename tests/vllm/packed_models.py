@@ -28,7 +28,7 @@ def compress_and_unpack(folder: Path, family: str, sparsity: str, code: str, **o
     text.write_text("".join(random.Random(0).choices(string.printable, k=2000)))
     result = Models(folder / "packed", folder / "unpacked")
     options = ["--calibration", str(text), "--samples", "8", "--sequence-length", "128", "--sparsity", sparsity]
-    options += ["--code", code]
+    options += ["--recipe", "paper", "--code", code]
     for command in (
         ["compress", str(source), str(result.packed), *options, "--device", "cpu"],
         ["unpack", str(result.packed), str(result.unpacked)],

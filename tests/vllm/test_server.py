@@ -88,7 +88,7 @@ def client(served) -> OpenAI:
 
 
 def _compress_trained(data: Path, packed: Path) -> Path:
-    command = ["compress", str(data / "models" / "mixtral-30m"), str(packed), "--device", "cpu"]
+    command = ["compress", str(data / "models" / "mixtral-30m"), str(packed), "--recipe", "paper", "--device", "cpu"]
     text = ["--calibration", str(data / "text" / "calibration-pd.txt"), "--samples", "8", "--sequence-length", "256"]
     done = CliRunner().invoke(app, [*command, *text])
     assert done.exit_code == 0, done.output
