@@ -82,7 +82,10 @@ def _seconds(job: Job, tokens: int, expert_total: int, other: int) -> float:
     if job.recipe.compensate:
         chosen = tokens * int(checkpoint.config["num_experts_per_tok"]) * len(checkpoint.moe_layers)
         products += 2 * chosen * sum(size**2 for size in _sizes(checkpoint))
-    return products / _product_rate(job.device) + expert_total / 2 / _merge_rate(job)
+    merged = expert_total / 2
+    if job.recipe.pairing == "search":
+        merged *= 2  # Trial merges are bounded by the layer's weights.
+    return products / _product_rate(job.device) + merged / _merge_rate(job)
 
 
 def _product_rate(device: str) -> float:
