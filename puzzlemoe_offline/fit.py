@@ -56,23 +56,29 @@ class PackedMatrix:
         )
 
 
-def importance(inputs: tuple[ProjectionInputs, ProjectionInputs]) -> tuple[Tensor, Tensor]:
-    """Weights of the squared errors of a pair by input column, float32 [K] twice."""
-    squares = tuple(seen.norms.square() / max(seen.tokens, 1) ** BALANCE for seen in inputs)
-    mean = (squares[0].mean() + squares[1].mean()) / 2
-    if not mean > 0:
-        return torch.ones_like(squares[0]), torch.ones_like(squares[1])
-    return squares[0] / mean + UNSEEN, squares[1] / mean + UNSEEN
+def own_scale(seen: ProjectionInputs, recipe: Recipe) -> Tensor:
+    """How much an expert's input columns count by themselves, float32 [K]: norms for the paper's rule, squares over a
+    power of the token count otherwise."""
+    return seen.norms if recipe.is_paper else seen.norms.square() / max(seen.tokens, 1) ** BALANCE
+
+
+def pair_scales(own: tuple[Tensor, Tensor], few: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """How much the columns of two experts count in their pair, float32 [..., K] twice.
+
+    own: as `own_scale` gives them, [..., K]; few: bool [..., 1], whether one of the two saw few tokens, so that the
+    paper's rule goes by magnitude alone.  Other fits take weights of the squared errors, relative to the pair's mean.
+    """
+    if recipe.is_paper:
+        return own[0].masked_fill(few, 1), own[1].masked_fill(few, 1)
+    mean = (own[0].mean(dim=-1, keepdim=True) + own[1].mean(dim=-1, keepdim=True)) / 2
+    silent = mean == 0
+    return (own[0] / mean + UNSEEN).masked_fill(silent, 1), (own[1] / mean + UNSEEN).masked_fill(silent, 1)
 
 
 def column_scales(inputs: tuple[ProjectionInputs, ProjectionInputs], recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """How much the input columns of a pair count, float32 [K] twice: norms for the paper's rule (ones where one of the
-    experts saw few tokens), weights of the squared errors otherwise."""
-    if not recipe.is_paper:
-        return importance(inputs)
-    if any(seen.tokens < FEW_TOKENS for seen in inputs):
-        return torch.ones_like(inputs[0].norms), torch.ones_like(inputs[1].norms)
-    return inputs[0].norms, inputs[1].norms
+    """The same of one pair, float32 [K] twice."""
+    few = torch.tensor([any(seen.tokens < FEW_TOKENS for seen in inputs)], device=inputs[0].norms.device)
+    return pair_scales((own_scale(inputs[0], recipe), own_scale(inputs[1], recipe)), few, recipe)
 
 
 def fit(

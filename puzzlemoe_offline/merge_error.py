@@ -7,15 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibrate import ExpertStatistics
+from puzzlemoe_offline.calibrate import FEW_TOKENS, ExpertStatistics
 from puzzlemoe_offline.checkpoint import PROJECTIONS, Expert
-from puzzlemoe_offline.fit import column_scales, fit
-from puzzlemoe_offline.pack import ENTRIES, projection_inputs
+from puzzlemoe_offline.fit import fit, own_scale, pair_scales
+from puzzlemoe_offline.pack import projection_inputs
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
 
 ROWS = 128
 """Most rows of a projection that are sampled."""
+
+ENTRIES = {"cpu": 1 << 14, "cuda": 1 << 20}
+"""Weights fitted at once: few enough for the cache of a CPU, enough to keep a GPU busy."""
 
 
 def merge_errors(
@@ -37,29 +40,31 @@ def merge_errors(
     """
     code, count = get_code(recipe.code), len(pool)
     first, second = torch.triu_indices(count, count, offset=1)
-    errors = torch.zeros(count, count, dtype=torch.float64)
+    errors = torch.zeros(count, count, dtype=torch.float64, device=device)
     for index, projection in enumerate(PROJECTIONS):
-        members = [getattr(expert(number), projection) for number in pool]
-        rows, columns = members[0].shape
+        matrices = [getattr(expert(number), projection) for number in pool]
+        rows, columns = matrices[0].shape
         sampled = min(ROWS, -(-rows // (count - 1)))
         chosen = torch.linspace(0, rows - 1, sampled).round().long()
-        sample = torch.stack([member[chosen.to(member.device)].to(device) for member in members])
+        sample = torch.stack([matrix[chosen.to(matrix.device)].to(device) for matrix in matrices])
         inputs = [projection_inputs(statistics, number, index, columns, device) for number in pool]
         squares = torch.stack([seen.norms.square() for seen in inputs])
         energy = float((sample.float().square().sum(dim=1) * squares).sum())
-        at_once = max(1, ENTRIES // (sampled * columns))
-        for pairs in zip(first.split(at_once), second.split(at_once), strict=True):
-            scales = [column_scales((inputs[a], inputs[b]), recipe) for a, b in zip(*pairs, strict=True)]
-            weights = [sample[members.to(device)].transpose(0, 1).flatten(1) for members in pairs]
-            side_by_side = torch.cat([scale[0] for scale in scales]), torch.cat([scale[1] for scale in scales])
+        own = torch.stack([own_scale(seen, recipe) for seen in inputs])
+        few = torch.tensor([[seen.tokens < FEW_TOKENS] for seen in inputs], device=device)
+        at_once = max(1, ENTRIES[device.type] // (sampled * columns))
+        for pairs in zip(first.to(device).split(at_once), second.to(device).split(at_once), strict=True):
+            a, b = pairs
+            scales = pair_scales((own[a], own[b]), few[a] | few[b], recipe)
+            weights = sample[a].transpose(0, 1).flatten(1), sample[b].transpose(0, 1).flatten(1)
             try:
-                packed = fit((weights[0], weights[1]), side_by_side, recipe, group)
+                packed = fit(weights, (scales[0].flatten(), scales[1].flatten()), recipe, group)
             except UnencodableWeight as error:
                 raise UnencodableWeight(f"one of experts {pool}, {projection} projection: {error}") from None
-            lost = torch.zeros(len(scales), device=device)
+            lost = torch.zeros(len(a), device=device)
             for position, (exact, members) in enumerate(zip(weights, pairs, strict=True)):
                 difference = exact.float() - code.decode(packed.words, position, packed.grid).float()
                 by_column = difference.square().sum(dim=0).view(-1, columns)
-                lost += (by_column * squares[members.to(device)]).sum(dim=1)
-            errors[pairs] += lost.cpu().double() / energy if energy else 0.0
-    return errors + errors.T
+                lost += (by_column * squares[members]).sum(dim=1)
+            errors[a, b] += lost.double() / energy if energy else 0.0
+    return (errors + errors.T).cpu()

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from puzzlemoe_offline.calibrate import ProjectionInputs
 from puzzlemoe_offline.compensate import DAMPING, fit_compensated, inverse_factor
-from puzzlemoe_offline.fit import BALANCE, PackedMatrix, fit, importance
+from puzzlemoe_offline.fit import BALANCE, PackedMatrix, column_scales, fit
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_vllm.format.codes import CODES, get_code
+
+LEAST_SQUARES = Recipe(rule="least-squares")
 
 
 def observed(x: Tensor) -> ProjectionInputs:
@@ -55,7 +57,10 @@ def test_it_lowers_the_error_of_both_outputs(name):
     inputs = observed(x[0]), observed(x[1])
     group = 64 if get_code(name).has_grid else None
     plain = output_errors(
-        name, fit(weights, importance(inputs), Recipe(code=name, rule="least-squares"), group), weights, x
+        name,
+        fit(weights, column_scales(inputs, LEAST_SQUARES), Recipe(code=name, rule="least-squares"), group),
+        weights,
+        x,
     )
     better = output_errors(name, fit_compensated(get_code(name), weights, inputs, group), weights, x)
     assert all(after < 0.9 * before for after, before in zip(better, plain, strict=True))
@@ -67,7 +72,7 @@ def test_without_correlation_there_is_nothing_to_push(name):
     weights = tuple(torch.randn(16, 160).bfloat16() for _ in (0, 1))
     inputs = (ProjectionInputs(torch.ones(160), 1, torch.eye(160)),) * 2
     group = 32 if get_code(name).has_grid else None
-    plain = fit(weights, importance(inputs), Recipe(code=name, rule="least-squares"), group)
+    plain = fit(weights, column_scales(inputs, LEAST_SQUARES), Recipe(code=name, rule="least-squares"), group)
     pushed = fit_compensated(get_code(name), weights, inputs, group)
     code = get_code(name)
     decoded = [[code.decode(p.words, position, p.grid).float() for position in (0, 1)] for p in (plain, pushed)]
