@@ -157,6 +157,8 @@ def _calibrate_layer(
 
 
 def _record_both(statistics: ExpertStatistics, sample: SampledTokens) -> Callable[..., None]:
+    """What the experts module calls with every batch's routing and output."""
+
     def record(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
         statistics.observe_choices(ids)
         sample.record(hidden, ids, weights, out)

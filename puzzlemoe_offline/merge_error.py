@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,7 +48,10 @@ def merge_errors(
         sampled = min(ROWS, -(-rows // (count - 1)))
         chosen = torch.linspace(0, rows - 1, sampled).round().long()
         sample = torch.stack([matrix[chosen.to(matrix.device)].to(device) for matrix in matrices])
-        inputs = [projection_inputs(statistics, number, index, columns, device) for number in pool]
+        # Moments are not looked at here, and those of an expert with few tokens would be made for each anew.
+        inputs = [
+            replace(projection_inputs(statistics, number, index, columns, device), moments=None) for number in pool
+        ]
         squares = torch.stack([seen.norms.square() for seen in inputs])
         energy = float((sample.float().square().sum(dim=1) * squares).sum())
         own = torch.stack([own_scale(seen, recipe) for seen in inputs])

@@ -114,3 +114,18 @@ def test_what_the_pairings_are_for(family, sparsity, tmp_path):
 def expert_bytes_per_token(report: dict, checkpoint: Checkpoint) -> float:
     config, layers = checkpoint.config, len(checkpoint.moe_layers)
     return layers * config["num_experts_per_tok"] * 6 * config["hidden_size"] * config["moe_intermediate_size"]
+
+
+def test_a_search_without_calibration(tmp_path):
+    source = build("qwen3_moe", tmp_path / "source")
+    orders, errors = {}, {}
+    for pairing in ("random", "search"):
+        recipe = Recipe(saliency="magnitude", pairing=pairing)
+        report = compress(
+            Job(Checkpoint(source), "source", None, recipe, None, "cpu"), tmp_path / pairing, False, print
+        )
+        assert report["bytes_per_token"] is None
+        orders[pairing] = [layer["order"] for layer in report["layers"]]
+        errors[pairing] = sum(sum(layer["weight_error"]) for layer in report["layers"])
+    assert orders["search"] != orders["random"]
+    assert errors["search"] <= 1.01 * errors["random"]
