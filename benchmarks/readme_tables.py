@@ -32,7 +32,7 @@ def accuracy() -> None:
         for name, before in dense.items():
             each = [100 * (row["perplexity"][name] / before - 1) for row in rows]
             spread = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
-            rises.append(f"+{mean(each):.2f}%{spread}")
+            rises.append(f"{mean(each):+.2f}%{spread}")
         loads = [row["bytes_per_token"]["this pairing"] / 1e6 for row in rows if row["bytes_per_token"]]
         loaded = f"{mean(loads):.2f}" if loads else ""
         print(f"| {recipe}, {len(rows)} | {rows[0]['expert_bytes'] / 1e6:.1f} MB | {loaded} | {' | '.join(rises)} |")
