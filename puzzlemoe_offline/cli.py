@@ -33,11 +33,20 @@ from puzzlemoe_offline.output import OutputError
 from puzzlemoe_offline.plan import make_plan
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_offline.report import GB, summary
+from puzzlemoe_offline.served import ServingError, served_perplexity
 from puzzlemoe_offline.unpack import unpack
 from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
 from puzzlemoe_vllm.format.layout import LayoutError
 
-EXPECTED_ERRORS = (CheckpointError, UnsupportedModel, LayoutError, OutputError, CalibrationError, UnencodableWeight)
+EXPECTED_ERRORS = (
+    CheckpointError,
+    UnsupportedModel,
+    LayoutError,
+    OutputError,
+    CalibrationError,
+    UnencodableWeight,
+    ServingError,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -94,6 +103,13 @@ class Device(str, Enum):
 
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Engine(str, Enum):
+    """What computes a perplexity."""
+
+    layerwise = "layerwise"
+    vllm = "vllm"
 
 
 DEFAULT_DEVICE = Device.cuda if torch.cuda.is_available() else Device.cpu
@@ -220,7 +236,10 @@ def perplexity_command(
     model: Folder,
     text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A plain text file.")],
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
-    device: DeviceOption = DEFAULT_DEVICE,
+    engine: Annotated[
+        Engine, typer.Option(help="layerwise: one layer in memory at a time; vllm: the model as vLLM serves it.")
+    ] = Engine.layerwise,
+    device: Annotated[Device | None, typer.Option(help="Where layers run; vLLM chooses its own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
     """Perplexity of a packed or dense model on a text, in non-overlapping windows as is usual for WikiText-2."""
@@ -228,8 +247,13 @@ def perplexity_command(
     checkpoint = Checkpoint(folder)
     checkpoint.check_complete()
     windows = windows_of(_tokenizer(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
-    with _layer_progress("perplexity", checkpoint.layers) as advance:
-        result = perplexity(checkpoint, windows, _usable(device), lambda layer: advance())
+    if engine is Engine.vllm:
+        if device:
+            raise CheckpointError("--device is for --engine layerwise; vLLM runs where its build runs: drop it")
+        result = served_perplexity(folder, windows)
+    else:
+        with _layer_progress("perplexity", checkpoint.layers) as advance:
+            result = perplexity(checkpoint, windows, _usable(device or DEFAULT_DEVICE), lambda layer: advance())
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
     else:

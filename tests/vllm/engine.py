@@ -76,6 +76,10 @@ class Engine:
             return str(error)
         raise AssertionError(f"vLLM served {model} with {options}")
 
+    def puzzlemoe(self, *arguments: Any) -> str:
+        """What `puzzlemoe ...` prints.  Raises EngineError."""
+        return self._ask({"arguments": [str(argument) for argument in arguments]})
+
     def stop(self) -> None:
         if self.process:
             self.process.kill()  # between requests it holds nothing, and its orderly end takes seconds
@@ -94,7 +98,7 @@ class Engine:
         answer = json.loads(line)
         if "error" in answer:
             raise EngineError(answer["error"])
-        return answer["steps"]
+        return answer["result"]
 
     def _start(self) -> None:
         reader, writer = os.pipe()
@@ -130,6 +134,16 @@ def _step(token: int, logprobs: dict[int, Any]) -> tuple[int, float, float]:
     return token, logprob, logprob - max(entry.logprob for other, entry in logprobs.items() if other != token)
 
 
+def _puzzlemoe(arguments: list[str]) -> str:
+    from typer.testing import CliRunner
+
+    from puzzlemoe_offline.cli import app
+
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
 def main() -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -138,7 +152,8 @@ def main() -> None:
     gc.collect = lambda generation=2: 0
     for line in sys.stdin:
         try:
-            answer = {"steps": _generate(**json.loads(line))}
+            request = json.loads(line)
+            answer = {"result": (_generate if "model" in request else _puzzlemoe)(**request)}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         cleanup_dist_env_and_memory()
