@@ -53,6 +53,13 @@ console = Console()
 errors = Console(stderr=True)
 
 
+class Method(str, Enum):
+    """How experts merge."""
+
+    puzzlemoe = "puzzlemoe"
+    mergemoe = "mergemoe"
+
+
 class Sparsity(str, Enum):
     """Share of the routed experts' memory that goes away."""
 
@@ -122,6 +129,11 @@ DeviceOption = Annotated[Device, typer.Option(help="Where layers run.")]
 def compress_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The model to compress: a folder or a hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the packed model.")],
+    context: typer.Context,
+    method: Annotated[
+        Method, typer.Option(help="puzzlemoe: in pairs, entry by entry; mergemoe: in clusters, each one expert.")
+    ] = Method.puzzlemoe,
+    experts: Annotated[int | None, typer.Option(help="mergemoe: experts that are left in every layer.")] = None,
     sparsity: Annotated[Sparsity, typer.Option(help="0.5 merges all experts of a layer, 0.25 the less used half.")] = (
         Sparsity.half
     ),
@@ -161,11 +173,14 @@ def compress_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in OUT.")] = False,
 ) -> None:
     """Merge a model's experts in pairs and write a packed model that vLLM serves."""
+    _check_method(context, method, experts)
     if group_size and not get_code(code.value).has_grid:
         raise CheckpointError(f"--group-size: {code.value} has no group steps; drop it, or use --code angle8")
     if compensate and (saliency is Saliency.magnitude or (code is Code.mask16 and rule is Rule.paper)):
         raise CheckpointError("--compensate needs calibration (--saliency wanda), and mask16 --rule least-squares")
     recipe = Recipe(
+        method=method.value,
+        experts=experts,
         code=code.value,
         rule=rule.value,
         compensate=compensate,
@@ -213,6 +228,7 @@ def inspect_command(
     console.print(
         f"{facts['model_type']}: {facts['moe_layers']} of {facts['layers']} layers with "
         f"{facts['experts_per_layer']} experts, {facts['pairs']} pairs"
+        + (f", {facts['clusters']} clusters" if facts["clusters"] else "")
         + (f", code {facts['code']}" if facts["code"] else "")
     )
     if facts["provenance"]:
@@ -261,6 +277,23 @@ def perplexity_command(
             f"perplexity {result.perplexity:.4f} over {result.tokens} tokens "
             f"({result.windows} windows of {result.sequence_length})"
         )
+
+
+PAIR_OPTIONS = ("sparsity", "code", "rule", "compensate", "group_size", "tau", "pairing", "saliency", "seed")
+"""Options of `compress` that mergemoe has no use for."""
+
+
+def _check_method(context: typer.Context, method: Method, experts: int | None) -> None:
+    if method is Method.puzzlemoe:
+        if experts is not None:
+            raise CheckpointError("--experts is for --method mergemoe; puzzlemoe has --sparsity")
+        return
+    if experts is None:
+        raise CheckpointError("--method mergemoe needs --experts, the number of experts left in every layer")
+    for name in PAIR_OPTIONS:
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            raise CheckpointError(f"--{name.replace('_', '-')} is for --method puzzlemoe; mergemoe has --experts only")
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

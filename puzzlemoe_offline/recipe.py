@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -12,6 +12,9 @@ from puzzlemoe_vllm.format.codes import get_code
 class Recipe(BaseModel):
     """Recorded in the packed model's provenance.
 
+    method: `puzzlemoe` merges experts in pairs, entry by entry; `mergemoe` merges them in clusters, and only `experts`
+    below concerns it.
+    experts: mergemoe's clusters per layer; None for puzzlemoe.
     code: what a pair's word holds (`puzzlemoe_vllm.format.codes`).
     rule: how a mask16 word is chosen: the `paper`'s threshold and saliency, or `least-squares`, weighted with each
     expert's squared input norms, which the other codes always use.
@@ -24,6 +27,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    method: Literal["puzzlemoe", "mergemoe"] = "puzzlemoe"
+    experts: int | None = None
     code: Literal["mask16", "angle16", "angle8", "angle6", "mask6"] = "mask16"
     rule: Literal["paper", "least-squares"] = "paper"
     compensate: bool = False
@@ -39,8 +44,14 @@ class Recipe(BaseModel):
         """Whether words are chosen by the paper's rule."""
         return self.code == "mask16" and self.rule == "paper"
 
+    def heeded(self) -> dict[str, Any]:
+        """The choices that the method heeds, as JSON data."""
+        return self.model_dump(include={"method", "experts"} if self.method == "mergemoe" else None, exclude_none=True)
+
     @model_validator(mode="after")
     def _choices_fit_together(self) -> Recipe:
+        if (self.experts is None) == (self.method == "mergemoe"):
+            raise ValueError("experts is the number of mergemoe's clusters: both or neither")
         if self.group_size is not None:
             get_code(self.code).check_group_size(self.group_size)
         if self.compensate and (self.saliency == "magnitude" or self.is_paper):

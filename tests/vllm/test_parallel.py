@@ -40,6 +40,11 @@ def test_pair_that_straddles_expert_parallel_ranks(check):
     check(EXPERT_PARALLEL, num_local_experts=6)
 
 
+@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, EXPERT_PARALLEL], ids=["tensor", "expert"])
+def test_clusters(options, check):
+    check(options, clusters=3)
+
+
 def test_pipeline_parallel(check):
     # vLLM's CPU build makes the buffers between pipeline ranks only when it compiles.
     check({"pipeline_parallel_size": 2, "enforce_eager": False}, sparsity="0.25")
