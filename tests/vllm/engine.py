@@ -62,11 +62,18 @@ class Engine:
     def __init__(self, log: Path, **environment: str):
         self.log, self.environment = log, environment
         self.process: subprocess.Popen[str] | None = None
+        self.generated: dict[str, list[list[Step]]] = {}
 
     def generate(self, model: Path, **options: Any) -> list[list[Step]]:
-        """Greedy continuations of PROMPTS, by a fresh vllm.LLM(model, **options).  Raises EngineError."""
-        answer = self._ask({"model": str(model), "options": SMALL | options})
-        return [[Step(*step) for step in steps] for steps in answer]
+        """Greedy continuations of PROMPTS, by a vllm.LLM(model, **options) of its own.  Raises EngineError.
+
+        Asked again, it answers from memory: models do not change once they were served.
+        """
+        request = {"model": str(model), "options": SMALL | options}
+        key = json.dumps(request, sort_keys=True)
+        if key not in self.generated:
+            self.generated[key] = [[Step(*step) for step in steps] for steps in self._ask(request)]
+        return self.generated[key]
 
     def refuses(self, model: Path, **options: Any) -> str:
         """The error with which vllm.LLM(model, **options) does not start."""
