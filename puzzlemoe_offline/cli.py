@@ -173,14 +173,12 @@ def compress_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in OUT.")] = False,
 ) -> None:
     """Merge a model's experts in pairs and write a packed model that vLLM serves."""
-    _check_method(context, method, experts)
+    clusters = _mergemoe_recipe(context, method, experts)
     if group_size and not get_code(code.value).has_grid:
         raise CheckpointError(f"--group-size: {code.value} has no group steps; drop it, or use --code angle8")
     if compensate and (saliency is Saliency.magnitude or (code is Code.mask16 and rule is Rule.paper)):
         raise CheckpointError("--compensate needs calibration (--saliency wanda), and mask16 --rule least-squares")
-    recipe = Recipe(
-        method=method.value,
-        experts=experts,
+    recipe = clusters or Recipe(
         code=code.value,
         rule=rule.value,
         compensate=compensate,
@@ -283,17 +281,19 @@ PAIR_OPTIONS = ("sparsity", "code", "rule", "compensate", "group_size", "tau", "
 """Options of `compress` that mergemoe has no use for."""
 
 
-def _check_method(context: typer.Context, method: Method, experts: int | None) -> None:
+def _mergemoe_recipe(context: typer.Context, method: Method, experts: int | None) -> Recipe | None:
+    """None for the other method."""
     if method is Method.puzzlemoe:
         if experts is not None:
             raise CheckpointError("--experts is for --method mergemoe; puzzlemoe has --sparsity")
-        return
+        return None
     if experts is None:
         raise CheckpointError("--method mergemoe needs --experts, the number of experts left in every layer")
     for name in PAIR_OPTIONS:
         source = context.get_parameter_source(name)
         if source and source.name == "COMMANDLINE":
             raise CheckpointError(f"--{name.replace('_', '-')} is for --method puzzlemoe; mergemoe has --experts only")
+    return Recipe(method="mergemoe", experts=experts)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
