@@ -35,7 +35,8 @@ def served_perplexity(folder: Path, windows: Tensor) -> Perplexity:
         # vLLM generates a token after every prompt, and wants room for it.
         llm = LLM(str(folder), dtype="bfloat16", max_model_len=length + 1)
     except Exception as error:  # vLLM raises whatever its configuration, loader and layers raise
-        raise ServingError(f"{folder}: vLLM does not serve it with --sequence-length {length}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ServingError(f"{folder}: vLLM does not serve it with --sequence-length {length}: {reason}") from None
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     total = 0.0
     for batch in windows.split(BATCH):
