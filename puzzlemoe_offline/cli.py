@@ -31,8 +31,19 @@ from puzzlemoe_offline.families import UnsupportedModel
 from puzzlemoe_offline.inspection import inspect
 from puzzlemoe_offline.output import OutputError
 from puzzlemoe_offline.plan import make_plan
-from puzzlemoe_offline.recipe import Code, Pairing, RecipeError, RecipeName, Rule, Saliency, named_recipe
+from puzzlemoe_offline.recipe import (
+    Code,
+    Method,
+    Pairing,
+    Recipe,
+    RecipeError,
+    RecipeName,
+    Rule,
+    Saliency,
+    named_recipe,
+)
 from puzzlemoe_offline.report import GB, summary
+from puzzlemoe_offline.served import ServingError, served_perplexity
 from puzzlemoe_offline.unpack import unpack
 from puzzlemoe_vllm.format.codes import UnencodableWeight
 from puzzlemoe_vllm.format.layout import LayoutError
@@ -45,6 +56,7 @@ EXPECTED_ERRORS = (
     CalibrationError,
     RecipeError,
     UnencodableWeight,
+    ServingError,
 )
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -59,6 +71,13 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Engine(str, Enum):
+    """What computes a perplexity."""
+
+    layerwise = "layerwise"
+    vllm = "vllm"
+
+
 DEFAULT_DEVICE = Device.cuda if torch.cuda.is_available() else Device.cpu
 
 Folder = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")]
@@ -69,6 +88,11 @@ DeviceOption = Annotated[Device, typer.Option(help="Where layers run.")]
 def compress_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The model to compress: a folder or a hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the packed model.")],
+    context: typer.Context,
+    method: Annotated[
+        Method, typer.Option(help="puzzlemoe: in pairs, entry by entry; mergemoe: in clusters, each one expert.")
+    ] = "puzzlemoe",
+    experts: Annotated[int | None, typer.Option(help="mergemoe: experts that are left in every layer.")] = None,
     recipe: Annotated[
         RecipeName,
         typer.Option(help="Where the options below start from: what lost least when measured, or the paper's choices."),
@@ -133,7 +157,8 @@ def compress_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in OUT.")] = False,
 ) -> None:
     """Merge a model's experts in pairs and write a packed model that vLLM serves."""
-    chosen = named_recipe(
+    clusters = _mergemoe_recipe(context, method, experts)
+    chosen = clusters or named_recipe(
         recipe,
         code=code,
         rule=rule,
@@ -182,6 +207,7 @@ def inspect_command(
     console.print(
         f"{facts['model_type']}: {facts['moe_layers']} of {facts['layers']} layers with "
         f"{facts['experts_per_layer']} experts, {facts['pairs']} pairs"
+        + (f", {facts['clusters']} clusters" if facts["clusters"] else "")
         + (f", code {facts['code']}" if facts["code"] else "")
     )
     if facts["provenance"]:
@@ -205,7 +231,10 @@ def perplexity_command(
     model: Folder,
     text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A plain text file.")],
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
-    device: DeviceOption = DEFAULT_DEVICE,
+    engine: Annotated[
+        Engine, typer.Option(help="layerwise: one layer in memory at a time; vllm: the model as vLLM serves it.")
+    ] = Engine.layerwise,
+    device: Annotated[Device | None, typer.Option(help="Where layers run; vLLM chooses its own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
     """Perplexity of a packed or dense model on a text, in non-overlapping windows as is usual for WikiText-2."""
@@ -213,8 +242,13 @@ def perplexity_command(
     checkpoint = Checkpoint(folder)
     checkpoint.check_complete()
     windows = windows_of(_tokenizer(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
-    with _layer_progress("perplexity", checkpoint.layers) as advance:
-        result = perplexity(checkpoint, windows, _usable(device), lambda layer: advance())
+    if engine is Engine.vllm:
+        if device:
+            raise CheckpointError("--device is for --engine layerwise; vLLM runs where its build runs: drop it")
+        result = served_perplexity(folder, windows)
+    else:
+        with _layer_progress("perplexity", checkpoint.layers) as advance:
+            result = perplexity(checkpoint, windows, _usable(device or DEFAULT_DEVICE), lambda layer: advance())
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
@@ -222,6 +256,25 @@ def perplexity_command(
             f"perplexity {result.perplexity:.4f} over {result.tokens} tokens "
             f"({result.windows} windows of {result.sequence_length})"
         )
+
+
+PAIR_OPTIONS = ("recipe", "sparsity", "code", "rule", "compensate", "group_size", "tau", "pairing", "saliency", "seed")
+"""Options of `compress` that mergemoe has no use for."""
+
+
+def _mergemoe_recipe(context: typer.Context, method: Method, experts: int | None) -> Recipe | None:
+    """None for the other method."""
+    if method == "puzzlemoe":
+        if experts is not None:
+            raise CheckpointError("--experts is for --method mergemoe; puzzlemoe has --sparsity")
+        return None
+    if experts is None:
+        raise CheckpointError("--method mergemoe needs --experts, the number of experts left in every layer")
+    for name in PAIR_OPTIONS:
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            raise CheckpointError(f"--{name.replace('_', '-')} is for --method puzzlemoe; mergemoe has --experts only")
+    return Recipe(method="mergemoe", experts=experts)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

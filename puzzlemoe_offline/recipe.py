@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from puzzlemoe_vllm.format.codes import get_code
 
+Method = Literal["puzzlemoe", "mergemoe"]
 Code = Literal["mask16", "angle16", "angle8", "angle6", "mask6"]
 Rule = Literal["paper", "least-squares"]
 Pairing = Literal["random", "search", "coactivation"]
@@ -21,6 +22,9 @@ class RecipeError(ValueError):
 class Recipe(BaseModel):
     """Recorded in the packed model's provenance.  The defaults are the paper's.
 
+    method: `puzzlemoe` merges experts in pairs, entry by entry; `mergemoe` merges them in clusters, and only `experts`
+    below concerns it.
+    experts: mergemoe's clusters per layer; None for puzzlemoe.
     code: what a pair's word holds (`puzzlemoe_vllm.format.codes`).
     rule: how a mask16 word is chosen: the `paper`'s threshold and saliency, or `least-squares`, weighted with each
     expert's squared input norms, which the other codes always use.
@@ -36,12 +40,14 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    method: Method = "puzzlemoe"
+    experts: int | None = None
     code: Code = "mask16"
     rule: Rule = "paper"
     compensate: bool = False
     group_size: int | None = None
     sparsity: float = 0.5
-    tau: float = Field(0.4, ge=0, le=1)
+    tau: float = Field(default=0.4, ge=0, le=1)
     pairing: Pairing = "random"
     saliency: Saliency = "wanda"
     seed: int = 0
@@ -51,8 +57,14 @@ class Recipe(BaseModel):
         """Whether words are chosen by the paper's rule."""
         return self.code == "mask16" and self.rule == "paper"
 
+    def heeded(self) -> dict[str, Any]:
+        """The choices that the method heeds, as JSON data."""
+        return self.model_dump(include={"method", "experts"} if self.method == "mergemoe" else None, exclude_none=True)
+
     @model_validator(mode="after")
     def _choices_fit_together(self) -> Recipe:
+        if (self.experts is None) == (self.method == "mergemoe"):
+            raise ValueError("experts is the number of mergemoe's clusters: both or neither")
         if self.group_size is not None:
             get_code(self.code).check_group_size(self.group_size)
         if "rule" in self.model_fields_set and self.rule == "paper" and self.code != "mask16":

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.cli import app
 from puzzlemoe_offline.inspection import inspect
 
 OPTIONS = ["--recipe", "paper", "--samples", "8", "--sequence-length", "128", "--seed", "3"]
@@ -153,15 +155,20 @@ def test_magnitude_saliency_needs_no_calibration(example, tmp_path):
 
 
 def test_perplexity_of_packed_and_unpacked_agree_and_stay_near_dense(packed, example, tmp_path):
+    def run(*words: object) -> str:
+        """Here, without a process for every command."""
+        done = CliRunner().invoke(app, list(map(str, words)))
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
     unpacked = tmp_path / "unpacked"
-    assert puzzlemoe("unpack", packed, unpacked).returncode == 0
+    run("unpack", packed, unpacked)
     scores = {}
     for name, folder in (("dense", example / "model"), ("packed", packed), ("unpacked", unpacked)):
         text = tmp_path / "text.txt"
         text.write_text((example / "heldout.txt").read_text()[:40_000])
-        done = puzzlemoe("perplexity", folder, "--text", text, "--sequence-length", "256", "--json")
-        assert done.returncode == 0, done.stderr
-        scores[name] = json.loads(done.stdout)["perplexity"]
+        printed = run("perplexity", folder, "--text", text, "--sequence-length", "256", "--json")
+        scores[name] = json.loads(printed)["perplexity"]
     assert scores["packed"] == pytest.approx(scores["unpacked"], rel=1e-5)
     assert scores["dense"] < scores["packed"] < 4 * scores["dense"]
 
