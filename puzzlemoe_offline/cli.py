@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,15 +13,11 @@ from typing import Annotated, Any
 # Progress bars of these libraries would tear ours; set before they are imported.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from puzzlemoe_offline.calibrate import C4, Calibration, CalibrationError, load_calibration
+from puzzlemoe_offline.calibrate import C4, Calibration, CalibrationError
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, locate
 from puzzlemoe_offline.compress import Job, compress
 from puzzlemoe_offline.evaluate import perplexity, windows_of
@@ -33,6 +27,21 @@ from puzzlemoe_offline.output import OutputError
 from puzzlemoe_offline.plan import make_plan
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_offline.report import GB, summary
+from puzzlemoe_offline.terminal import (
+    DEFAULT_DEVICE,
+    CalibrationOption,
+    DeviceOption,
+    Folder,
+    SamplesOption,
+    Sparsity,
+    WindowOption,
+    calibration_of,
+    console,
+    errors,
+    layer_progress,
+    tokenizer_of,
+    usable,
+)
 from puzzlemoe_offline.unpack import unpack
 from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
 from puzzlemoe_vllm.format.layout import LayoutError
@@ -40,15 +49,6 @@ from puzzlemoe_vllm.format.layout import LayoutError
 EXPECTED_ERRORS = (CheckpointError, UnsupportedModel, LayoutError, OutputError, CalibrationError, UnencodableWeight)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
-errors = Console(stderr=True)
-
-
-class Sparsity(str, Enum):
-    """Share of the routed experts' memory that goes away."""
-
-    half = "0.5"
-    quarter = "0.25"
 
 
 class Saliency(str, Enum):
@@ -89,19 +89,6 @@ class Pairing(str, Enum):
     random = "random"
 
 
-class Device(str, Enum):
-    """Where layers are run and merged."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-DEFAULT_DEVICE = Device.cuda if torch.cuda.is_available() else Device.cpu
-
-Folder = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")]
-DeviceOption = Annotated[Device, typer.Option(help="Where layers run.")]
-
-
 @app.command("compress")
 def compress_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The model to compress: a folder or a hub id.")],
@@ -131,11 +118,9 @@ def compress_command(
     saliency: Annotated[
         Saliency, typer.Option(help="wanda: |W| times the input column's norm; magnitude: |W|, no calibration.")
     ] = Saliency.wanda,
-    calibration: Annotated[
-        str, typer.Option(help="Plain text file, .jsonl file with a text field, or hub dataset with a text column.")
-    ] = C4,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")] = 2048,
+    calibration: CalibrationOption = C4,
+    samples: SamplesOption = 128,
+    sequence_length: WindowOption = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the random pairing.")] = 0,
     device: DeviceOption = DEFAULT_DEVICE,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
@@ -165,14 +150,12 @@ def compress_command(
     checkpoint.check_complete()
     data: Calibration | None = None
     if recipe.saliency == "wanda":
-        data = load_calibration(calibration, _tokenizer(folder), samples, sequence_length)
-        if len(data.tokens) < samples:
-            errors.print(f"[yellow]{calibration} gives {len(data.tokens)} windows of {sequence_length}, not {samples}")
-    job = Job(checkpoint, source, revision, recipe, data, _usable(device))
+        data = calibration_of(folder, calibration, samples, sequence_length)
+    job = Job(checkpoint, source, revision, recipe, data, usable(device))
     if dry_run:
         console.print(_plan_table(job))
         return
-    with _layer_progress("compressing", checkpoint.layers) as advance:
+    with layer_progress("compressing", checkpoint.layers) as advance:
         report = compress(job, out, resume, lambda layer, record: advance())
     console.print(summary(report))
     console.print(f"packed model written to {out}; serve it with: vllm serve {out}")
@@ -210,7 +193,7 @@ def unpack_command(
 ) -> None:
     """Write an ordinary dense bf16 checkpoint of a packed model's reconstructed weights."""
     checkpoint = Checkpoint(locate(model))
-    with _layer_progress("unpacking", checkpoint.layers) as advance:
+    with layer_progress("unpacking", checkpoint.layers) as advance:
         unpack(checkpoint, out, lambda layer: advance())
     console.print(f"dense model written to {out}")
 
@@ -227,9 +210,9 @@ def perplexity_command(
     folder = locate(model)
     checkpoint = Checkpoint(folder)
     checkpoint.check_complete()
-    windows = windows_of(_tokenizer(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
-    with _layer_progress("perplexity", checkpoint.layers) as advance:
-        result = perplexity(checkpoint, windows, _usable(device), lambda layer: advance())
+    windows = windows_of(tokenizer_of(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
+    with layer_progress("perplexity", checkpoint.layers) as advance:
+        result = perplexity(checkpoint, windows, usable(device), lambda layer: advance())
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
@@ -237,20 +220,6 @@ def perplexity_command(
             f"perplexity {result.perplexity:.4f} over {result.tokens} tokens "
             f"({result.windows} windows of {result.sequence_length})"
         )
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    # A checkpoint's own code is never run; a tokenizer that needs it cannot be used here.
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer could not be loaded ({error})") from None
-
-
-def _usable(device: Device) -> str:
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise CheckpointError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    return device.value
 
 
 def _plan_table(job: Job) -> Table:
@@ -266,14 +235,6 @@ def _plan_table(job: Job) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
-
-
-@contextmanager
-def _layer_progress(title: str, layers: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=errors) as progress:
-        task = progress.add_task(title, total=layers)
-        yield lambda: progress.advance(task)
 
 
 def main() -> None:
