@@ -17,8 +17,10 @@ import typer
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from puzzlemoe_offline.baselines.method import BaselineError
 from puzzlemoe_offline.calibrate import C4, Calibration, CalibrationError
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, locate
+from puzzlemoe_offline.cli_compare import baseline_command, compare_command
 from puzzlemoe_offline.compress import Job, compress
 from puzzlemoe_offline.evaluate import perplexity, windows_of
 from puzzlemoe_offline.families import UnsupportedModel
@@ -46,9 +48,19 @@ from puzzlemoe_offline.unpack import unpack
 from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
 from puzzlemoe_vllm.format.layout import LayoutError
 
-EXPECTED_ERRORS = (CheckpointError, UnsupportedModel, LayoutError, OutputError, CalibrationError, UnencodableWeight)
+EXPECTED_ERRORS = (
+    BaselineError,
+    CalibrationError,
+    CheckpointError,
+    LayoutError,
+    OutputError,
+    UnencodableWeight,
+    UnsupportedModel,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.command("baseline")(baseline_command)
+app.command("compare")(compare_command)
 
 
 class Saliency(str, Enum):
