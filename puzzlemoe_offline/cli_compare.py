@@ -96,14 +96,15 @@ def compare_command(
     }
     data = calibration_of(folder, calibration, samples, sequence_length)
     comparison = Comparison(checkpoint, data, texts, usable(device), output.parent)
+    figure = output.with_suffix(".png")
     rows: list[Row] = []
+    # On a large model this takes hours: what is measured is written at once.
     for row in comparison.rows(contenders, seeds):
         rows.append(row)
         errors.print(f"{row.name}: " + (row.refused or ", ".join(f"{name} {row.mean(name):.3f}" for name in texts)))
+        output.write_text(json.dumps(results(comparison, rows, seeds), indent=2) + "\n", encoding="utf-8")
+        _draw(rows, tau_sweep, folder.resolve().name, figure)
     console.print(_table(rows, list(texts)))
-    output.write_text(json.dumps(results(comparison, rows, seeds), indent=2) + "\n", encoding="utf-8")
-    figure = output.with_suffix(".png")
-    _draw(rows, tau_sweep, folder.resolve().name, figure)
     console.print(f"written: {output} and {figure}")
 
 
@@ -145,7 +146,7 @@ def _draw(rows: list[Row], tau_sweep: bool, model: str, target: Path) -> None:
     from puzzlemoe_offline.plots import draw_comparison, draw_tau_sweep
 
     if tau_sweep:
-        taus = [recipe.tau for recipe in TAU_SWEEP.values()]
+        taus = [TAU_SWEEP[row.name].tau for row in rows[1:]]
         draw_tau_sweep(rows, taus, f"{model}, the paper's rule", target)
     else:
         draw_comparison(rows, model, target)

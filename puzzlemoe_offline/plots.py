@@ -15,36 +15,39 @@ from puzzlemoe_offline.compare import RECIPES, Row
 
 
 def draw_comparison(rows: list[Row], title: str, target: Path) -> None:
-    """Perplexity against bits per expert weight, a panel for each text; recipes and baselines apart.
+    """Rise of the perplexity over dense against bits per expert weight, a panel for each text.
 
-    rows: the dense model first.
+    rows: the dense model first, then recipes and baselines, which are drawn apart.
     """
     texts = list(rows[0].perplexity)
-    figure, panels = plt.subplots(1, len(texts), figsize=(7 * len(texts), 5), squeeze=False)
+    figure, panels = plt.subplots(1, len(texts), figsize=(8 * len(texts), 6), squeeze=False)
     for axes, text in zip(panels[0], texts, strict=True):
         _comparison_panel(axes, [row for row in rows if not row.refused], text)
     _save(figure, title, target)
 
 
 def _comparison_panel(axes: Axes, rows: list[Row], text: str) -> None:
-    axes.axhline(rows[0].mean(text), color="grey", linewidth=1, linestyle="--", label="dense")
-    for label, marker, ours in (("this tool", "o", True), ("baselines", "s", False)):
-        chosen = [row for row in rows[1:] if (row.name in RECIPES) == ours]
-        axes.errorbar(
-            [row.bits_per_weight for row in chosen],
-            [row.mean(text) for row in chosen],
-            yerr=[row.spread(text) for row in chosen],
-            fmt=marker,
-            label=label,
-        )
-    for row in rows[1:]:
-        point = row.bits_per_weight, row.mean(text)
-        axes.annotate(row.name, point, xytext=(4, 4), textcoords="offset points", size=8)
-    # Dropped experts cost so much that the others would lie on one line.
-    axes.set_yscale("log")
-    axes.set(xlabel="bits per expert weight", ylabel="perplexity", title=text)
+    base = rows[0].mean(text)
+    for label, marker, ours in (("recipes", "o", True), ("baselines", "s", False)):
+        for row in rows[1:]:
+            if (row.name in RECIPES) != ours:
+                continue
+            rise, spread = 100 * (row.mean(text) / base - 1), 100 * row.spread(text) / base
+            colour = "tab:blue" if ours else "tab:orange"
+            axes.errorbar(row.bits_per_weight, rise, yerr=spread, fmt=marker, color=colour, label=label)
+            label = "_nolegend_"
+            # On two sides, so that names of equal size do not cover each other.
+            side, offset = ("left", 6) if ours else ("right", -6)
+            point = row.bits_per_weight, rise
+            axes.annotate(row.name, point, (offset, -3), textcoords="offset points", ha=side, size=8)
+    # Rises span orders of magnitude, and the smallest may be below zero.
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.margins(x=0.15)
+    axes.axhline(0, color="grey", linewidth=1, linestyle="--")
+    axes.set(xlabel="bits per expert weight", ylabel="perplexity over dense, %", title=f"{text}, dense {base:.2f}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    if len(rows) > 1:
+        axes.legend()
 
 
 def draw_tau_sweep(rows: list[Row], taus: list[float], title: str, target: Path) -> None:
