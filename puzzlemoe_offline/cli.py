@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from puzzlemoe_offline.baselines.method import BaselineError
 from puzzlemoe_offline.calibrate import C4, Calibration, CalibrationError
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, locate
-from puzzlemoe_offline.cli_compare import baseline_command, compare_command
+from puzzlemoe_offline.cli_compare import baseline_command, compare_command, draw_distribution
 from puzzlemoe_offline.compress import Job, compress
 from puzzlemoe_offline.evaluate import perplexity, windows_of
 from puzzlemoe_offline.families import UnsupportedModel
@@ -175,10 +175,18 @@ def compress_command(
 
 @app.command("inspect")
 def inspect_command(
-    model: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+    model: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plots: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", file_okay=False, help="Draw a dense model's exponents and similar entries."),
+    ] = None,
 ) -> None:
     """Show what a packed or dense model holds and check that it is whole."""
-    facts = inspect(Checkpoint(locate(model)))
+    checkpoint = Checkpoint(locate(model))
+    facts = inspect(checkpoint)
+    if plots:
+        draw_distribution(checkpoint, plots)
     if as_json:
         print(json.dumps(facts, indent=2))
         return

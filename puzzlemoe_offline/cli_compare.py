@@ -16,6 +16,7 @@ from puzzlemoe_offline.baselines.write import write_baseline
 from puzzlemoe_offline.calibrate import C4
 from puzzlemoe_offline.checkpoint import Checkpoint, locate
 from puzzlemoe_offline.compare import CONTENDERS, TAU_SWEEP, Comparison, Contender, Row, results
+from puzzlemoe_offline.distribution import expert_distribution
 from puzzlemoe_offline.evaluate import windows_of
 from puzzlemoe_offline.terminal import (
     DEFAULT_DEVICE,
@@ -106,6 +107,19 @@ def compare_command(
         _draw(rows, tau_sweep, folder.resolve().name, figure)
     console.print(_table(rows, list(texts)))
     console.print(f"written: {output} and {figure}")
+
+
+def draw_distribution(checkpoint: Checkpoint, folder: Path) -> None:
+    """Draws exponents.png and similarity.png into a folder, which is made, and says so on stderr."""
+    # matplotlib takes a second to import, which no other use of `inspect` should wait for.
+    from puzzlemoe_offline.plots import draw_exponents, draw_similarity
+
+    found = expert_distribution(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = checkpoint.folder.resolve().name
+    draw_exponents(found, name, folder / "exponents.png")
+    draw_similarity(found, name, folder / "similarity.png")
+    errors.print(f"written: {folder / 'exponents.png'} and {folder / 'similarity.png'}")
 
 
 def _chosen(only: list[str], tau_sweep: bool) -> Mapping[str, Contender]:

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from puzzlemoe_offline.compare import RECIPES, Row
+from puzzlemoe_offline.distribution import Distribution, similar_share
+from puzzlemoe_vllm.format.codes import EXPONENT_OFFSET
 
 
 def draw_comparison(rows: list[Row], title: str, target: Path) -> None:
@@ -58,6 +60,33 @@ def draw_tau_sweep(rows: list[Row], taus: list[float], title: str, target: Path)
         line = axes.errorbar(taus, means, yerr=spreads, marker="o", label=text)
         axes.axhline(rows[0].mean(text), color=line[0].get_color(), linewidth=1, linestyle="--", label=f"{text}, dense")
     axes.set(xlabel="similarity threshold tau", ylabel="perplexity")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, title, target)
+
+
+def draw_exponents(found: Distribution, title: str, target: Path) -> None:
+    """Share of the experts' weights by bf16 exponent (Fig. 3 and 6), and the range that a mask16 word can hold."""
+    shares = (found.exponents / found.exponents.sum()).tolist()
+    used = [exponent for exponent, share in enumerate(shares) if share]
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    axes.bar(used, [shares[exponent] for exponent in used])
+    last = EXPONENT_OFFSET + 31
+    label = f"mask16: {EXPONENT_OFFSET} to {last}, {found.in_word():.4%} of the weights"
+    axes.axvspan(EXPONENT_OFFSET - 0.5, last + 0.5, alpha=0.15, color="tab:green", label=label)
+    axes.set_yscale("log")
+    axes.set(xlabel="bf16 exponent field", ylabel="share of the expert weights")
+    axes.legend(loc="upper left")
+    _save(figure, title, target)
+
+
+def draw_similarity(found: Distribution, title: str, target: Path) -> None:
+    """Share of similar entries of two experts against tau (Fig. 7), with the curve for normal weights."""
+    taus, shares = found.shares()
+    figure, axes = plt.subplots(figsize=(7, 5))
+    axes.plot(taus, shares, label="experts 2p and 2p + 1 of this model")
+    axes.plot(taus, [similar_share(tau) for tau in taus], "--", label="normal weights: (4 / pi) arctan(tau)")
+    axes.set(xlabel="similarity threshold tau", ylabel="share of similar entries", xlim=(0, 1), ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, title, target)
