@@ -35,7 +35,6 @@ from puzzlemoe_offline.terminal import (
     DeviceOption,
     Folder,
     SamplesOption,
-    Sparsity,
     WindowOption,
     calibration_of,
     console,
@@ -61,6 +60,13 @@ EXPECTED_ERRORS = (
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.command("baseline")(baseline_command)
 app.command("compare")(compare_command)
+
+
+class Sparsity(str, Enum):
+    """Share of the routed experts' memory that goes away."""
+
+    half = "0.5"
+    quarter = "0.25"
 
 
 class Saliency(str, Enum):

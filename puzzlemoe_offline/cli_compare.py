@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
+from torch import Tensor
 
 from puzzlemoe_offline.baselines import METHODS
 from puzzlemoe_offline.baselines.method import BaselineError
@@ -72,9 +74,12 @@ def compare_command(
         bool, typer.Option("--tau-sweep", help="The paper's rule at tau from 0 to 1 in place of the comparison.")
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every recipe with random pairs; mean and spread.")] = 1,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Score this many windows of each text, spread over it; all if not given.")
+    ] = None,
     calibration: CalibrationOption = C4,
     samples: SamplesOption = 128,
-    sequence_length: WindowOption = 2048,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per window, of calibration and texts.")] = 2048,
     device: DeviceOption = DEFAULT_DEVICE,
     revision: RevisionOption = None,
     output: Annotated[
@@ -92,7 +97,9 @@ def compare_command(
         raise BaselineError(f"{folder} is packed already; compare starts from the 16-bit original")
     tokenizer = tokenizer_of(folder)
     texts = {
-        path.stem: windows_of(tokenizer(path.read_text(encoding="utf-8"))["input_ids"], sequence_length)
+        path.stem: _spread(
+            windows_of(tokenizer(path.read_text(encoding="utf-8"))["input_ids"], sequence_length), windows
+        )
         for path in text
     }
     data = calibration_of(folder, calibration, samples, sequence_length)
@@ -120,6 +127,13 @@ def draw_distribution(checkpoint: Checkpoint, folder: Path) -> None:
     draw_exponents(found, name, folder / "exponents.png")
     draw_similarity(found, name, folder / "similarity.png")
     errors.print(f"written: {folder / 'exponents.png'} and {folder / 'similarity.png'}")
+
+
+def _spread(windows: Tensor, count: int | None) -> Tensor:
+    """`count` of the windows [n, T] at even distances, or all of them when there are no more or `count` is None."""
+    if count is None or count >= len(windows):
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
 def _chosen(only: list[str], tau_sweep: bool) -> Mapping[str, Contender]:

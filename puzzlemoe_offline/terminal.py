@@ -21,13 +21,6 @@ console = Console()
 errors = Console(stderr=True)
 
 
-class Sparsity(str, Enum):
-    """Share of the routed experts' memory that goes away."""
-
-    half = "0.5"
-    quarter = "0.25"
-
-
 class Device(str, Enum):
     """Where layers are run and merged."""
 
