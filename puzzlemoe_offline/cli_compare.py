@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from puzzlemoe_offline.baselines import METHODS
 from puzzlemoe_offline.baselines.method import BaselineError
@@ -96,12 +97,9 @@ def compare_command(
     if checkpoint.quantization:
         raise BaselineError(f"{folder} is packed already; compare starts from the 16-bit original")
     tokenizer = tokenizer_of(folder)
-    texts = {
-        path.stem: _spread(
-            windows_of(tokenizer(path.read_text(encoding="utf-8"))["input_ids"], sequence_length), windows
-        )
-        for path in text
-    }
+    if len({path.stem for path in text}) < len(text):
+        raise BaselineError("--text: two files have the same name, by which the table tells them apart; rename one")
+    texts = {path.stem: _spread(_windows(path, tokenizer, sequence_length), windows) for path in text}
     data = calibration_of(folder, calibration, samples, sequence_length)
     comparison = Comparison(checkpoint, data, texts, usable(device), output.parent)
     figure = output.with_suffix(".png")
@@ -127,6 +125,13 @@ def draw_distribution(checkpoint: Checkpoint, folder: Path) -> None:
     draw_exponents(found, name, folder / "exponents.png")
     draw_similarity(found, name, folder / "similarity.png")
     errors.print(f"written: {folder / 'exponents.png'} and {folder / 'similarity.png'}")
+
+
+def _windows(path: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Tensor:
+    try:
+        return windows_of(tokenizer(path.read_text(encoding="utf-8"))["input_ids"], sequence_length)
+    except ValueError as error:
+        raise BaselineError(f"--text {path}: {error}; give a plain text file in UTF-8") from None
 
 
 def _spread(windows: Tensor, count: int | None) -> Tensor:

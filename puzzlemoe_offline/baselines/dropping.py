@@ -7,6 +7,7 @@ works with many experts.  Every layer keeps the same number, because config.json
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from puzzlemoe_offline.baselines.method import BaselineError, Needs, NewLayer, SourceLayer
 from puzzlemoe_offline.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ class DropExperts:
     """sparsity: share of every layer's experts that goes, with their router rows."""
 
     sparsity: float
-    needs: Needs = "norms"
+    needs: ClassVar[Needs] = "norms"
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises BaselineError when fewer experts than a token needs would stay, or the router picks from groups."""

@@ -8,6 +8,7 @@ and with these a tenth of the mean diagonal gives smaller errors on other text t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Gptq:
     """Integer grids with GPTQ's compensation."""
 
     bits: int
-    needs: Needs = "moments"
+    needs: ClassVar[Needs] = "moments"
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises BaselineError when no group size divides the experts' sizes."""

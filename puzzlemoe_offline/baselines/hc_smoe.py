@@ -8,6 +8,7 @@ expert under every id of its members; software that knew clusters would store it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ class HcSmoe:
     """sparsity: share of every layer's experts that goes by merging."""
 
     sparsity: float
-    needs: Needs = "outputs"
+    needs: ClassVar[Needs] = "outputs"
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Fits every model: the router stays as it is."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class MergeThree:
 
     tau: float = 0.4
     seed: int = 0
-    needs: Needs = "norms"
+    needs: ClassVar[Needs] = "norms"
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Fits every model: expert ids stay as they are, so groups of the router do not matter."""

@@ -7,6 +7,7 @@ The grids are asymmetric, from the least to the largest weight of the group and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class RoundToNearest:
     """Integer grids without calibration."""
 
     bits: int
-    needs: Needs = "nothing"
+    needs: ClassVar[Needs] = "nothing"
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises BaselineError when no group size divides the experts' sizes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def prune(weight: Tensor, norms: Tensor) -> Tensor:
 class Wanda:
     """2:4 sparsity on all routed experts.  An expert without tokens is pruned by magnitude."""
 
-    needs: Needs = "norms"
+    needs: ClassVar[Needs] = "norms"
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises BaselineError when the experts' sizes are not multiples of four."""

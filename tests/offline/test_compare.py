@@ -111,6 +111,26 @@ def test_options_that_cannot_be(words, message, source, tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe", "UTF-8"), (b"", "fewer than two tokens")])
+def test_a_text_that_cannot_be_scored_is_named(content, message, source, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.txt").write_bytes(content)
+    assert compare(monkeypatch, source, tmp_path / "r.json", "--text", tmp_path / "bad.txt") == 1
+    shown = capsys.readouterr().err
+    assert "bad.txt" in shown.replace("\n", "") and message in shown.replace("\n", " ")
+
+
+def test_two_texts_of_one_name_are_an_error(source, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert compare(monkeypatch, source, tmp_path / "r.json", "--text", tmp_path / "text.txt") == 1
+    assert "two files have the same name" in " ".join(capsys.readouterr().err.split())
+
+
+def test_windows_are_spread_over_the_text(source, tmp_path, monkeypatch):
+    assert compare(monkeypatch, source, tmp_path / "r.json", "--only", "int8", "--windows", "3") == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["texts"]["text"] == {"windows": 3, "tokens": 3 * 64}
+
+
 def test_baseline_writes_a_model(source, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert puzzlemoe(monkeypatch, "baseline", source, out, "--method", "int4") == 0
