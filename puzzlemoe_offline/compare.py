@@ -30,23 +30,24 @@ from puzzlemoe_vllm.format.codes import UnencodableWeight
 
 Contender = Recipe | Method
 
-PAPER = Recipe(code="mask16", rule="paper", pairing="random", saliency="wanda", tau=0.4)
-
 RECIPES: dict[str, Recipe] = {
-    "paper": PAPER,
-    "least-squares": Recipe(code="mask16", rule="least-squares"),
-    "angle16": Recipe(code="angle16"),
-    "angle8": Recipe(code="angle8"),
-    "angle8-compensated": Recipe(code="angle8", compensate=True),
-    "angle6": Recipe(code="angle6"),
-    "angle6-compensated": Recipe(code="angle6", compensate=True),
-    "mask6": Recipe(code="mask6"),
+    name: Recipe.model_validate(fields)
+    for name, fields in {
+        "paper": {"code": "mask16", "rule": "paper", "pairing": "random", "saliency": "wanda", "tau": 0.4},
+        "least-squares": {"code": "mask16", "rule": "least-squares"},
+        "angle16": {"code": "angle16"},
+        "angle8": {"code": "angle8"},
+        "angle8-compensated": {"code": "angle8", "compensate": True},
+        "angle6": {"code": "angle6"},
+        "angle6-compensated": {"code": "angle6", "compensate": True},
+        "mask6": {"code": "mask6"},
+    }.items()
 }
 
 CONTENDERS: dict[str, Contender] = {**RECIPES, **METHODS}
 """What `puzzlemoe compare` runs, by the name that --only takes."""
 
-TAU_SWEEP = {f"tau {tenth / 10}": PAPER.model_copy(update={"tau": tenth / 10}) for tenth in range(11)}
+TAU_SWEEP = {f"tau {tenth / 10}": RECIPES["paper"].model_copy(update={"tau": tenth / 10}) for tenth in range(11)}
 """The paper's rule from sharing only equal magnitudes to sharing all (Fig. 5)."""
 
 

@@ -29,7 +29,7 @@ class Recipe(BaseModel):
     compensate: bool = False
     group_size: int | None = None
     sparsity: float = 0.5
-    tau: float = Field(default=0.4, ge=0, le=1)
+    tau: float = Field(0.4, ge=0, le=1)
     pairing: Literal["random"] = "random"
     saliency: Literal["wanda", "magnitude"] = "wanda"
     seed: int = 0

@@ -9,7 +9,7 @@ import pytest
 from puzzlemoe_offline import cli
 from puzzlemoe_offline.baselines import METHODS
 from puzzlemoe_offline.checkpoint import Checkpoint
-from puzzlemoe_offline.compare import CONTENDERS, PAPER, TAU_SWEEP, Row, variants
+from puzzlemoe_offline.compare import CONTENDERS, RECIPES, TAU_SWEEP, Row, variants
 from tests.tiny_models import build
 
 TEXT = "It was the best of times, it was the worst of times. "
@@ -85,7 +85,7 @@ def test_the_tau_sweep_runs_the_papers_rule_at_each_threshold(source, tmp_path, 
     assert [row["name"] for row in rows] == ["dense", "tau 0.0", "tau 1.0"]
     assert rows[1]["perplexity"] != rows[2]["perplexity"]
     assert output.with_suffix(".png").exists()
-    assert all(recipe == PAPER.model_copy(update={"tau": recipe.tau}) for recipe in TAU_SWEEP.values())
+    assert all(recipe == RECIPES["paper"].model_copy(update={"tau": recipe.tau}) for recipe in TAU_SWEEP.values())
 
 
 def test_what_does_not_fit_a_model_is_said_and_the_rest_runs(source, tmp_path, monkeypatch):
