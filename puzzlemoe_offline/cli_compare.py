@@ -89,17 +89,13 @@ def compare_command(
 ) -> None:
     """Perplexity and size of every recipe and of other compression methods, on your model and texts."""
     contenders = _chosen(only or [], tau_sweep)
-    if not output.parent.is_dir():
-        raise BaselineError(f"--output {output}: there is no folder {output.parent}")
+    _check_output(output)
     folder = locate(source, revision)
     checkpoint = Checkpoint(folder)
     checkpoint.check_complete()
     if checkpoint.quantization:
         raise BaselineError(f"{folder} is packed already; compare starts from the 16-bit original")
-    tokenizer = tokenizer_of(folder)
-    if len({path.stem for path in text}) < len(text):
-        raise BaselineError("--text: two files have the same name, by which the table tells them apart; rename one")
-    texts = {path.stem: _spread(_windows(path, tokenizer, sequence_length), windows) for path in text}
+    texts = _texts(text, tokenizer_of(folder), sequence_length, windows)
     data = calibration_of(folder, calibration, samples, sequence_length)
     comparison = Comparison(checkpoint, data, texts, usable(device), output.parent)
     figure = output.with_suffix(".png")
@@ -127,11 +123,27 @@ def draw_distribution(checkpoint: Checkpoint, folder: Path) -> None:
     errors.print(f"written: {folder / 'exponents.png'} and {folder / 'similarity.png'}")
 
 
-def _windows(path: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Tensor:
-    try:
-        return windows_of(tokenizer(path.read_text(encoding="utf-8"))["input_ids"], sequence_length)
-    except ValueError as error:
-        raise BaselineError(f"--text {path}: {error}; give a plain text file in UTF-8") from None
+def _check_output(output: Path) -> None:
+    if not output.parent.is_dir():
+        raise BaselineError(f"--output {output}: there is no folder {output.parent}")
+    if output.suffix != ".json":
+        raise BaselineError(f"--output {output}: name the .json file; the plot goes beside it as .png")
+
+
+def _texts(
+    paths: list[Path], tokenizer: PreTrainedTokenizerBase, sequence_length: int, count: int | None
+) -> dict[str, Tensor]:
+    """The windows to score of each text, by its file's name."""
+    if len({path.stem for path in paths}) < len(paths):
+        raise BaselineError("--text: two files have the same name, by which the table tells them apart; rename one")
+    texts = {}
+    for path in paths:
+        try:
+            ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
+            texts[path.stem] = _spread(windows_of(ids, sequence_length), count)
+        except ValueError as error:
+            raise BaselineError(f"--text {path}: {error}; give a plain text file in UTF-8") from None
+    return texts
 
 
 def _spread(windows: Tensor, count: int | None) -> Tensor:
@@ -178,8 +190,9 @@ def _draw(rows: list[Row], tau_sweep: bool, model: str, target: Path) -> None:
     # matplotlib takes a second to import, which no other command should wait for.
     from puzzlemoe_offline.plots import draw_comparison, draw_tau_sweep
 
+    scored = [row for row in rows if not row.refused]
     if tau_sweep:
-        taus = [TAU_SWEEP[row.name].tau for row in rows[1:]]
-        draw_tau_sweep(rows, taus, f"{model}, the paper's rule", target)
+        taus = [TAU_SWEEP[row.name].tau for row in scored[1:]]
+        draw_tau_sweep(scored, taus, f"{model}, the paper's rule", target)
     else:
-        draw_comparison(rows, model, target)
+        draw_comparison(scored, model, target)

@@ -24,7 +24,7 @@ def draw_comparison(rows: list[Row], title: str, target: Path) -> None:
     texts = list(rows[0].perplexity)
     figure, panels = plt.subplots(1, len(texts), figsize=(8 * len(texts), 6), squeeze=False)
     for axes, text in zip(panels[0], texts, strict=True):
-        _comparison_panel(axes, [row for row in rows if not row.refused], text)
+        _comparison_panel(axes, rows, text)
     _save(figure, title, target)
 
 

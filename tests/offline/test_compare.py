@@ -103,6 +103,7 @@ def test_what_does_not_fit_a_model_is_said_and_the_rest_runs(source, tmp_path, m
         (["--only", "int5"], "--only int5: unknown; choose from paper, "),
         (["--tau-sweep", "--only", "paper"], "drop --only"),
         (["--output", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["--output", "result.png"], "name the .json file"),
     ],
 )
 def test_options_that_cannot_be(words, message, source, tmp_path, monkeypatch, capsys):
