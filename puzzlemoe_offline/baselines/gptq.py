@@ -1,8 +1,8 @@
 """GPTQ (arXiv 2210.17323): rounding column by column, the error of each pushed into the columns still to come.
 
 Columns keep their order, and every expert has the second moments of its own tokens.  Inputs are those of the dense
-model, from the calibration pass that compression uses too, and so is the damping: an expert sees a few thousand tokens,
-and with these a tenth of the mean diagonal gives smaller errors on other text than GPTQ's usual hundredth.
+model, from the calibration pass that compression uses too, and the damping is that of `compensate`, which does GPTQ more
+good than its usual hundredth for the same reason.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from puzzlemoe_offline.checkpoint import Checkpoint
+from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.cli_compare import draw_distribution
+from puzzlemoe_offline.compress import Job, compress
 from puzzlemoe_offline.distribution import (
     RATIO_BINS,
     Distribution,
@@ -14,6 +15,7 @@ from puzzlemoe_offline.distribution import (
     similar_share,
 )
 from puzzlemoe_offline.merge import similar
+from puzzlemoe_offline.recipe import Recipe
 from tests.tiny_models import build
 
 
@@ -59,3 +61,11 @@ def test_both_figures_are_drawn(tmp_path):
     draw_distribution(Checkpoint(source), tmp_path / "plots")
     for name in ("exponents.png", "similarity.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_packed_model_has_no_such_figures(tmp_path):
+    source = Checkpoint(build("mixtral", tmp_path / "source"))
+    recipe = Recipe(saliency="magnitude")
+    compress(Job(source, "source", None, recipe, None, "cpu"), tmp_path / "packed", False, lambda *_: None)
+    with pytest.raises(CheckpointError, match="draws the weights of its dense source"):
+        expert_distribution(Checkpoint(tmp_path / "packed"))
