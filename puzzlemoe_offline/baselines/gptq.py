@@ -1,8 +1,8 @@
 """GPTQ (arXiv 2210.17323): rounding column by column, the error of each pushed into the columns still to come.
 
 Columns keep their order, and every expert has the second moments of its own tokens.  Inputs are those of the dense
-model, from the calibration pass that compression uses too, and the damping is that of `compensate`, which does GPTQ more
-good than its usual hundredth for the same reason.
+model, from the calibration pass that compression uses too.  So is the damping, `compensate.DAMPING`: GPTQ's usual
+hundredth trusts the few thousand tokens of an expert too much.
 """
 
 from __future__ import annotations
