@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,16 +13,14 @@ from typing import Annotated, Any
 # Progress bars of these libraries would tear ours; set before they are imported.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from puzzlemoe_offline.calibrate import C4, Calibration, CalibrationError, load_calibration
+from puzzlemoe_offline.baselines.method import BaselineError
+from puzzlemoe_offline.calibrate import C4, Calibration, CalibrationError
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, locate
+from puzzlemoe_offline.cli_compare import baseline_command, compare_command, draw_distribution
 from puzzlemoe_offline.compress import Job, compress
 from puzzlemoe_offline.evaluate import perplexity, windows_of
 from puzzlemoe_offline.families import UnsupportedModel
@@ -44,31 +40,40 @@ from puzzlemoe_offline.recipe import (
 )
 from puzzlemoe_offline.report import GB, summary
 from puzzlemoe_offline.served import ServingError, served_perplexity
+from puzzlemoe_offline.terminal import (
+    DEFAULT_DEVICE,
+    CalibrationOption,
+    Device,
+    DeviceOption,
+    Folder,
+    SamplesOption,
+    WindowOption,
+    calibration_of,
+    console,
+    errors,
+    layer_progress,
+    tokenizer_of,
+    usable,
+)
 from puzzlemoe_offline.unpack import unpack
 from puzzlemoe_vllm.format.codes import UnencodableWeight
 from puzzlemoe_vllm.format.layout import LayoutError
 
 EXPECTED_ERRORS = (
+    BaselineError,
+    CalibrationError,
     CheckpointError,
-    UnsupportedModel,
     LayoutError,
     OutputError,
-    CalibrationError,
     RecipeError,
-    UnencodableWeight,
     ServingError,
+    UnencodableWeight,
+    UnsupportedModel,
 )
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
-errors = Console(stderr=True)
-
-
-class Device(str, Enum):
-    """Where layers are run and merged."""
-
-    cpu = "cpu"
-    cuda = "cuda"
+app.command("baseline")(baseline_command)
+app.command("compare")(compare_command)
 
 
 class Engine(str, Enum):
@@ -76,12 +81,6 @@ class Engine(str, Enum):
 
     layerwise = "layerwise"
     vllm = "vllm"
-
-
-DEFAULT_DEVICE = Device.cuda if torch.cuda.is_available() else Device.cpu
-
-Folder = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")]
-DeviceOption = Annotated[Device, typer.Option(help="Where layers run.")]
 
 
 @app.command("compress")
@@ -143,11 +142,9 @@ def compress_command(
             help="wanda: |W| times the input column's norm; magnitude: |W|, no calibration.", show_default="wanda"
         ),
     ] = None,
-    calibration: Annotated[
-        str, typer.Option(help="Plain text file, .jsonl file with a text field, or hub dataset with a text column.")
-    ] = C4,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")] = 2048,
+    calibration: CalibrationOption = C4,
+    samples: SamplesOption = 128,
+    sequence_length: WindowOption = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the random pairing and of the choice of calibration windows.")] = 0,
     device: DeviceOption = DEFAULT_DEVICE,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
@@ -175,14 +172,12 @@ def compress_command(
     checkpoint.check_complete()
     data: Calibration | None = None
     if chosen.saliency == "wanda":
-        data = load_calibration(calibration, _tokenizer(folder), samples, sequence_length, seed)
-        if len(data.tokens) < samples:
-            errors.print(f"[yellow]{calibration} gives {len(data.tokens)} windows of {sequence_length}, not {samples}")
-    job = Job(checkpoint, source, revision, chosen, data, _usable(device))
+        data = calibration_of(folder, calibration, samples, sequence_length, seed)
+    job = Job(checkpoint, source, revision, chosen, data, usable(device))
     if dry_run:
         console.print(_plan_table(job))
         return
-    with _layer_progress("compressing", checkpoint.layers) as advance:
+    with layer_progress("compressing", checkpoint.layers) as advance:
         report = compress(job, out, resume, lambda layer, record: advance())
     console.print(summary(report))
     console.print(f"packed model written to {out}; serve it with: vllm serve {out}")
@@ -190,10 +185,18 @@ def compress_command(
 
 @app.command("inspect")
 def inspect_command(
-    model: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+    model: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plots: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", file_okay=False, help="Draw a dense model's exponents and similar entries."),
+    ] = None,
 ) -> None:
     """Show what a packed or dense model holds and check that it is whole."""
-    facts = inspect(Checkpoint(locate(model)))
+    checkpoint = Checkpoint(locate(model))
+    facts = inspect(checkpoint)
+    if plots:
+        draw_distribution(checkpoint, plots)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -221,7 +224,7 @@ def unpack_command(
 ) -> None:
     """Write an ordinary dense bf16 checkpoint of a packed model's reconstructed weights."""
     checkpoint = Checkpoint(locate(model))
-    with _layer_progress("unpacking", checkpoint.layers) as advance:
+    with layer_progress("unpacking", checkpoint.layers) as advance:
         unpack(checkpoint, out, lambda layer: advance())
     console.print(f"dense model written to {out}")
 
@@ -241,14 +244,14 @@ def perplexity_command(
     folder = locate(model)
     checkpoint = Checkpoint(folder)
     checkpoint.check_complete()
-    windows = windows_of(_tokenizer(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
+    windows = windows_of(tokenizer_of(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
     if engine is Engine.vllm:
         if device:
             raise CheckpointError("--device is for --engine layerwise; vLLM runs where its build runs: drop it")
         result = served_perplexity(folder, windows)
     else:
-        with _layer_progress("perplexity", checkpoint.layers) as advance:
-            result = perplexity(checkpoint, windows, _usable(device or DEFAULT_DEVICE), lambda layer: advance())
+        with layer_progress("perplexity", checkpoint.layers) as advance:
+            result = perplexity(checkpoint, windows, usable(device or DEFAULT_DEVICE), lambda layer: advance())
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
@@ -277,20 +280,6 @@ def _mergemoe_recipe(context: typer.Context, method: Method, experts: int | None
     return Recipe(method="mergemoe", experts=experts)
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    # A checkpoint's own code is never run; a tokenizer that needs it cannot be used here.
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer could not be loaded ({error})") from None
-
-
-def _usable(device: Device) -> str:
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise CheckpointError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    return device.value
-
-
 def _plan_table(job: Job) -> Table:
     plan = make_plan(job)
     table = Table(title=f"{job.source}: plan (memory and time are estimates)", show_header=False)
@@ -304,14 +293,6 @@ def _plan_table(job: Job) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
-
-
-@contextmanager
-def _layer_progress(title: str, layers: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=errors) as progress:
-        task = progress.add_task(title, total=layers)
-        yield lambda: progress.advance(task)
 
 
 def main() -> None:

@@ -209,7 +209,7 @@ def _cluster_layer(
         "output_error": _output_error(merged.expert, sample),
         "seconds": {"calibrate": calibrated - began, "merge": time.perf_counter() - calibrated},
     }
-    return _plain_tensors(job.checkpoint, index) | _cluster_tensors(job.checkpoint, index, merged), facts
+    return plain_tensors(job.checkpoint, index) | _cluster_tensors(job.checkpoint, index, merged), facts
 
 
 def _few(tokens: Tensor) -> list[int]:
@@ -238,7 +238,7 @@ def _finish_layer(
     """The layer's tensors to write, and its record."""
     record: dict[str, Any] = {"layer": layer, "seconds": {"calibrate": calibrate_seconds}}
     if layer not in job.checkpoint.moe_layers:
-        return _plain_tensors(job.checkpoint, layer), record
+        return plain_tensors(job.checkpoint, layer), record
     began = time.perf_counter()
     groups = expert_groups(job.checkpoint.config)
     pairing = pair_experts(
@@ -266,7 +266,7 @@ def _finish_layer(
         shared, if_random = shared_choices(pairing, statistics.together, groups)
         record["shared_choices"] = {"this pairing": shared, "random partners": if_random}
     record["seconds"]["merge"] = time.perf_counter() - began
-    return _plain_tensors(job.checkpoint, layer, pairing) | _expert_tensors(job.checkpoint, layer, packed), record
+    return plain_tensors(job.checkpoint, layer, pairing.order) | _expert_tensors(job.checkpoint, layer, packed), record
 
 
 def _pair_costs(job: Job, layer: int, experts: LayerExperts, statistics: ExpertStatistics | None) -> PairCosts | None:
@@ -317,8 +317,12 @@ def _output_error(expert: Callable[[int], Expert], sample: SampledTokens) -> flo
     return (error / energy) ** 0.5 if energy else 0.0
 
 
-def _plain_tensors(checkpoint: Checkpoint, layer: int, pairing: LayerPairing | None = None) -> dict[str, Tensor]:
-    """The layer's tensors other than routed experts; router rows follow the experts' new order."""
+def plain_tensors(checkpoint: Checkpoint, layer: int, order: list[int] | None = None) -> dict[str, Tensor]:
+    """The layer's tensors other than routed experts.
+
+    order: the source ids of the experts to come, which the router's rows follow; None leaves the router as it is.
+    Raises CheckpointError naming a tensor that is not finite.
+    """
     tensors: dict[str, Tensor] = {}
     for name in checkpoint.names:
         if checkpoint.layer_of(name) != layer or checkpoint.is_expert(name):
@@ -326,8 +330,8 @@ def _plain_tensors(checkpoint: Checkpoint, layer: int, pairing: LayerPairing | N
         tensor = checkpoint.tensor(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} in {checkpoint.file_of(name)} holds NaN or infinite values: fetch it again")
-        if pairing and name.startswith(f"{checkpoint.block(layer)}.gate."):
-            tensor = tensor[pairing.order]
+        if order is not None and name.startswith(f"{checkpoint.block(layer)}.gate."):
+            tensor = tensor[order]
         tensors[_family_name(checkpoint, layer, name)] = tensor
     return tensors
 
