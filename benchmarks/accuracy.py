@@ -1,6 +1,9 @@
-"""Perplexity and expert bytes of a model before and after compression, for a few recipes.
+"""Perplexity, expert bytes and bytes per token of a model before and after compression, by recipe, text and seed.
 
-python benchmarks/accuracy.py MODEL --calibration FILE --text FILE [--text FILE] [--output results.json]
+python benchmarks/accuracy.py MODEL --calibration FILE --text FILE [FILE ...] --output results.json
+
+Results are written after every model; run it again, with more recipes or seeds if you like, and it goes on from there.
+A seed chooses the calibration windows and random partners.
 """
 
 from __future__ import annotations
@@ -8,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from puzzlemoe_offline.calibrate import load_calibration
@@ -22,60 +27,114 @@ from puzzlemoe_offline.compress import Job, compress
 from puzzlemoe_offline.evaluate import perplexity, windows_of
 from puzzlemoe_offline.recipe import Recipe
 
+LEAST_SQUARES = Recipe(rule="least-squares", pairing="search")
+ANGLE8 = Recipe(code="angle8", pairing="search")
+ANGLE6 = Recipe(code="angle6", pairing="search")
+
 RECIPES = {
     "paper, 50%": Recipe(),
+    "angle8, compensated": ANGLE8.model_copy(update={"compensate": True}),
+    "angle8": ANGLE8,
+    "least squares": LEAST_SQUARES,
+    "angle16": LEAST_SQUARES.model_copy(update={"code": "angle16"}),
+    "angle6": ANGLE6,
+    "angle6, compensated": ANGLE6.model_copy(update={"compensate": True}),
+    "mask6": ANGLE6.model_copy(update={"code": "mask6"}),
     "paper, 25%": Recipe(sparsity=0.25),
     "paper, 50%, magnitude saliency": Recipe(saliency="magnitude"),
+    "paper, 50%, search": Recipe(pairing="search"),
+    "least squares, random pairing": LEAST_SQUARES.model_copy(update={"pairing": "random"}),
+    "angle8, compensated, random pairing": ANGLE8.model_copy(update={"compensate": True, "pairing": "random"}),
+    "angle8, compensated, coactivation": ANGLE8.model_copy(update={"compensate": True, "pairing": "coactivation"}),
 }
+"""What is compared; partners are searched for but where the title says otherwise, or is the paper's."""
 
 
 def main() -> None:
-    """Prints a line per recipe and text; JSON with --output."""
+    """Prints a line per model and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", type=Path, action="append", required=True)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--recipe", choices=RECIPES, nargs="+", default=list(RECIPES))
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--windows", type=int, help="score this many windows of each text, evenly spaced; default all")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     checkpoint, tokenizer = Checkpoint(arguments.model), AutoTokenizer.from_pretrained(arguments.model)
-    calibration = load_calibration(arguments.calibration, tokenizer, arguments.samples, arguments.sequence_length)
     texts = {
-        path.stem: windows_of(tokenizer(path.read_text())["input_ids"], arguments.sequence_length)
+        path.stem: some_windows(tokenizer(path.read_text())["input_ids"], arguments.sequence_length, arguments.windows)
         for path in arguments.text
     }
-    rows: list[dict[str, Any]] = []
+    result = started(arguments, texts)
+    done = {(row["recipe"], row["seed"]) for row in result["rows"]}
 
-    def score(title: str, scored: Checkpoint, expert_bytes: int, seconds: float | None) -> None:
-        measured = {name: perplexity(scored, text, arguments.device).perplexity for name, text in texts.items()}
-        rows.append({"recipe": title, "expert_bytes": expert_bytes, "seconds": seconds, "perplexity": measured})
-        print(json.dumps(rows[-1]), flush=True)
+    def score(scored: Checkpoint, row: dict[str, Any]) -> None:
+        row["perplexity"] = {
+            name: perplexity(scored, text, arguments.device).perplexity for name, text in texts.items()
+        }
+        result["rows"].append(row)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        print(json.dumps(row), flush=True)
 
-    for title, recipe in RECIPES.items():
-        with tempfile.TemporaryDirectory() as out:
+    if ("dense", None) not in done:
+        score(checkpoint, {"recipe": "dense", "seed": None})
+    for seed in arguments.seed:
+        calibration = load_calibration(
+            arguments.calibration, tokenizer, arguments.samples, arguments.sequence_length, seed
+        )
+        for title in arguments.recipe:
+            if (title, seed) in done:
+                continue
+            recipe = RECIPES[title].model_copy(update={"seed": seed})
             data = calibration if recipe.saliency == "wanda" else None
-            job = Job(checkpoint, arguments.model.name, None, recipe, data, arguments.device)
-            began = time.perf_counter()
-            report = compress(job, Path(out), False, lambda *_: None)
-            seconds = time.perf_counter() - began
-            if not rows:
-                score("dense", checkpoint, report["bytes"]["experts_before"], None)
-            score(title, Checkpoint(Path(out)), report["bytes"]["experts_after"], seconds)
+            with tempfile.TemporaryDirectory() as out:
+                job = Job(checkpoint, arguments.model.name, None, recipe, data, arguments.device)
+                began = time.perf_counter()
+                report = compress(job, Path(out), False, lambda *_: None)
+                row = {
+                    "recipe": title,
+                    "seed": seed,
+                    "choices": recipe.model_dump(),
+                    "expert_bytes": report["bytes"]["experts_after"],
+                    "bytes_per_token": report["bytes_per_token"],
+                    "seconds": time.perf_counter() - began,
+                }
+                score(Checkpoint(Path(out)), row)
+
+
+def some_windows(ids: list[int], sequence_length: int, count: int | None) -> Tensor:
+    """Token windows [n, T], all or `count` evenly spaced ones."""
+    windows = windows_of(ids, sequence_length)
+    if count is None or count >= len(windows):
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
+def started(arguments: argparse.Namespace, texts: dict[str, Tensor]) -> dict[str, Any]:
+    """The result so far; exits when the output file holds a different measurement."""
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     if arguments.device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
-    result = {
+    setting = {
         "model": arguments.model.name,
-        "calibration_tokens": calibration.tokens.numel(),
+        "calibration": Path(arguments.calibration).name,
+        "calibration_tokens": arguments.samples * arguments.sequence_length,
         "sequence_length": arguments.sequence_length,
+        "windows": {name: len(windows) for name, windows in texts.items()},
         "machine": machine,
         "torch": torch.__version__,
-        "rows": rows,
     }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    if not arguments.output.exists():
+        return setting | {"rows": []}
+    result: dict[str, Any] = json.loads(arguments.output.read_text())
+    different = [key for key, value in setting.items() if result.get(key) != value]
+    if different:
+        sys.exit(f"{arguments.output} was measured with another {', '.join(different)}; give another --output")
+    return result
 
 
 if __name__ == "__main__":

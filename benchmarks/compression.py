@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from puzzlemoe_offline.calibrate import Calibration
 from puzzlemoe_offline.checkpoint import Checkpoint
 from puzzlemoe_offline.compress import Job, compress
-from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.recipe import Recipe, named_recipe
 
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {
@@ -94,7 +94,7 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(name: str, device: str, tokens: int) -> dict[str, Any]:
+def measure(name: str, recipe: Recipe, device: str, tokens: int) -> dict[str, Any]:
     """Compresses the layer once and returns seconds and bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "source")
@@ -109,11 +109,12 @@ def measure(name: str, device: str, tokens: int) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         report = compress(
-            Job(checkpoint, name, None, Recipe(), calibration, device), Path(scratch, "packed"), False, lambda *_: None
+            Job(checkpoint, name, None, recipe, calibration, device), Path(scratch, "packed"), False, lambda *_: None
         )
         seconds = time.perf_counter() - began
     return {
         "model": name,
+        "recipe": recipe.model_dump(),
         "device": torch.cuda.get_device_name()
         if device == "cuda"
         else f"{platform.processor() or platform.machine()} CPU",
@@ -134,9 +135,12 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="mixtral-8x7b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--recipe", choices=("default", "paper"), default="paper")
+    parser.add_argument("--no-compensate", dest="compensate", action="store_const", const=False)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    result = json.dumps(measure(arguments.model, arguments.device, arguments.tokens), indent=2)
+    recipe = named_recipe(arguments.recipe, compensate=arguments.compensate)
+    result = json.dumps(measure(arguments.model, recipe, arguments.device, arguments.tokens), indent=2)
     print(result)
     if arguments.output:
         arguments.output.write_text(result + "\n")

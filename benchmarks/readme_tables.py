@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -19,13 +20,22 @@ def load(name: str) -> Any:
 
 
 def accuracy() -> None:
-    """Perplexity per recipe."""
-    rows = load("accuracy-mixtral-30m-cpu.json")["rows"]
-    dense = rows[0]["perplexity"]["heldout-manuals"]
-    for row in rows:
-        value = row["perplexity"]["heldout-manuals"]
-        change = f" (+{100 * (value / dense - 1):.1f}%)" if row is not rows[0] else ""
-        print(f"| {row['recipe']} | {row['expert_bytes'] / 1e6:.1f} MB | {value:.2f}{change} |")
+    """Rise in perplexity over the dense model by recipe and text: mean over the seeds, and their range."""
+    result = load("accuracy-mixtral-30m-cpu.json")
+    dense = result["rows"][0]["perplexity"]
+    print(f"| recipe, seeds | expert bytes | MB a token | {' | '.join(dense)} |")
+    print("|---" * (3 + len(dense)) + "|")
+    print(f"| dense | | | {' | '.join(f'{value:.2f}' for value in dense.values())} |")
+    for recipe in dict.fromkeys(row["recipe"] for row in result["rows"][1:]):
+        rows = [row for row in result["rows"] if row["recipe"] == recipe]
+        rises = []
+        for name, before in dense.items():
+            each = [100 * (row["perplexity"][name] / before - 1) for row in rows]
+            spread = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
+            rises.append(f"{mean(each):+.2f}%{spread}")
+        loads = [row["bytes_per_token"]["this pairing"] / 1e6 for row in rows if row["bytes_per_token"]]
+        loaded = f"{mean(loads):.2f}" if loads else ""
+        print(f"| {recipe}, {len(rows)} | {rows[0]['expert_bytes'] / 1e6:.1f} MB | {loaded} | {' | '.join(rises)} |")
 
 
 def kernels() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 C4 = "allenai/c4"
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
+
+
+FEW_TOKENS = 32
+"""Below this many calibration tokens an expert's column norms say more about the tokens than about the expert: the
+paper's rule merges its pair by magnitude alone, and least squares takes all its columns to be equally strong."""
 
 
 class CalibrationError(ValueError):
@@ -34,11 +40,12 @@ class Calibration:
 
 
 def load_calibration(
-    source: str, tokenizer: PreTrainedTokenizerBase, samples: int, sequence_length: int
+    source: str, tokenizer: PreTrainedTokenizerBase, samples: int, sequence_length: int, seed: int = 0
 ) -> Calibration:
     """Token windows from a plain text file, a .jsonl file with a `text` field, or a hub dataset with a `text` column.
 
-    Windows are spread evenly over a file; a hub dataset is streamed until there are enough.
+    A file is cut into as many equal parts as there are samples, and the seed chooses a window from each; a hub dataset
+    is streamed until there are enough.
     Raises CalibrationError when the source is missing, malformed, or too short for one window.
     """
     path = Path(source)
@@ -59,7 +66,8 @@ def load_calibration(
             f"{source} has {len(tokens)} tokens, fewer than one window of {sequence_length}: give more text or a "
             "smaller --sequence-length"
         )
-    chosen = torch.linspace(0, available - 1, min(samples, available)).round().long()
+    parts, rng = min(samples, available), random.Random(seed)
+    chosen = [rng.randrange(part * available // parts, (part + 1) * available // parts) for part in range(parts)]
     return Calibration(tokens[: available * sequence_length].view(available, sequence_length)[chosen], source)
 
 
@@ -115,12 +123,14 @@ class ProjectionInputs:
 class ExpertStatistics:
     """What the experts of one layer saw.
 
-    tokens: int64 [E]; input_squares float64 [E, H] and hidden_squares float64 [E, I]: column sums of squares of the
-    gate/up input and of the down projection's input SiLU(gate) * up; input_moments float32 [E, H, H] and hidden_moments
-    float32 [E, I, I]: their second moments X'X, or None.
+    tokens: int64 [E]; together: int64 [E, E], tokens that chose both experts; input_squares float64 [E, H] and
+    hidden_squares float64 [E, I]: column sums of squares of the gate/up input and of the down projection's input
+    SiLU(gate) * up; input_moments float32 [E, H, H] and hidden_moments float32 [E, I, I]: their second moments X'X, or
+    None.
     """
 
     tokens: Tensor
+    together: Tensor
     input_squares: Tensor
     hidden_squares: Tensor
     input_moments: Tensor | None
@@ -133,6 +143,7 @@ class ExpertStatistics:
         """Statistics of no tokens."""
         return cls(
             torch.zeros(experts, dtype=torch.int64),
+            torch.zeros(experts, experts, dtype=torch.int64),
             torch.zeros(experts, hidden, dtype=torch.float64, device=device),
             torch.zeros(experts, intermediate, dtype=torch.float64, device=device),
             torch.zeros(experts, hidden, hidden, device=device) if moments else None,
@@ -147,6 +158,11 @@ class ExpertStatistics:
         if self.input_moments is not None and self.hidden_moments is not None:
             self.input_moments[expert].addmm_(inputs.float().T, inputs.float())
             self.hidden_moments[expert].addmm_(hidden.float().T, hidden.float())
+
+    def observe_choices(self, ids: Tensor) -> None:
+        """Adds the experts, int [m, k], that one batch's tokens chose."""
+        chosen = torch.zeros(len(ids), len(self.tokens), device=ids.device).scatter_(1, ids.long(), 1)
+        self.together += (chosen.T @ chosen).cpu().long()
 
     def inputs(self, expert: int, projection: int, flat: bool = False) -> ProjectionInputs:
         """What an expert's gate (0), up (1) or down (2) projection saw.

@@ -55,6 +55,10 @@ def locate(source: str, revision: str | None = None) -> Path:
 SMALL_FILES = ("*.json", "*.jinja", "*.py", "*.model", "*.txt", "LICENSE*", "NOTICE*", "*.tiktoken")
 
 
+PROJECTIONS = ("gate", "up", "down")
+"""An expert's matrices, as `Expert` names them."""
+
+
 @dataclass(frozen=True)
 class Expert:
     """One routed expert's dense weights, bf16: gate and up [I, H], down [H, I]."""
@@ -86,6 +90,12 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder / 'config.json'}: {self.family.experts} is {self.experts}, nothing to merge"
             )
+        for layer, centres in (self.quantization.clusters if self.quantization else {}).items():
+            if len(centres) != self.experts:
+                raise CheckpointError(
+                    f"{folder / 'config.json'}: quantization_config has clusters of {len(centres)} experts in layer "
+                    f"{layer}, the model has {self.experts}: copy it again"
+                )
         self._blocks = {layer: block for layer in range(self.layers) if (block := self._find_block(layer))}
         if not self._blocks:
             raise CheckpointError(f"{folder}: no expert tensors found for model_type {self.config['model_type']!r}")
@@ -108,9 +118,8 @@ class Checkpoint:
             if f"{name}.experts.gate_up_proj" in self._where or any(
                 key in self._where
                 for key in (
-                    weight_name(f"{name}.experts", 0, self.family.gate),
                     words_name(f"{name}.experts", 0, self.family.gate),
-                    weight_name(f"{name}.experts", self.experts - 1, self.family.gate),
+                    *(weight_name(f"{name}.experts", expert, self.family.gate) for expert in range(self.experts)),
                 )
             ):
                 return name
@@ -133,6 +142,11 @@ class Checkpoint:
     def merged(self, layer: int) -> int:
         """Number of the layer's experts that are stored in pairs (0 in a dense checkpoint)."""
         return self.quantization.merged_experts.get(layer, 0) if self.quantization else 0
+
+    def centre(self, layer: int, expert: int) -> int:
+        """The expert whose tensors serve for an expert: another one where experts were merged in clusters."""
+        centres = self.quantization.clusters.get(layer) if self.quantization else None
+        return centres[expert] if centres else expert
 
     def file_of(self, name: str) -> str:
         """File name that holds a tensor."""
@@ -189,7 +203,7 @@ class Checkpoint:
                 weight = weight.chunk(2)[index]
             name = f"{fused}[{expert}]"
         else:
-            name = weight_name(experts, expert, projection)
+            name = weight_name(experts, self.centre(layer, expert), projection)
             weight = self.tensor(name)
         if weight.dtype not in FLOATS:
             raise CheckpointError(
@@ -250,7 +264,7 @@ class Checkpoint:
             for index, projection in enumerate(self.family.projections):
                 for expert in range(self.experts):
                     paired = expert < merged
-                    if paired and expert % 2:
+                    if (paired and expert % 2) or self.centre(layer, expert) != expert:
                         continue
                     names = [(words_name if paired else weight_name)(experts, expert, projection)]
                     if paired and has_grid:

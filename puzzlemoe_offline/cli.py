@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,128 +13,139 @@ from typing import Annotated, Any
 # Progress bars of these libraries would tear ours; set before they are imported.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from puzzlemoe_offline.calibrate import C4, Calibration, CalibrationError, load_calibration
+from puzzlemoe_offline.baselines.method import BaselineError
+from puzzlemoe_offline.calibrate import C4, Calibration, CalibrationError
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, locate
+from puzzlemoe_offline.cli_compare import baseline_command, compare_command, draw_distribution
 from puzzlemoe_offline.compress import Job, compress
 from puzzlemoe_offline.evaluate import perplexity, windows_of
 from puzzlemoe_offline.families import UnsupportedModel
 from puzzlemoe_offline.inspection import inspect
 from puzzlemoe_offline.output import OutputError
 from puzzlemoe_offline.plan import make_plan
-from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.recipe import (
+    Code,
+    Method,
+    Pairing,
+    Recipe,
+    RecipeError,
+    RecipeName,
+    Rule,
+    Saliency,
+    named_recipe,
+)
 from puzzlemoe_offline.report import GB, summary
+from puzzlemoe_offline.served import ServingError, served_perplexity
+from puzzlemoe_offline.terminal import (
+    DEFAULT_DEVICE,
+    CalibrationOption,
+    Device,
+    DeviceOption,
+    Folder,
+    SamplesOption,
+    WindowOption,
+    calibration_of,
+    console,
+    errors,
+    layer_progress,
+    tokenizer_of,
+    usable,
+)
 from puzzlemoe_offline.unpack import unpack
-from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import UnencodableWeight
 from puzzlemoe_vllm.format.layout import LayoutError
 
-EXPECTED_ERRORS = (CheckpointError, UnsupportedModel, LayoutError, OutputError, CalibrationError, UnencodableWeight)
+EXPECTED_ERRORS = (
+    BaselineError,
+    CalibrationError,
+    CheckpointError,
+    LayoutError,
+    OutputError,
+    RecipeError,
+    ServingError,
+    UnencodableWeight,
+    UnsupportedModel,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
-errors = Console(stderr=True)
+app.command("baseline")(baseline_command)
+app.command("compare")(compare_command)
 
 
-class Sparsity(str, Enum):
-    """Share of the routed experts' memory that goes away."""
+class Engine(str, Enum):
+    """What computes a perplexity."""
 
-    half = "0.5"
-    quarter = "0.25"
-
-
-class Saliency(str, Enum):
-    """How the more salient of two weights is found."""
-
-    wanda = "wanda"
-    magnitude = "magnitude"
-
-
-class Code(str, Enum):
-    """What a pair's word holds."""
-
-    mask16 = "mask16"
-    angle16 = "angle16"
-    angle8 = "angle8"
-    angle6 = "angle6"
-    mask6 = "mask6"
-
-
-class Rule(str, Enum):
-    """How a mask16 word is chosen."""
-
-    paper = "paper"
-    least_squares = "least-squares"
-
-
-class GroupSize(str, Enum):
-    """Input columns that share a step."""
-
-    large = "128"
-    middle = "64"
-    small = "32"
-
-
-class Pairing(str, Enum):
-    """How partners are chosen."""
-
-    random = "random"
-
-
-class Device(str, Enum):
-    """Where layers are run and merged."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-DEFAULT_DEVICE = Device.cuda if torch.cuda.is_available() else Device.cpu
-
-Folder = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")]
-DeviceOption = Annotated[Device, typer.Option(help="Where layers run.")]
+    layerwise = "layerwise"
+    vllm = "vllm"
 
 
 @app.command("compress")
 def compress_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The model to compress: a folder or a hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the packed model.")],
-    sparsity: Annotated[Sparsity, typer.Option(help="0.5 merges all experts of a layer, 0.25 the less used half.")] = (
-        Sparsity.half
-    ),
+    context: typer.Context,
+    method: Annotated[
+        Method, typer.Option(help="puzzlemoe: in pairs, entry by entry; mergemoe: in clusters, each one expert.")
+    ] = "puzzlemoe",
+    experts: Annotated[int | None, typer.Option(help="mergemoe: experts that are left in every layer.")] = None,
+    recipe: Annotated[
+        RecipeName,
+        typer.Option(help="Where the options below start from: what lost least when measured, or the paper's choices."),
+    ] = "default",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="0.5 merges all experts of a layer, 0.25 the less used half.", show_default="0.5"),
+    ] = None,
     code: Annotated[
-        Code,
+        Code | None,
         typer.Option(help="Bits of a pair, and how they share a magnitude: by masks (the paper) or by directions."),
-    ] = Code.mask16,
-    rule: Annotated[Rule, typer.Option(help="mask16: the paper's threshold and saliency, or least squares.")] = (
-        Rule.paper
-    ),
+    ] = None,
+    rule: Annotated[
+        Rule | None, typer.Option(help="mask16: the paper's threshold and saliency, or least squares.")
+    ] = None,
     compensate: Annotated[
-        bool,
-        typer.Option("--compensate", help="Push each expert's error in a column into its later ones, as GPTQ does."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--compensate/--no-compensate",
+            help="Push each expert's error in a column into its later ones, as GPTQ does.",
+        ),
+    ] = None,
     group_size: Annotated[
-        GroupSize | None,
-        typer.Option(help="8- and 6-bit codes: input columns per step; smaller for small tensor-parallel shards."),
+        int | None,
+        typer.Option(
+            help="8- and 6-bit codes: input columns per step, 128, 64 or 32; smaller for small tensor-parallel shards.",
+            show_default="the largest that fits",
+        ),
     ] = None,
     tau: Annotated[
-        float, typer.Option(min=0, max=1, help="Similarity threshold: below it a pair shares its mean.")
-    ] = 0.4,
-    pairing: Annotated[Pairing, typer.Option(help="How partners are chosen.")] = Pairing.random,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Paper's rule: similarity threshold below which a pair shares its mean.",
+            show_default="0.4",
+        ),
+    ] = None,
+    pairing: Annotated[
+        Pairing | None,
+        typer.Option(
+            help="Partners at random, those that lose least, or those that the same tokens choose most often."
+        ),
+    ] = None,
     saliency: Annotated[
-        Saliency, typer.Option(help="wanda: |W| times the input column's norm; magnitude: |W|, no calibration.")
-    ] = Saliency.wanda,
-    calibration: Annotated[
-        str, typer.Option(help="Plain text file, .jsonl file with a text field, or hub dataset with a text column.")
-    ] = C4,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Seed of the random pairing.")] = 0,
+        Saliency | None,
+        typer.Option(
+            help="wanda: |W| times the input column's norm; magnitude: |W|, no calibration.", show_default="wanda"
+        ),
+    ] = None,
+    calibration: CalibrationOption = C4,
+    samples: SamplesOption = 128,
+    sequence_length: WindowOption = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of the random pairing and of the choice of calibration windows.")] = 0,
     device: DeviceOption = DEFAULT_DEVICE,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     dry_run: Annotated[
@@ -145,34 +154,30 @@ def compress_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in OUT.")] = False,
 ) -> None:
     """Merge a model's experts in pairs and write a packed model that vLLM serves."""
-    if group_size and not get_code(code.value).has_grid:
-        raise CheckpointError(f"--group-size: {code.value} has no group steps; drop it, or use --code angle8")
-    if compensate and (saliency is Saliency.magnitude or (code is Code.mask16 and rule is Rule.paper)):
-        raise CheckpointError("--compensate needs calibration (--saliency wanda), and mask16 --rule least-squares")
-    recipe = Recipe(
-        code=code.value,
-        rule=rule.value,
+    clusters = _mergemoe_recipe(context, method, experts)
+    chosen = clusters or named_recipe(
+        recipe,
+        code=code,
+        rule=rule,
         compensate=compensate,
-        group_size=int(group_size.value) if group_size else None,
-        sparsity=float(sparsity.value),
+        group_size=group_size,
+        sparsity=sparsity,
         tau=tau,
-        pairing=pairing.value,
-        saliency=saliency.value,
+        pairing=pairing,
+        saliency=saliency,
         seed=seed,
     )
     folder = locate(source, revision)
     checkpoint = Checkpoint(folder)
     checkpoint.check_complete()
     data: Calibration | None = None
-    if recipe.saliency == "wanda":
-        data = load_calibration(calibration, _tokenizer(folder), samples, sequence_length)
-        if len(data.tokens) < samples:
-            errors.print(f"[yellow]{calibration} gives {len(data.tokens)} windows of {sequence_length}, not {samples}")
-    job = Job(checkpoint, source, revision, recipe, data, _usable(device))
+    if chosen.saliency == "wanda":
+        data = calibration_of(folder, calibration, samples, sequence_length, seed)
+    job = Job(checkpoint, source, revision, chosen, data, usable(device))
     if dry_run:
         console.print(_plan_table(job))
         return
-    with _layer_progress("compressing", checkpoint.layers) as advance:
+    with layer_progress("compressing", checkpoint.layers) as advance:
         report = compress(job, out, resume, lambda layer, record: advance())
     console.print(summary(report))
     console.print(f"packed model written to {out}; serve it with: vllm serve {out}")
@@ -180,10 +185,18 @@ def compress_command(
 
 @app.command("inspect")
 def inspect_command(
-    model: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+    model: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plots: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", file_okay=False, help="Draw a dense model's exponents and similar entries."),
+    ] = None,
 ) -> None:
     """Show what a packed or dense model holds and check that it is whole."""
-    facts = inspect(Checkpoint(locate(model)))
+    checkpoint = Checkpoint(locate(model))
+    facts = inspect(checkpoint)
+    if plots:
+        draw_distribution(checkpoint, plots)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -197,6 +210,7 @@ def inspect_command(
     console.print(
         f"{facts['model_type']}: {facts['moe_layers']} of {facts['layers']} layers with "
         f"{facts['experts_per_layer']} experts, {facts['pairs']} pairs"
+        + (f", {facts['clusters']} clusters" if facts["clusters"] else "")
         + (f", code {facts['code']}" if facts["code"] else "")
     )
     if facts["provenance"]:
@@ -210,7 +224,7 @@ def unpack_command(
 ) -> None:
     """Write an ordinary dense bf16 checkpoint of a packed model's reconstructed weights."""
     checkpoint = Checkpoint(locate(model))
-    with _layer_progress("unpacking", checkpoint.layers) as advance:
+    with layer_progress("unpacking", checkpoint.layers) as advance:
         unpack(checkpoint, out, lambda layer: advance())
     console.print(f"dense model written to {out}")
 
@@ -220,16 +234,24 @@ def perplexity_command(
     model: Folder,
     text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A plain text file.")],
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
-    device: DeviceOption = DEFAULT_DEVICE,
+    engine: Annotated[
+        Engine, typer.Option(help="layerwise: one layer in memory at a time; vllm: the model as vLLM serves it.")
+    ] = Engine.layerwise,
+    device: Annotated[Device | None, typer.Option(help="Where layers run; vLLM chooses its own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
     """Perplexity of a packed or dense model on a text, in non-overlapping windows as is usual for WikiText-2."""
     folder = locate(model)
     checkpoint = Checkpoint(folder)
     checkpoint.check_complete()
-    windows = windows_of(_tokenizer(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
-    with _layer_progress("perplexity", checkpoint.layers) as advance:
-        result = perplexity(checkpoint, windows, _usable(device), lambda layer: advance())
+    windows = windows_of(tokenizer_of(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
+    if engine is Engine.vllm:
+        if device:
+            raise CheckpointError("--device is for --engine layerwise; vLLM runs where its build runs: drop it")
+        result = served_perplexity(folder, windows)
+    else:
+        with layer_progress("perplexity", checkpoint.layers) as advance:
+            result = perplexity(checkpoint, windows, usable(device or DEFAULT_DEVICE), lambda layer: advance())
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
@@ -239,18 +261,23 @@ def perplexity_command(
         )
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    # A checkpoint's own code is never run; a tokenizer that needs it cannot be used here.
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer could not be loaded ({error})") from None
+PAIR_OPTIONS = ("recipe", "sparsity", "code", "rule", "compensate", "group_size", "tau", "pairing", "saliency", "seed")
+"""Options of `compress` that mergemoe has no use for."""
 
 
-def _usable(device: Device) -> str:
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise CheckpointError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    return device.value
+def _mergemoe_recipe(context: typer.Context, method: Method, experts: int | None) -> Recipe | None:
+    """None for the other method."""
+    if method == "puzzlemoe":
+        if experts is not None:
+            raise CheckpointError("--experts is for --method mergemoe; puzzlemoe has --sparsity")
+        return None
+    if experts is None:
+        raise CheckpointError("--method mergemoe needs --experts, the number of experts left in every layer")
+    for name in PAIR_OPTIONS:
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            raise CheckpointError(f"--{name.replace('_', '-')} is for --method puzzlemoe; mergemoe has --experts only")
+    return Recipe(method="mergemoe", experts=experts)
 
 
 def _plan_table(job: Job) -> Table:
@@ -266,14 +293,6 @@ def _plan_table(job: Job) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
-
-
-@contextmanager
-def _layer_progress(title: str, layers: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=errors) as progress:
-        task = progress.add_task(title, total=layers)
-        yield lambda: progress.advance(task)
 
 
 def main() -> None:

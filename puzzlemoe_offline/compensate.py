@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibrate import ProjectionInputs
-from puzzlemoe_offline.fit import BALANCE, PackedMatrix, fit_angle16, fit_grid, nearest
+from puzzlemoe_offline.fit import BALANCE, PackedMatrix, fit_angle16, fit_grid
 from puzzlemoe_offline.merge import merge_least_squares
 from puzzlemoe_vllm.format.codes import Angle16, GridCode, Mask16, PairCode
 
@@ -36,31 +36,30 @@ def fit_compensated(
     Raises UnencodableWeight for a weight that the code cannot hold.
     """
     factors = torch.stack([inverse_factor(seen) for seen in inputs])
-    spread = factors.diagonal(dim1=1, dim2=2)
-    importance = 1 / spread.square()
+    importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
     importance /= importance.mean()
     # Columns are the outer dimension from here on, so that each is contiguous.
     left = torch.stack([weight.float().T for weight in weights])
-    words, grids = [], []
+    coder = ColumnsWithSteps(code, group, left) if isinstance(code, GridCode) else Columns(code)
+    words = []
     for start in range(0, left.shape[1], BLOCK):
         block, scale = left[:, start : start + BLOCK].clone(), importance[:, start : start + BLOCK]
         factor = factors[:, start : start + BLOCK]
         inner = factor[:, :, start : start + BLOCK]
         errors = torch.empty_like(block)
+        coder.begin(block, scale)
         for column in range(block.shape[1]):
-            if group and column % group == 0:
-                part = slice(column, column + group)
-                grids.append(_steps(code, block[:, part], scale[:, part], group))
-            word, decoded = _nearest_words(code, block[:, column], scale[:, column], grids[-1] if group else None)
-            words.append(word)
-            errors[:, column] = (block[:, column] - decoded) / inner[:, column, column, None]
-            block[:, column + 1 :] -= inner[:, column, column + 1 :, None] * errors[:, column, None]
+            error = errors[:, column]
+            torch.sub(block[:, column], coder.code(column), out=error)
+            error /= inner[:, column, column, None]
+            block[:, column + 1 :].baddbmm_(inner[:, column, column + 1 :, None], error[:, None], alpha=-1)
+        words.append(coder.words())
         later = slice(start + BLOCK, None)
         left[:, later].baddbmm_(factor[:, :, later].mT, errors, alpha=-1)
-    stacked = torch.stack(words, dim=1)
-    if not isinstance(code, GridCode):
+    stacked = torch.cat(words).T
+    if not isinstance(coder, ColumnsWithSteps):
         return PackedMatrix(stacked)
-    return PackedMatrix(code.pack(stacked), torch.stack(grids, dim=1).to(torch.bfloat16))
+    return PackedMatrix(coder.grid_code.pack(stacked), torch.stack(coder.steps, dim=1).to(torch.bfloat16))
 
 
 def inverse_factor(inputs: ProjectionInputs) -> Tensor:
@@ -68,32 +67,76 @@ def inverse_factor(inputs: ProjectionInputs) -> Tensor:
     assert inputs.moments is not None
     moments = inputs.moments.float() / inputs.tokens**BALANCE
     moments.diagonal().add_(DAMPING * moments.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
-    return torch.linalg.cholesky(inverse, upper=True)
+    # With rows and columns in reverse the lower factor becomes an upper one, R R' = moments; its inverse is U.
+    upper = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
 
 
-def _steps(code: PairCode, block: Tensor, scale: Tensor, group: int) -> Tensor:
-    """Steps, float32 [N], of one group of columns [2, group, N] as they are before the first of them is coded."""
-    assert isinstance(code, GridCode)
-    grid = fit_grid(code, (block[0].T, block[1].T), (scale[0], scale[1]), group).grid
-    assert grid is not None
-    return grid[:, 0].float()
+class Columns:
+    """Codes the columns of one block after another, for the codes without steps."""
+
+    def __init__(self, pair_code: PairCode):
+        self.pair_code = pair_code
+
+    def begin(self, block: Tensor, scale: Tensor) -> None:
+        """A block of columns [2, B, N], each changing until it is coded, and weights of its squared errors [2, B]."""
+        self.block, self.scale = block, scale
+        self.coded: list[Tensor] = []
+
+    def code(self, column: int) -> Tensor:
+        """What the nearest words of a column decode to, float32 [2, N]."""
+        weights = self.block[0, column, :, None], self.block[1, column, :, None]
+        scales = self.scale[:1, column], self.scale[1:, column]
+        if isinstance(self.pair_code, Angle16):
+            words = fit_angle16(self.pair_code, weights, scales)
+        else:
+            assert isinstance(self.pair_code, Mask16)
+            words = self.pair_code.encode(merge_least_squares(*weights, *scales))
+        self.coded.append(words[:, 0])
+        return torch.stack([self.pair_code.decode(words, position)[:, 0].float() for position in (0, 1)])
+
+    def words(self) -> Tensor:
+        """Words [B, N] of the block's columns."""
+        return torch.stack(self.coded)
 
 
-def _nearest_words(code: PairCode, column: Tensor, scale: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Words [N] of one column of both experts [2, N] and what they decode to, float32 [2, N]."""
-    if isinstance(code, GridCode):
-        assert step is not None
-        index = nearest(
-            code.magnitudes.to(column.device), column.abs()[..., None, None], step[:, None], scale[:, None, None, None]
-        )
-        negative = torch.signbit(column).int()
-        word = code.words.to(column.device)[index.flatten().int(), negative[0], negative[1]]
-        return word, (code.values.to(column.device)[:, word.int()] * step).to(torch.bfloat16).float()
-    weights, scales = (column[0, :, None], column[1, :, None]), (scale[:1], scale[1:])
-    if isinstance(code, Angle16):
-        words = fit_angle16(code, weights, scales)
-    else:
-        assert isinstance(code, Mask16)
-        words = code.encode(merge_least_squares(*weights, *scales))
-    return words[:, 0], torch.stack([code.decode(words, position)[:, 0].float() for position in (0, 1)])
+class ColumnsWithSteps:
+    """The same for codes with steps; what does not depend on earlier columns is computed for a whole block, because on
+    a GPU the time is the number of operations per column."""
+
+    def __init__(self, grid_code: GridCode, group: int | None, matrix: Tensor):
+        """matrix: [2, K, N] of the columns to come, for its device and shape."""
+        assert group is not None
+        self.grid_code, self.group = grid_code, group
+        self.magnitudes = grid_code.magnitudes.to(matrix.device).T.contiguous()
+        self.steps: list[Tensor] = []
+        """float32 [N] of every group so far."""
+        self.index = torch.empty(BLOCK, matrix.shape[2], dtype=torch.int64, device=matrix.device)
+
+    def begin(self, block: Tensor, scale: Tensor) -> None:
+        """As in `Columns`."""
+        self.block, self.scale = block, scale
+        # The terms of the scores that `nearest` computes, for each column of the block.
+        self.linear = -scale.T[:, :, None] * self.magnitudes
+        self.constant = scale.T @ (self.magnitudes.square() / 2)
+
+    def code(self, column: int) -> Tensor:
+        """As in `Columns`; a group's steps are fitted when its first column is coded."""
+        if column % self.group == 0:
+            part = slice(column, column + self.group)
+            block, scale = self.block[:, part], self.scale[:, part]
+            grid = fit_grid(self.grid_code, (block[0].T, block[1].T), (scale[0], scale[1]), self.group).grid
+            assert grid is not None
+            self.steps.append(grid[:, 0].float())
+            self.inverse = 1 / self.steps[-1].clamp(min=torch.finfo(torch.float32).tiny)
+        weights, index = self.block[:, column], self.index[column]
+        scores = torch.addmm(self.constant[column], (weights.abs() * self.inverse).T, self.linear[column])
+        torch.argmin(scores, dim=1, out=index)
+        value = self.magnitudes.index_select(1, index).copysign_(weights).mul_(self.steps[-1])
+        return value.to(torch.bfloat16).float()
+
+    def words(self) -> Tensor:
+        """As in `Columns`."""
+        negative = torch.signbit(self.block).int()
+        index = self.index[: self.block.shape[1]]
+        return self.grid_code.words.to(index.device)[index, negative[0], negative[1]]

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibrate import Calibration, ExpertStatistics, SampledTokens
-from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.calibrate import FEW_TOKENS, Calibration, ExpertStatistics, SampledTokens
+from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, Expert
 from puzzlemoe_offline.families import expert_groups
 from puzzlemoe_offline.layerwise import DecoderLayer, LayerExperts, LayerwiseModel, StreamedExperts, batch_size
+from puzzlemoe_offline.merge_error import merge_errors
+from puzzlemoe_offline.mergemoe import ClusteredLayer, LayerMerger
 from puzzlemoe_offline.output import ModelFolder, packed_dtype_config
-from puzzlemoe_offline.pack import FEW_TOKENS, Losses, PackedLayer, pack_pair
-from puzzlemoe_offline.pairing import LayerPairing, pair_randomly
+from puzzlemoe_offline.pack import Losses, PackedLayer, pack_pair
+from puzzlemoe_offline.pairing import LayerPairing, PairCosts, pair_experts, shared_choices
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_offline.report import CARD, REPORT, build_report, model_card
 from puzzlemoe_offline.version import VERSION
@@ -60,6 +62,14 @@ class Job:
             + (f"use --group-size {fitting[0]}" if fitting else "use --code angle16, which has no groups")
         )
 
+    def check_experts(self) -> None:
+        """Raises CheckpointError when the model cannot be merged into the recipe's number of experts."""
+        count, total = self.recipe.experts, self.checkpoint.experts
+        if count is not None and not 1 <= count < total:
+            raise CheckpointError(
+                f"--experts {count}: {self.checkpoint.folder} has {total} experts per layer; choose 1 to {total - 1}"
+            )
+
     def fingerprint(self) -> str:
         """Digest of everything that the output depends on."""
         parts = (
@@ -83,6 +93,7 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
         raise CheckpointError(f"{checkpoint.folder} is packed already; start from the 16-bit original")
     checkpoint.check_complete()
     job.group_size()
+    job.check_experts()
     folder = ModelFolder(out, checkpoint.layers + 1)
     records = [entry["record"] for entry in folder.start(job.fingerprint(), resume)][: checkpoint.layers]
     for layer, record in enumerate(records):
@@ -128,6 +139,9 @@ def _run_calibrated(
         states = torch.cat([model.embed(batch).cpu() for batch in batches])
     experts = LayerExperts(job.checkpoint, job.device)
     for index, layer in model.layers(experts, start):
+        if job.recipe.experts and layer.experts:
+            yield index, *_cluster_layer(job, index, layer, layer.experts, states, size), states
+            continue
         began = time.perf_counter()
         statistics, sample = _calibrate_layer(job, layer, states, size)
         seconds = time.perf_counter() - began
@@ -149,10 +163,68 @@ def _calibrate_layer(
             moments=job.recipe.compensate,
         )
         sample = SampledTokens(ERROR_TOKENS)
-        layer.experts.observe, layer.experts.record = statistics.observe, sample.record
+        layer.experts.observe, layer.experts.record = statistics.observe, _record_both(statistics, sample)
+    _advance(job, layer, states, size)
+    return statistics, sample
+
+
+def _advance(job: Job, layer: DecoderLayer, states: Tensor, size: int) -> None:
+    """Moves `states` through the layer in place, `size` windows at a time."""
     for start in range(0, len(states), size):
         states[start : start + size] = layer(states[start : start + size].to(job.device)).cpu()
-    return statistics, sample
+
+
+def _cluster_layer(
+    job: Job, index: int, layer: DecoderLayer, streamed: StreamedExperts, states: Tensor, size: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """MergeMoE: moves `states` through the layer in place; the layer's tensors to write, and its record.
+
+    The layer runs twice, since what is summed up depends on which experts are used most.
+    """
+    assert job.recipe.experts is not None
+    tokens = torch.zeros(job.checkpoint.experts, dtype=torch.int64)
+
+    def count(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        tokens.add_(ids.flatten().bincount(minlength=len(tokens)).cpu())
+
+    began = time.perf_counter()
+    streamed.record = count
+    for batch in states.split(size):
+        layer(batch.to(job.device))
+    merger, sample = LayerMerger(streamed.expert, tokens, job.recipe.experts), SampledTokens(ERROR_TOKENS)
+
+    def record(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        merger.observe(hidden, ids)
+        sample.record(hidden, ids, weights, out)
+
+    streamed.record = record
+    _advance(job, layer, states, size)
+    calibrated = time.perf_counter()
+    merged = merger.finish()
+    facts = {
+        "layer": index,
+        "centres": merged.centres,
+        "tokens": tokens.tolist(),
+        "few_tokens": _few(tokens),
+        "output_error": _output_error(merged.expert, sample),
+        "seconds": {"calibrate": calibrated - began, "merge": time.perf_counter() - calibrated},
+    }
+    return plain_tensors(job.checkpoint, index) | _cluster_tensors(job.checkpoint, index, merged), facts
+
+
+def _few(tokens: Tensor) -> list[int]:
+    """Experts that saw too few calibration tokens for their column norms to mean something."""
+    return [expert for expert, count in enumerate(tokens.tolist()) if count < FEW_TOKENS]
+
+
+def _record_both(statistics: ExpertStatistics, sample: SampledTokens) -> Callable[..., None]:
+    """What the experts module calls with every batch's routing and output."""
+
+    def record(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        statistics.observe_choices(ids)
+        sample.record(hidden, ids, weights, out)
+
+    return record
 
 
 def _finish_layer(
@@ -166,15 +238,19 @@ def _finish_layer(
     """The layer's tensors to write, and its record."""
     record: dict[str, Any] = {"layer": layer, "seconds": {"calibrate": calibrate_seconds}}
     if layer not in job.checkpoint.moe_layers:
-        return _plain_tensors(job.checkpoint, layer), record
+        return plain_tensors(job.checkpoint, layer), record
     began = time.perf_counter()
-    pairing = pair_randomly(
+    groups = expert_groups(job.checkpoint.config)
+    pairing = pair_experts(
         job.checkpoint.experts,
         job.recipe.sparsity,
-        expert_groups(job.checkpoint.config),
+        groups,
         statistics.tokens if statistics else None,
         job.recipe.seed * 100_003 + layer,
+        _pair_costs(job, layer, experts, statistics),
     )
+    record["seconds"]["pair"] = time.perf_counter() - began
+    began = time.perf_counter()
     losses = Losses()
     packed = _pack_layer(job, layer, experts, statistics, pairing, losses)
     record |= {
@@ -185,10 +261,30 @@ def _finish_layer(
     }
     if statistics and sample:
         record["tokens"] = statistics.tokens.tolist()
-        record["few_tokens"] = [expert for expert, count in enumerate(record["tokens"]) if count < FEW_TOKENS]
-        record["output_error"] = _output_error(packed, sample)
+        record["few_tokens"] = _few(statistics.tokens)
+        record["output_error"] = _output_error(partial(packed.expert, device=torch.device(job.device)), sample)
+        shared, if_random = shared_choices(pairing, statistics.together, groups)
+        record["shared_choices"] = {"this pairing": shared, "random partners": if_random}
     record["seconds"]["merge"] = time.perf_counter() - began
-    return _plain_tensors(job.checkpoint, layer, pairing) | _expert_tensors(job.checkpoint, layer, packed), record
+    return plain_tensors(job.checkpoint, layer, pairing.order) | _expert_tensors(job.checkpoint, layer, packed), record
+
+
+def _pair_costs(job: Job, layer: int, experts: LayerExperts, statistics: ExpertStatistics | None) -> PairCosts | None:
+    """What the recipe's pairing minimises; None for random partners."""
+    if job.recipe.pairing == "search":
+
+        def errors(pool: list[int]) -> Tensor:
+            device = torch.device(job.device)
+            try:
+                return merge_errors(pool, partial(experts, layer), statistics, job.recipe, job.group_size(), device)
+            except UnencodableWeight as error:
+                raise UnencodableWeight(f"layer {layer}, {error}") from None
+
+        return errors
+    if job.recipe.pairing == "coactivation":
+        assert statistics is not None
+        return lambda pool: -statistics.together[pool][:, pool]
+    return None
 
 
 def _pack_layer(
@@ -211,18 +307,22 @@ def _pack_layer(
     return PackedLayer(pairing, pairs, [expert.to("cpu") for expert in dense], get_code(job.recipe.code))
 
 
-def _output_error(packed: PackedLayer, sample: SampledTokens) -> float:
-    """||y - y'|| / ||y|| over the sampled tokens, with y the original experts' output."""
+def _output_error(expert: Callable[[int], Expert], sample: SampledTokens) -> float:
+    """||y - y'|| / ||y|| over the sampled tokens, with y the original experts' output and y' that of `expert`."""
     error = energy = 0.0
     for hidden, ids, weights, out in sample.batches:
-        merged = StreamedExperts(partial(packed.expert, device=hidden.device))(hidden, ids, weights)
+        merged = StreamedExperts(expert)(hidden, ids, weights)
         error += float((merged.float() - out.float()).square().sum())
         energy += float(out.float().square().sum())
     return (error / energy) ** 0.5 if energy else 0.0
 
 
-def _plain_tensors(checkpoint: Checkpoint, layer: int, pairing: LayerPairing | None = None) -> dict[str, Tensor]:
-    """The layer's tensors other than routed experts; router rows follow the experts' new order."""
+def plain_tensors(checkpoint: Checkpoint, layer: int, order: list[int] | None = None) -> dict[str, Tensor]:
+    """The layer's tensors other than routed experts.
+
+    order: the source ids of the experts to come, which the router's rows follow; None leaves the router as it is.
+    Raises CheckpointError naming a tensor that is not finite.
+    """
     tensors: dict[str, Tensor] = {}
     for name in checkpoint.names:
         if checkpoint.layer_of(name) != layer or checkpoint.is_expert(name):
@@ -230,8 +330,8 @@ def _plain_tensors(checkpoint: Checkpoint, layer: int, pairing: LayerPairing | N
         tensor = checkpoint.tensor(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} in {checkpoint.file_of(name)} holds NaN or infinite values: fetch it again")
-        if pairing and name.startswith(f"{checkpoint.block(layer)}.gate."):
-            tensor = tensor[pairing.order]
+        if order is not None and name.startswith(f"{checkpoint.block(layer)}.gate."):
+            tensor = tensor[order]
         tensors[_family_name(checkpoint, layer, name)] = tensor
     return tensors
 
@@ -257,13 +357,23 @@ def _expert_tensors(checkpoint: Checkpoint, layer: int, packed: PackedLayer) -> 
     return tensors
 
 
+def _cluster_tensors(checkpoint: Checkpoint, layer: int, merged: ClusteredLayer) -> dict[str, Tensor]:
+    experts, projections = f"model.layers.{layer}.{checkpoint.family.block}.experts", checkpoint.family.projections
+    tensors: dict[str, Tensor] = {}
+    for centre, expert in merged.merged.items():
+        weights = (expert.gate.cpu(), expert.up.cpu(), expert.down.cpu())
+        names = (weight_name(experts, centre, name) for name in projections)
+        tensors |= dict(zip(names, weights, strict=True))
+    return tensors
+
+
 def _quantization(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
     calibration = job.calibration
     provenance = Provenance(
         source=job.source,
         revision=job.revision,
         tool_version=VERSION,
-        recipe=job.recipe.model_dump(),
+        recipe=job.recipe.heeded(),
         calibration={
             "source": calibration.source,
             "samples": calibration.tokens.shape[0],
@@ -274,6 +384,11 @@ def _quantization(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
         else None,
     )
     merged = {record["layer"]: record["merged"] for record in records if record.get("merged")}
+    clusters = {record["layer"]: record["centres"] for record in records if "centres" in record}
     return PuzzleConfig(
-        code=job.recipe.code, group_size=job.group_size(), merged_experts=merged, provenance=provenance
+        code=job.recipe.code,
+        group_size=job.group_size(),
+        merged_experts=merged,
+        clusters=clusters,
+        provenance=provenance,
     ).model_dump(mode="json")

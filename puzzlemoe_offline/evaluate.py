@@ -13,8 +13,8 @@ from torch import Tensor
 from puzzlemoe_offline.checkpoint import Checkpoint
 from puzzlemoe_offline.layerwise import LayerExperts, LayerwiseModel, batch_size
 
-LOGIT_TOKENS = 2048
-"""Tokens whose logits are in memory at once."""
+LOGIT_TOKENS = 256
+"""Tokens whose logits are in memory at once: few enough that a CPU's cache holds much of them."""
 
 
 @dataclass(frozen=True)

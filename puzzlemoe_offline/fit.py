@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibrate import ProjectionInputs
+from puzzlemoe_offline.calibrate import FEW_TOKENS, ProjectionInputs
 from puzzlemoe_offline.merge import merge_least_squares, merge_pair
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_vllm.format.codes import SMALLEST, Angle16, GridCode, Mask16, UnencodableWeight, get_code
@@ -24,11 +24,9 @@ BALANCE = 0.5
 """Each expert's squares are divided by its token count to this power.  The sum over all calibration tokens, power 0,
 gives up too much of the rarer expert of a pair; the mean per token, power 1, too much of the other."""
 
-STEP_SCALES = (0.9, 1.0, 1.1)
-"""A group's step is sought from these multiples of the best step for normally distributed weights."""
-
-REFINEMENTS = 1
-"""Rounds of: nearest words for the step, then best step for the words."""
+STEP_SCALES = (0.85, 0.95, 1.05, 1.15)
+"""A group's step is the best of these multiples of the best step for normally distributed weights, then fitted to the
+words that it gave.  Trying more multiples lowers the error more than fitting words and step by turns does."""
 
 SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Floats of scores of candidate words in memory at once: the cache of a CPU, 256 MB of a GPU."""
@@ -58,36 +56,47 @@ class PackedMatrix:
         )
 
 
-def importance(inputs: tuple[ProjectionInputs, ProjectionInputs]) -> tuple[Tensor, Tensor]:
-    """Weights of the squared errors of a pair by input column, float32 [K] twice."""
-    squares = tuple(seen.norms.square() / max(seen.tokens, 1) ** BALANCE for seen in inputs)
-    mean = (squares[0].mean() + squares[1].mean()) / 2
-    if not mean > 0:
-        return torch.ones_like(squares[0]), torch.ones_like(squares[1])
-    return squares[0] / mean + UNSEEN, squares[1] / mean + UNSEEN
+def own_scale(seen: ProjectionInputs, recipe: Recipe) -> Tensor:
+    """How much an expert's input columns count by themselves, float32 [K]: norms for the paper's rule, squares over a
+    power of the token count otherwise."""
+    return seen.norms if recipe.is_paper else seen.norms.square() / max(seen.tokens, 1) ** BALANCE
+
+
+def pair_scales(own: tuple[Tensor, Tensor], few: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """How much the columns of two experts count in their pair, float32 [..., K] twice.
+
+    own: as `own_scale` gives them, [..., K]; few: bool [..., 1], whether one of the two saw few tokens, so that the
+    paper's rule goes by magnitude alone.  Other fits take weights of the squared errors, relative to the pair's mean.
+    """
+    if recipe.is_paper:
+        return own[0].masked_fill(few, 1), own[1].masked_fill(few, 1)
+    mean = (own[0].mean(dim=-1, keepdim=True) + own[1].mean(dim=-1, keepdim=True)) / 2
+    silent = mean == 0
+    return (own[0] / mean + UNSEEN).masked_fill(silent, 1), (own[1] / mean + UNSEEN).masked_fill(silent, 1)
+
+
+def column_scales(inputs: tuple[ProjectionInputs, ProjectionInputs], recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The same of one pair, float32 [K] twice."""
+    few = torch.tensor([any(seen.tokens < FEW_TOKENS for seen in inputs)], device=inputs[0].norms.device)
+    return pair_scales((own_scale(inputs[0], recipe), own_scale(inputs[1], recipe)), few, recipe)
 
 
 def fit(
-    weights: tuple[Tensor, Tensor],
-    inputs: tuple[ProjectionInputs, ProjectionInputs],
-    recipe: Recipe,
-    group: int | None,
+    weights: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor], recipe: Recipe, group: int | None
 ) -> PackedMatrix:
-    """The words of two matrices [N, K], each with its own inputs.
+    """The words of two matrices [N, K].
 
+    scales: as `column_scales` gives them.  No column's words depend on other columns, but for those of its group.
     Raises UnencodableWeight for a weight that the recipe's code cannot hold.
     """
     code = get_code(recipe.code)
     if isinstance(code, GridCode):
         assert group is not None
-        return fit_grid(code, weights, importance(inputs), group)
+        return fit_grid(code, weights, scales, group)
     if isinstance(code, Angle16):
-        return PackedMatrix(fit_angle16(code, weights, importance(inputs)))
+        return PackedMatrix(fit_angle16(code, weights, scales))
     assert isinstance(code, Mask16)
-    if recipe.is_paper:
-        pair = merge_pair(*weights, inputs[0].norms, inputs[1].norms, recipe.tau)
-    else:
-        pair = merge_least_squares(*weights, *importance(inputs))
+    pair = merge_pair(*weights, *scales, recipe.tau) if recipe.is_paper else merge_least_squares(*weights, *scales)
     kept = pair.mask[0] | pair.mask[1]
     clamped = kept & (pair.magnitude > 0) & (pair.magnitude < SMALLEST)
     return PackedMatrix(code.encode(pair), clamped=int(clamped.sum()))
@@ -116,8 +125,8 @@ def fit_grid(
 ) -> PackedMatrix:
     """Words and steps of a code with steps, for groups of `group` columns.
 
-    Several steps are tried for each row and group, from multiples of the one that suits normal weights of the group's
-    energy; each is improved by turns (words for the step, least-squares step for the words), and the best one stays.
+    Of the steps of `STEP_SCALES` the one with the least error stays, and is replaced by the least-squares step of the
+    words that it gave.
     """
     pair = torch.stack([weight.float().abs().unflatten(1, (-1, group)) for weight in weights])
     if not bool(torch.isfinite(pair).all()):
@@ -126,38 +135,44 @@ def fit_grid(
     magnitudes, words = code.magnitudes.to(pair.device), code.words.to(pair.device)
     energy = (scale * pair.square()).sum(dim=(0, 3))
     typical = (energy / scale.sum(dim=(0, 3))).sqrt() * code.unit_step
-    best_error = torch.full_like(typical, torch.inf)
-    best_step, best_index = typical, torch.zeros(pair.shape[1:], dtype=torch.uint8, device=pair.device)
-    for start in STEP_SCALES:
-        step = typical * start
-        for _ in range(REFINEMENTS + 1):
-            step = step.to(torch.bfloat16).float()
-            index = nearest(magnitudes, pair, step, scale)
-            values = magnitudes[index.int()].movedim(-1, 0)
-            product = (scale * pair * values).sum(dim=(0, 3))
-            square = (scale * values.square()).sum(dim=(0, 3))
-            error = energy - 2 * step * product + step.square() * square
-            better = error < best_error
-            best_error, best_step = torch.where(better, error, best_error), torch.where(better, step, best_step)
-            best_index = torch.where(better[..., None], index, best_index)
-            step = product / square
-    index = best_index.flatten(1).int()
+    least = torch.full_like(typical, torch.inf)
+    index = torch.zeros(pair.shape[1:], dtype=torch.uint8, device=pair.device)
+    for multiple in STEP_SCALES:
+        step = typical * multiple
+        tried, score = nearest(magnitudes, pair, step, scale)
+        error = energy + 2 * step.square() * score.sum(dim=2)
+        better = error < least
+        least = torch.where(better, error, least)
+        index = torch.where(better[..., None], tried, index)
+    index = index.int()
+    product, square = torch.zeros_like(energy), torch.zeros_like(energy)
+    for position in (0, 1):
+        value = magnitudes[:, position][index]
+        weighted = scale[position] * value
+        product += (weighted * pair[position]).sum(dim=2)
+        square += (weighted * value).sum(dim=2)
     negative = [torch.signbit(weight).int() for weight in weights]
-    return PackedMatrix(code.pack(words[index, negative[0], negative[1]]), best_step.to(torch.bfloat16))
+    return PackedMatrix(
+        code.pack(words[index.flatten(1), negative[0], negative[1]]), (product / square).to(torch.bfloat16)
+    )
 
 
-def nearest(magnitudes: Tensor, pair: Tensor, step: Tensor, scale: Tensor) -> Tensor:
-    """Index into `magnitudes` of the word with the least weighted error, uint8 [N, groups, group].
+def nearest(magnitudes: Tensor, pair: Tensor, step: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Index into `magnitudes` of the word with the least weighted error, uint8 [N, groups, group], and float32 scores:
+    half that error over the squared step, less what does not depend on the word.
 
     magnitudes: [C, 2]; pair: absolute weights [2, N, groups, group]; step: [N, groups]; scale: [2, 1, groups, group].
     """
-    # sum_p scale_p (x_p - v_p)^2 less what does not depend on v is one matrix product for all candidates v.
+    # sum_p scale_p (v_p^2 / 2 - x_p v_p) of all candidates v is one matrix product.
     table = torch.cat([-magnitudes.T, magnitudes.T.square() / 2])
     scaled = pair / step.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     index = torch.empty(pair.shape[1:], dtype=torch.uint8, device=pair.device)
+    score = torch.empty(pair.shape[1:], device=pair.device)
     rows = max(1, SCORES[pair.device.type] // (len(magnitudes) * pair[0, 0].numel()))
     for first in range(0, pair.shape[1], rows):
         block = scaled[:, first : first + rows]
         features = torch.cat([scale * block, scale.expand_as(block)]).flatten(1)
-        index[first : first + rows] = (features.T @ table).argmin(dim=1).view(block.shape[1:])
-    return index
+        least = (features.T @ table).min(dim=1)
+        index[first : first + rows] = least.indices.view(block.shape[1:])
+        score[first : first + rows] = least.values.view(block.shape[1:])
+    return index, score

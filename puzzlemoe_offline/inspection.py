@@ -10,7 +10,7 @@ from puzzlemoe_vllm.format.layout import GRID, WORDS
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Sizes in bytes per part, pairs and the recipe.  Reads every expert, so that damage shows.
+    """Sizes in bytes per part, pairs or clusters, and the recipe.  Reads every expert, so that damage shows.
 
     Raises CheckpointError naming the first tensor that is missing, misshapen, of a wrong dtype, or not finite.
     """
@@ -29,9 +29,10 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         "experts_per_layer": checkpoint.experts,
         "experts_per_token": checkpoint.config.get("num_experts_per_tok"),
         "pairs": sum(packed.merged_experts.values()) // 2 if packed else 0,
+        "clusters": sum(len(set(centres)) for centres in packed.clusters.values()) if packed else 0,
         "bytes": dict(sorted(sizes.items())),
         "total_bytes": sum(sizes.values()),
-        "code": packed.code if packed else None,
+        "code": packed.code if packed and packed.merged_experts else None,
         "provenance": packed.provenance.model_dump() if packed and packed.provenance else None,
     }
 
@@ -40,7 +41,8 @@ def _part(checkpoint: Checkpoint, name: str) -> str:
     if name.endswith((f".{WORDS}", f".{GRID}")):
         return "experts, merged"
     if checkpoint.is_expert(name):
-        return "experts, dense"
+        clustered = checkpoint.quantization and checkpoint.layer_of(name) in checkpoint.quantization.clusters
+        return "experts, in clusters" if clustered else "experts, dense"
     layer = checkpoint.layer_of(name)
     if layer is None:
         return "head" if name.startswith("lm_head") else "embedding and final norm"

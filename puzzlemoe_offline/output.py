@@ -44,7 +44,9 @@ class ModelFolder:
             _write_json(state, {"fingerprint": fingerprint})
             return []
         if not resume:
-            raise OutputError(f"{self.folder} holds an unfinished run: add --resume to go on, or name a new folder")
+            raise OutputError(
+                f"{self.folder} holds an unfinished run: name a new folder, or go on with `puzzlemoe compress --resume`"
+            )
         if json.loads(state.read_text())["fingerprint"] != fingerprint:
             raise OutputError(
                 f"{self.folder} holds an unfinished run of another source, recipe or calibration: "

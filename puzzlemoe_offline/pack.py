@@ -7,17 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibrate import ExpertStatistics, ProjectionInputs
-from puzzlemoe_offline.checkpoint import Expert
+from puzzlemoe_offline.calibrate import FEW_TOKENS, ExpertStatistics, ProjectionInputs
+from puzzlemoe_offline.checkpoint import PROJECTIONS, Expert
 from puzzlemoe_offline.compensate import fit_compensated
-from puzzlemoe_offline.fit import PackedMatrix, fit
+from puzzlemoe_offline.fit import PackedMatrix, column_scales, fit
 from puzzlemoe_offline.pairing import LayerPairing
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_vllm.format.codes import PairCode, UnencodableWeight, get_code
-
-FEW_TOKENS = 32
-"""Below this many calibration tokens an expert's column norms say more about the tokens than about the expert: the
-paper's rule merges its pair by magnitude alone, and least squares takes all its columns to be equally strong."""
 
 ENTRIES = 1 << 20
 """Entries merged at a time: bounds the float32 scratch memory, and lets it stay in a CPU's cache."""
@@ -39,6 +35,16 @@ class Losses:
         ]
 
 
+def projection_inputs(
+    statistics: ExpertStatistics | None, expert: int, index: int, columns: int, device: torch.device
+) -> ProjectionInputs:
+    """What an expert's gate (0), up (1) or down (2) projection saw; columns that count the same without statistics, and
+    for an expert that saw few tokens."""
+    if statistics is None:
+        return ProjectionInputs.unknown(columns, device)
+    return statistics.inputs(expert, index, flat=int(statistics.tokens[expert]) < FEW_TOKENS)
+
+
 PackedPair = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
 """A pair's gate, up and down projection."""
 
@@ -58,17 +64,12 @@ def pack_pair(
     codes that have steps.
     Raises UnencodableWeight naming the experts and the projection.
     """
-    few = [statistics is None or int(statistics.tokens[expert]) < FEW_TOKENS for expert in ids]
     packed = []
-    for index, projection in enumerate(("gate", "up", "down")):
+    for index, projection in enumerate(PROJECTIONS):
         weights = getattr(experts[0], projection).to(device), getattr(experts[1], projection).to(device)
-        if statistics is None or (recipe.is_paper and any(few)):
-            inputs = (ProjectionInputs.unknown(weights[0].shape[1], device),) * 2
-        else:
-            first, second = (statistics.inputs(expert, index, flat=flat) for expert, flat in zip(ids, few, strict=True))
-            inputs = first, second
+        first, second = (projection_inputs(statistics, expert, index, weights[0].shape[1], device) for expert in ids)
         try:
-            packed.append(pack_matrix(weights, inputs, recipe, group, losses, index))
+            packed.append(pack_matrix(weights, (first, second), recipe, group, losses, index))
         except UnencodableWeight as error:
             raise UnencodableWeight(f"experts {ids[0]} and {ids[1]}, {projection} projection: {error}") from None
     return packed[0], packed[1], packed[2]
@@ -89,13 +90,17 @@ def pack_matrix(
     if recipe.compensate and inputs[0].moments is not None:
         packed = fit_compensated(code, weights, inputs, group)
     else:
-        packed = PackedMatrix.stack([fit(block, inputs, recipe, group) for block in blocks])
+        scales = column_scales(inputs, recipe)
+        packed = PackedMatrix.stack([fit(block, scales, recipe, group) for block in blocks])
     grids = [None] * len(blocks) if packed.grid is None else packed.grid.split(rows)
+    error, energy = torch.zeros(2, dtype=torch.float64, device=weights[0].device)
     for block, words, grid in zip(blocks, packed.words.split(rows), grids, strict=True):
         for position, weight in enumerate(block):
             exact = weight.float()
-            losses.error[index] += float((exact - code.decode(words, position, grid).float()).square().sum())
-            losses.energy[index] += float(exact.square().sum())
+            error += (exact - code.decode(words, position, grid).float()).square().sum()
+            energy += exact.square().sum()
+    losses.error[index] += float(error)
+    losses.energy[index] += float(energy)
     losses.clamped += packed.clamped
     return packed.to("cpu")
 

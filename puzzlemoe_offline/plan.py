@@ -38,6 +38,7 @@ class Plan:
 def make_plan(job: Job) -> Plan:
     """Sizes from the headers, memory from the shapes, time from half a second of measuring this machine."""
     checkpoint, recipe = job.checkpoint, job.recipe
+    job.check_experts()
     expert = expert_bytes(job)
     layer_experts = expert * checkpoint.experts
     share = 1 - recipe.sparsity * (2 - get_code(recipe.code).bits_per_pair(job.group_size()) / 16)
@@ -62,6 +63,11 @@ def make_plan(job: Job) -> Plan:
         hidden, intermediate = _sizes(checkpoint)
         moments = hidden**2 + intermediate**2
         scratch += 4 * (checkpoint.experts * moments + 6 * max(hidden, intermediate) ** 2 + 4 * hidden * intermediate)
+    if recipe.experts:
+        # float32: every cluster's sums; float64: those of one, the factor and the solution.
+        hidden, intermediate = _sizes(checkpoint)
+        share = recipe.experts / checkpoint.experts
+        scratch += (4 * recipe.experts + 8 * 3) * intermediate * (hidden + intermediate)
     on_device = layer_experts + layer_other * width // 2 + expert * width // 2 + scratch + embedding * width // 2
     host = states + int(layer_experts * share) + layer_other + (on_device if on_cpu else expert)
     return Plan(
@@ -82,7 +88,25 @@ def _seconds(job: Job, tokens: int, expert_total: int, other: int) -> float:
     if job.recipe.compensate:
         chosen = tokens * int(checkpoint.config["num_experts_per_tok"]) * len(checkpoint.moe_layers)
         products += 2 * chosen * sum(size**2 for size in _sizes(checkpoint))
-    return products / _product_rate(job.device) + expert_total / 2 / _merge_rate(job)
+    if job.recipe.experts:
+        return _clustering_products(job, products, tokens) / _product_rate(job.device)
+    merged = expert_total / 2
+    if job.recipe.pairing == "search":
+        merged *= 2  # Trial merges are bounded by the layer's weights.
+    return products / _product_rate(job.device) + merged / _merge_rate(job)
+
+
+def _clustering_products(job: Job, products: float, tokens: int) -> float:
+    """Operations of MergeMoE, given those of the calibration tokens in the model: these twice, every member of a chosen
+    cluster, the sums and their solution."""
+    checkpoint, clusters = job.checkpoint, job.recipe.experts
+    assert clusters is not None
+    hidden, intermediate = _sizes(checkpoint)
+    layers = len(checkpoint.moe_layers)
+    chosen = tokens * int(checkpoint.config["num_experts_per_tok"]) * layers
+    members = 3 * hidden * intermediate * checkpoint.experts / clusters
+    solution = layers * clusters * (intermediate**3 / 3 + 2 * hidden * intermediate**2)
+    return 2 * products + 2 * chosen * (members + intermediate * (hidden + intermediate)) + solution
 
 
 def _product_rate(device: str) -> float:

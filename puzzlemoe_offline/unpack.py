@@ -16,7 +16,7 @@ from puzzlemoe_vllm.format.layout import weight_name
 def unpack(checkpoint: Checkpoint, out: Path, on_layer: Callable[[int], None] = lambda layer: None) -> None:
     """Writes `out`; any software that reads the source family reads it, without the plugin.
 
-    Experts keep the packed model's order, and so do the router's rows.
+    Experts keep the packed model's order, and so do the router's rows.  Experts of one cluster get the same weights.
     Raises CheckpointError when the checkpoint is not packed, OutputError when `out` is not empty.
     """
     if checkpoint.quantization is None:
@@ -42,5 +42,7 @@ def _layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
         for number in range(checkpoint.experts):
             expert = checkpoint.expert(layer, number)
             for name, weight in zip(checkpoint.family.projections, (expert.gate, expert.up, expert.down), strict=True):
-                tensors[weight_name(experts, number, name)] = weight
+                # Experts of one cluster are the same memory, which safetensors does not write twice.
+                shared = checkpoint.centre(layer, number) != number
+                tensors[weight_name(experts, number, name)] = weight.clone() if shared else weight
     return tensors

@@ -19,7 +19,7 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 @register_quantization_config(QUANT_METHOD)
 class PuzzleMoEConfig(QuantizationConfig):
-    """`quantization_config` of a packed model's config.json; layers without pairs keep vLLM's stock methods."""
+    """`quantization_config` of a packed model's config.json; other layers keep vLLM's stock methods."""
 
     def __init__(self, layout: PuzzleConfig):
         super().__init__()
@@ -51,7 +51,7 @@ class PuzzleMoEConfig(QuantizationConfig):
         return ["puzzlemoe_config.json"]
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, **kwargs: Any) -> None:
-        """Raises LayoutError when the pairs do not fit the model's number of experts or layers."""
+        """Raises LayoutError when pairs or clusters do not fit the model's number of experts or layers."""
         text = getattr(hf_config, "text_config", hf_config)
         experts = next((count for key in EXPERT_COUNTS if (count := getattr(text, key, None))), None)
         layers = getattr(text, "num_hidden_layers", None)
@@ -61,17 +61,24 @@ class PuzzleMoEConfig(QuantizationConfig):
                     f"{model_name}: quantization_config merges {merged} experts of layer {layer}, but the model has "
                     f"{layers} layers of {experts} experts: config.json was edited or belongs to another model"
                 )
+        for layer, centres in self.layout.clusters.items():
+            if (experts is not None and len(centres) != experts) or (layers is not None and layer >= layers):
+                raise LayoutError(
+                    f"{model_name}: quantization_config has clusters of {len(centres)} experts in layer {layer}, but "
+                    f"the model has {layers} layers of {experts}: config.json was edited or belongs to another model"
+                )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Our method for routed experts of a layer with pairs, stock methods elsewhere."""
+        """Our method for routed experts of a layer with pairs or clusters, stock methods elsewhere."""
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         if not isinstance(layer, RoutedExperts):
             return None
         match = re.search(r"(?:^|\.)layers\.(\d+)\.", prefix)
-        merged = self.layout.merged_experts.get(int(match[1]), 0) if match else 0
-        if not merged:
+        index = int(match[1]) if match else -1
+        merged, centres = self.layout.merged_experts.get(index, 0), self.layout.clusters.get(index)
+        if not merged and centres is None:
             return None
         from puzzlemoe_vllm.method import PuzzleMoEMethod
 
-        return PuzzleMoEMethod(layer.moe_config, self.layout, merged, prefix)
+        return PuzzleMoEMethod(layer.moe_config, self.layout, merged, centres, prefix)

@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase
 
 from puzzlemoe_vllm.backends import ExpertWeights
+from puzzlemoe_vllm.clusters import choose_clusters
 from puzzlemoe_vllm.format.codes import GROUP_SIZES, get_code
 from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig
 from puzzlemoe_vllm.ops import backend_for, check_code, fused_experts
@@ -27,12 +28,15 @@ SHARDS = ("w1", "w2", "w3")
 
 
 class PuzzleMoEMethod(FusedMoEMethodBase):
-    """Serves experts 0..merged-1 of a layer from pair words and the others from dense bf16 weights."""
+    """Serves experts 0..merged-1 of a layer from pair words and the others from dense bf16 weights.
 
-    def __init__(self, moe: FusedMoEConfig, layout: PuzzleConfig, merged: int, prefix: str):
+    centres: for each expert the one that serves in its place; None without clusters.
+    """
+
+    def __init__(self, moe: FusedMoEConfig, layout: PuzzleConfig, merged: int, centres: list[int] | None, prefix: str):
         super().__init__(moe)
         self.code, self.group_size = get_code(layout.code), layout.group_size
-        self.merged, self.prefix = merged, prefix
+        self.merged, self.centres, self.prefix = merged, centres, prefix
         parallel = moe.moe_parallel_config
         if parallel.use_all2all_kernels and parallel.all2all_backend != "allgather_reducescatter":
             raise ValueError(
@@ -82,7 +86,9 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
                 grid = (len(pairs), rows, columns // self.group_size)
                 self._add(layer, f"{name}_puzzle_grid", grid, torch.bfloat16, pair_rows, shards)
         self._missing = set(self._expected)
-        layer.register_buffer("puzzle_map", self._expert_map(layer, pair_rows, dense_rows), persistent=False)
+        layer.register_buffer("puzzle_map", self._expert_map(layer, local, pair_rows, dense_rows), persistent=False)
+        centres = None if self.centres is None else torch.tensor(self.centres, dtype=torch.int32)
+        layer.register_buffer("puzzle_centres", centres, persistent=False)
         load_format = get_current_vllm_config().load_config.load_format
         if load_format in STORED_AFTER_LOADING:
             raise ValueError(f"puzzlemoe cannot load {load_format!r} weights: serve the packed folder itself")
@@ -110,25 +116,27 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
                 "lower --tensor-parallel-size or use --enable-expert-parallel"
             )
 
-    @staticmethod
-    def _local_experts(layer: Any, total: int) -> list[int]:
-        """Global ids of this rank's experts."""
+    def _local_experts(self, layer: Any, total: int) -> list[int]:
+        """Global ids of this rank's experts that have weights."""
         placement = layer._expert_map
-        return list(range(total)) if placement is None else (placement.cpu() >= 0).nonzero().flatten().tolist()
+        local = range(total) if placement is None else (placement.cpu() >= 0).nonzero().flatten().tolist()
+        return [expert for expert in local if self.centres is None or self.centres[expert] == expert]
 
-    @staticmethod
-    def _expert_map(layer: Any, pair_rows: dict[int, int], dense_rows: dict[int, int]) -> Tensor | None:
-        """int32 global expert id -> local id as `ExpertWeights` counts them; None when all experts are local."""
+    def _expert_map(
+        self, layer: Any, local: list[int], pair_rows: dict[int, int], dense_rows: dict[int, int]
+    ) -> Tensor | None:
+        """int32 global expert id -> local id as `ExpertWeights` counts them; None when both are the same."""
         placement = layer._expert_map
-        if placement is None:
+        if placement is None and self.centres is None:
             return None
-        local = torch.full((len(placement),), -1, dtype=torch.int32)
-        for expert in (placement.cpu() >= 0).nonzero().flatten().tolist():
+        total = len(placement if self.centres is None else self.centres)
+        rows = torch.full((total,), -1, dtype=torch.int32)
+        for expert in local:
             if expert in dense_rows:
-                local[expert] = 2 * len(pair_rows) + dense_rows[expert]
+                rows[expert] = 2 * len(pair_rows) + dense_rows[expert]
             else:
-                local[expert] = 2 * pair_rows[expert & ~1] + (expert & 1)
-        return local.to(placement.device)
+                rows[expert] = 2 * pair_rows[expert & ~1] + (expert & 1)
+        return rows if placement is None else rows.to(placement.device)
 
     def _add(
         self,
@@ -221,6 +229,8 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
     ) -> Tensor:
         """This rank's share of the routed experts' output, [M, H] in x.dtype; vLLM adds shared experts and ranks."""
         del shared_experts, shared_experts_input
+        if layer.puzzle_centres is not None:
+            topk_weights, topk_ids = choose_clusters(topk_weights, topk_ids, layer.puzzle_centres)
         return fused_experts(x, topk_weights, topk_ids, self._weights(layer))
 
     def _weights(self, layer: Any) -> ExpertWeights:

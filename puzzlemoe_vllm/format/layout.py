@@ -40,6 +40,8 @@ class PuzzleConfig(BaseModel):
 
     merged_experts: decoder layer index -> number of its experts stored in pairs; they are experts 0..n-1 of the layer,
     experts 2p and 2p+1 sharing one word.  A layer that is not listed has no pairs.
+    clusters: decoder layer index -> for each of its experts the one that serves in its place, itself or another; only
+    these have tensors, dense ones.  The router keeps choosing among all experts.
     group_size: input columns that share a step; None for codes without steps.
     """
 
@@ -50,6 +52,7 @@ class PuzzleConfig(BaseModel):
     code: str
     group_size: int | None = None
     merged_experts: dict[int, int] = Field(default_factory=dict)
+    clusters: dict[int, list[int]] = Field(default_factory=dict)
     provenance: Provenance | None = None
 
     @field_validator("format_version")
@@ -76,6 +79,23 @@ class PuzzleConfig(BaseModel):
             if count < 2 or count % 2:
                 raise ValueError(f"merged_experts of layer {layer} is {count}; experts merge in pairs")
         return merged
+
+    @field_validator("clusters")
+    @classmethod
+    def _centres_serve_themselves(cls, clusters: dict[int, list[int]]) -> dict[int, list[int]]:
+        for layer, centres in clusters.items():
+            for expert, centre in enumerate(centres):
+                if not 0 <= centre < len(centres) or centres[centre] != centre:
+                    raise ValueError(
+                        f"expert {expert} of layer {layer} is served by expert {centre}, which does not serve itself"
+                    )
+        return clusters
+
+    @model_validator(mode="after")
+    def _pairs_or_clusters(self) -> PuzzleConfig:
+        if both := sorted(self.clusters.keys() & self.merged_experts.keys()):
+            raise ValueError(f"layer {both[0]} is in both merged_experts and clusters")
+        return self
 
     @model_validator(mode="after")
     def _group_size_fits(self) -> PuzzleConfig:

@@ -4,12 +4,18 @@ import pytest
 
 from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig, grid_name, parse_config, weight_name, words_name
 
-GOOD = {"quant_method": "puzzlemoe", "format_version": 1, "code": "mask16", "merged_experts": {"0": 8, "3": 4}}
+GOOD = {
+    "quant_method": "puzzlemoe",
+    "format_version": 1,
+    "code": "mask16",
+    "merged_experts": {"0": 8, "3": 4},
+    "clusters": {"1": [0, 2, 2]},
+}
 
 
 def test_a_config_survives_json():
     config = parse_config(GOOD)
-    assert config.merged_experts == {0: 8, 3: 4}
+    assert config.merged_experts == {0: 8, 3: 4} and config.clusters == {1: [0, 2, 2]}
     assert parse_config(PuzzleConfig.model_validate_json(config.model_dump_json()).model_dump()) == config
 
 
@@ -26,6 +32,9 @@ def test_a_config_survives_json():
         ({"code": "angle8"}, "angle8 has one step per group.*group_size is None"),
         ({"code": "mask6", "group_size": 48}, "mask6 has one step per group.*group_size is 48"),
         ({"quant_method": "fp8"}, "quant_method"),
+        ({"clusters": {"1": [0, 0, 1]}}, "expert 2 of layer 1 is served by expert 1, which does not serve itself"),
+        ({"clusters": {"1": [0, 2]}}, "expert 1 of layer 1 is served by expert 2"),
+        ({"clusters": {"3": [0, 0]}}, "layer 3 is in both merged_experts and clusters"),
     ],
 )
 def test_each_fault_is_named(change, message):

@@ -185,3 +185,17 @@ def test_jsonl_and_text_give_the_same_windows(example, tmp_path):
     windows = [load_calibration(str(path), tokenizer, 4, 128).tokens for path in (plain, lines)]
     assert windows[0].shape == (4, 128)
     assert torch.equal(*windows)
+
+
+def test_the_seed_chooses_one_window_from_each_part_of_a_file(example):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(example / "model")
+    text = str(example / "calibration.txt")
+    drawn = [load_calibration(text, tokenizer, 4, 128, seed).tokens for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    every = load_calibration(text, tokenizer, 10**6, 128).tokens
+    assert torch.equal(every, load_calibration(text, tokenizer, 10**6, 128, 1).tokens)
+    for windows in drawn:
+        places = [int((every == window).all(dim=1).nonzero()[0]) for window in windows]
+        assert [place * 4 // len(every) for place in places] == [0, 1, 2, 3]

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.cli import app
 from puzzlemoe_offline.inspection import inspect
 
-OPTIONS = ["--samples", "8", "--sequence-length", "128", "--seed", "3"]
+OPTIONS = ["--recipe", "paper", "--samples", "8", "--sequence-length", "128", "--seed", "3"]
 
 
 def puzzlemoe(*words: object) -> subprocess.CompletedProcess[str]:
@@ -98,7 +100,7 @@ def test_the_report_measures_what_was_lost(packed, quarter):
     half, less = (json.loads((folder / "puzzlemoe_report.json").read_text()) for folder in (packed, quarter))
     assert half["bytes"]["experts_after"] * 2 == half["bytes"]["experts_before"]
     assert less["bytes"]["experts_after"] * 4 == less["bytes"]["experts_before"] * 3
-    assert set(half["seconds"]) == {"calibrate", "merge", "write"}
+    assert set(half["seconds"]) == {"calibrate", "pair", "merge", "write"}
     for layer, kinder in zip(half["layers"], less["layers"], strict=True):
         assert sum(layer["tokens"]) == 8 * 128 * 2
         assert all(0.1 < error < 0.5 for error in layer["weight_error"])
@@ -144,7 +146,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(packed, example, tmp_path):
 
 def test_magnitude_saliency_needs_no_calibration(example, tmp_path):
     out = tmp_path / "out"
-    done = puzzlemoe("compress", example / "model", out, "--saliency", "magnitude")
+    done = puzzlemoe("compress", example / "model", out, "--recipe", "paper", "--saliency", "magnitude")
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "puzzlemoe_report.json").read_text())
     assert report["calibration"] is None
@@ -153,14 +155,40 @@ def test_magnitude_saliency_needs_no_calibration(example, tmp_path):
 
 
 def test_perplexity_of_packed_and_unpacked_agree_and_stay_near_dense(packed, example, tmp_path):
+    def run(*words: object) -> str:
+        """Here, without a process for every command."""
+        done = CliRunner().invoke(app, list(map(str, words)))
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
     unpacked = tmp_path / "unpacked"
-    assert puzzlemoe("unpack", packed, unpacked).returncode == 0
+    run("unpack", packed, unpacked)
     scores = {}
     for name, folder in (("dense", example / "model"), ("packed", packed), ("unpacked", unpacked)):
         text = tmp_path / "text.txt"
         text.write_text((example / "heldout.txt").read_text()[:40_000])
-        done = puzzlemoe("perplexity", folder, "--text", text, "--sequence-length", "256", "--json")
-        assert done.returncode == 0, done.stderr
-        scores[name] = json.loads(done.stdout)["perplexity"]
+        printed = run("perplexity", folder, "--text", text, "--sequence-length", "256", "--json")
+        scores[name] = json.loads(printed)["perplexity"]
     assert scores["packed"] == pytest.approx(scores["unpacked"], rel=1e-5)
     assert scores["dense"] < scores["packed"] < 4 * scores["dense"]
+
+
+def test_the_default_takes_half_the_paper_s_bytes_and_loses_less(packed, example, tmp_path):
+    out = tmp_path / "out"
+    options = ["--calibration", example / "calibration.txt", *OPTIONS[2:]]
+    done = puzzlemoe("compress", example / "model", out, *options)
+    assert done.returncode == 0, done.stderr
+    default, paper = (json.loads((folder / "puzzlemoe_report.json").read_text()) for folder in (out, packed))
+    assert default["recipe"]["code"] == "angle8" and default["recipe"]["compensate"]
+    assert default["bytes"]["experts_after"] < 0.52 * paper["bytes"]["experts_after"]
+    for layer, other in zip(default["layers"], paper["layers"], strict=True):
+        assert layer["output_error"] < 0.7 * other["output_error"]
+    assert "one token loads" in done.stdout
+
+
+def test_options_that_contradict_the_recipe_are_one_line(example, tmp_path):
+    done = puzzlemoe("compress", example / "model", tmp_path / "out", "--saliency", "magnitude")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: compensation needs calibration: use --saliency wanda, or --no-compensate"
+    ]

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from puzzlemoe_offline.calibrate import ExpertStatistics, ProjectionInputs
-from puzzlemoe_offline.fit import fit, fit_angle16, fit_grid, importance, nearest
+from puzzlemoe_offline.fit import column_scales, fit, fit_angle16, fit_grid, nearest
 from puzzlemoe_offline.merge import merge_least_squares
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_vllm.format.codes import CODES, UnencodableWeight, get_code
 
+LEAST_SQUARES = Recipe(rule="least-squares")
 GRID_CODES = [name for name, code in CODES.items() if code.has_grid]
 weight = st.floats(-4, 4, width=32).map(lambda value: torch.tensor(value).bfloat16().item())
 scale = st.floats(2.0**-10, 2.0**10, width=32)
@@ -34,6 +35,7 @@ def every_word(name: str) -> list[Tensor]:
 EVERY = {name: every_word(name) for name in ("mask16", "angle16")}
 
 
+@settings(deadline=None)
 @given(weight, weight, scale, scale)
 def test_least_squares_masks_are_the_best_of_all_words(w0, w1, a0, a1):
     code = get_code("mask16")
@@ -44,6 +46,7 @@ def test_least_squares_masks_are_the_best_of_all_words(w0, w1, a0, a1):
     assert found**0.5 <= best**0.5 + (a0 + a1) ** 0.5 * 2.0**-8 * max(abs(w0), abs(w1), 2.0**-7)
 
 
+@settings(deadline=None)
 @given(weight, weight, scale, scale)
 def test_angle16_is_the_best_of_all_words(w0, w1, a0, a1):
     code = get_code("angle16")
@@ -60,10 +63,12 @@ def test_nearest_is_the_best_of_all_words(name):
     torch.manual_seed(0)
     pair, step, scales = torch.randn(2, 40, 3, 32).abs(), 0.5 + torch.rand(40, 3), 0.1 + torch.rand(2, 1, 3, 32)
     magnitudes = code.magnitudes
-    index = nearest(magnitudes, pair, step, scales)
+    index, score = nearest(magnitudes, pair, step, scales)
     values = magnitudes.T[:, :, None, None, None] * step[..., None]
     errors = (scales[:, None] * (pair[:, None] - values).square()).sum(dim=0)
     torch.testing.assert_close(errors.gather(0, index.long()[None])[0], errors.amin(dim=0), rtol=1e-4, atol=1e-5)
+    energy = (scales * pair.square()).sum(dim=0)
+    torch.testing.assert_close(energy + 2 * step[..., None].square() * score, errors.amin(dim=0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", GRID_CODES)
@@ -83,7 +88,7 @@ def test_no_other_step_is_much_better(name):
     pair = torch.stack([w.float().abs() for w in weights])[:, :, None]
     for factor in torch.linspace(0.5, 2, 61):
         grid = (packed.grid.float() * factor).bfloat16()
-        index = nearest(magnitudes, pair, grid.float(), torch.stack(scales)[:, None, None])[:, 0].int()
+        index = nearest(magnitudes, pair, grid.float(), torch.stack(scales)[:, None, None])[0][:, 0].int()
         other = code.pack(words[index, torch.signbit(weights[0]).int(), torch.signbit(weights[1]).int()])
         assert found.sum() <= 1.05 * error(other, grid).sum()
 
@@ -107,7 +112,12 @@ def test_what_no_code_holds_is_an_error(name, value):
     weights[1][1, 5] = value
     seen = ProjectionInputs.unknown(32, "cpu")
     with pytest.raises(UnencodableWeight, match="NaN"):
-        fit(weights, (seen, seen), Recipe(code=name, rule="least-squares"), 32 if get_code(name).has_grid else None)
+        fit(
+            weights,
+            column_scales((seen, seen), LEAST_SQUARES),
+            Recipe(code=name, rule="least-squares"),
+            32 if get_code(name).has_grid else None,
+        )
 
 
 @pytest.mark.parametrize("name", [*GRID_CODES, "angle16"])
@@ -116,7 +126,7 @@ def test_more_bits_and_more_directions_lose_less(name):
     torch.manual_seed(3)
     code, weights = get_code(name), tuple(torch.randn(64, 256).bfloat16() for _ in (0, 1))
     seen = ProjectionInputs.unknown(256, "cpu")
-    packed = fit(weights, (seen, seen), Recipe(code=name), 128 if code.has_grid else None)
+    packed = fit(weights, column_scales((seen, seen), LEAST_SQUARES), Recipe(code=name), 128 if code.has_grid else None)
     error = sum((code.decode(packed.words, p, packed.grid).float() - w).square().mean() for p, w in enumerate(weights))
     assert error / 2 < {"angle16": 0.014, "angle8": 0.0095, "angle6": 0.037, "mask6": 0.06}[name]
 
@@ -124,11 +134,11 @@ def test_more_bits_and_more_directions_lose_less(name):
 def test_importance_balances_the_experts_and_keeps_unseen_columns():
     many = ProjectionInputs(torch.tensor([8.0, 0.0]), 64)
     few = ProjectionInputs(torch.tensor([1.0, 0.0]), 1)
-    first, second = importance((many, few))
+    first, second = column_scales((many, few), LEAST_SQUARES)
     assert first[0] / second[0] == pytest.approx(8, rel=1e-2)
     assert first[1] > 0 and second[1] > 0
     silent = ProjectionInputs(torch.zeros(2), 0)
-    assert torch.equal(importance((silent, silent))[0], torch.ones(2))
+    assert torch.equal(column_scales((silent, silent), LEAST_SQUARES)[0], torch.ones(2))
 
 
 def test_an_expert_without_tokens_leaves_the_word_to_its_partner():
@@ -142,7 +152,7 @@ def test_an_expert_without_tokens_leaves_the_word_to_its_partner():
     assert torch.equal(inputs[1].moments, inputs[1].norms.square().diag())
     weights = torch.randn(32, 64).bfloat16(), torch.randn(32, 64).bfloat16()
     code = get_code("angle8")
-    packed = fit(weights, inputs, Recipe(code="angle8"), 32)
+    packed = fit(weights, column_scales(inputs, LEAST_SQUARES), Recipe(code="angle8"), 32)
     errors = [
         float((code.decode(packed.words, position, packed.grid).float() - weight.float()).square().mean())
         for position, weight in enumerate(weights)

@@ -42,13 +42,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Models]:
-    """models(family, sparsity="0.5", code="mask16", **overrides), made once per session."""
+    """models(family, sparsity="0.5", code="mask16", clusters=None, **overrides), made once per session."""
     made: dict[str, Models] = {}
 
-    def make(family: str, sparsity: str = "0.5", code: str = "mask16", **overrides: Any) -> Models:
-        key = f"{family}-{sparsity}-{code}-{sorted(overrides.items())}"
+    def make(
+        family: str, sparsity: str = "0.5", code: str = "mask16", clusters: int | None = None, **overrides: Any
+    ) -> Models:
+        key = f"{family}-{sparsity}-{code}-{clusters}-{sorted(overrides.items())}"
         if key not in made:
-            made[key] = compress_and_unpack(tmp_path_factory.mktemp(family), family, sparsity, code, **overrides)
+            folder = tmp_path_factory.mktemp(family)
+            made[key] = compress_and_unpack(folder, family, sparsity, code, clusters, **overrides)
         return made[key]
 
     return make

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,11 +71,15 @@ def vllm_config() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Layer:
-    """A packed layer: `merged` of its experts in pairs, and the tensors named as models hand them to RoutedExperts."""
+    """A packed layer: `merged` of its experts in pairs, and the tensors named as models hand them to RoutedExperts.
+
+    centres: for each expert the one that serves in its place.
+    """
 
     merged: int
     tensors: dict[str, Tensor]
     code: str = "mask16"
+    centres: tuple[int, ...] | None = None
 
     @property
     def group_size(self) -> int | None:
@@ -82,6 +87,8 @@ class Layer:
 
     def weight(self, expert: int, projection: str) -> Tensor:
         """An expert's reconstructed weight in float64."""
+        if self.centres:
+            expert = self.centres[expert]
         if expert >= self.merged:
             return self.tensors[f"{expert}.{projection}.weight"].double()
         pair = f"{expert & ~1}.{projection}"
@@ -108,6 +115,12 @@ def random_layer(merged: int, name: str = "mask16") -> Layer:
     return Layer(merged, tensors, code.name)
 
 
+def clustered_layer(centres: tuple[int, ...]) -> Layer:
+    dense = random_layer(merged=0).tensors
+    kept = {name: tensor for name, tensor in dense.items() if int(name.split(".")[0]) in centres}
+    return Layer(0, kept, centres=centres)
+
+
 @pytest.fixture(scope="module")
 def layer() -> Layer:
     """Of two expert-parallel ranks with three experts each, both hold the pair of experts 2 and 3."""
@@ -115,7 +128,11 @@ def layer() -> Layer:
 
 
 def routed_experts(
-    parallel: FusedMoEParallelConfig, merged: int = 4, code: str = "mask16", group_size: int | None = None
+    parallel: FusedMoEParallelConfig,
+    merged: int = 4,
+    code: str = "mask16",
+    group_size: int | None = None,
+    centres: tuple[int, ...] | None = None,
 ) -> RoutedExperts:
     """One rank's layer, as vLLM's FusedMoE factory builds it."""
     manager = ExpertMapManager(
@@ -141,14 +158,13 @@ def routed_experts(
         moe_parallel_config=parallel,
         in_dtype=torch.bfloat16,
     )
-    quantization = PuzzleMoEConfig.from_config(
-        {"code": code, "group_size": group_size, "merged_experts": {"0": merged}}
-    )
+    merging = {"clusters": {"0": list(centres)}} if centres else {"merged_experts": {"0": merged}}
+    quantization = PuzzleMoEConfig.from_config({"code": code, "group_size": group_size} | merging)
     return RoutedExperts(PREFIX, torch.bfloat16, config, quantization, manager)
 
 
 def loaded(parallel: FusedMoEParallelConfig, layer: Layer) -> RoutedExperts:
-    module = routed_experts(parallel, layer.merged, layer.code, layer.group_size)
+    module = routed_experts(parallel, layer.merged, layer.code, layer.group_size, layer.centres)
     list(module.load_weights(layer.tensors.items()))
     module.quant_method.process_weights_after_loading(module)
     return module
@@ -197,6 +213,29 @@ def test_sum_over_ranks(ranks, merged):
 @pytest.mark.parametrize("ranks", [Ranks(2), Ranks(2, expert_parallel=True)], ids=str)
 def test_sum_over_ranks_with_other_codes(ranks, code):
     check_sum_over_ranks(ranks, random_layer(4, code))
+
+
+# Of two expert-parallel ranks both have centres, the second has none, and the first.
+@pytest.mark.parametrize("centres", [(0, 4, 0, 0, 4, 4), (1, 1, 2, 2, 1, 2), (5, 5, 5, 5, 5, 5)])
+@pytest.mark.parametrize("ranks", [Ranks(1), Ranks(2), Ranks(2, expert_parallel=True)], ids=str)
+def test_sum_over_ranks_with_clusters(ranks, centres):
+    check_sum_over_ranks(ranks, clustered_layer(centres))
+
+
+def test_a_rank_allocates_the_centres_among_its_experts_only():
+    layer = clustered_layer((0, 4, 0, 0, 4, 5))
+    modules = [loaded(Ranks(2, expert_parallel=True).parallel_config(rank), layer) for rank in (0, 1)]
+    assert [(len(module.w13_puzzle), len(module.w13_weight)) for module in modules] == [(0, 1), (0, 2)]
+    assert len(loaded(Ranks(1).parallel_config(0), layer).w13_weight) == 3
+
+
+def test_clusters_of_another_model_are_refused():
+    config = PuzzleMoEConfig.from_config({"code": "mask16", "clusters": {"1": [0, 0, 2]}})
+    for experts, layers in ((4, 2), (3, 1)):
+        model = SimpleNamespace(num_experts=experts, num_hidden_layers=layers)
+        with pytest.raises(LayoutError, match=f"clusters of 3 experts in layer 1, .* {layers} layers of {experts}"):
+            config.maybe_update_config("model", model)
+    config.maybe_update_config("model", SimpleNamespace(num_experts=3, num_hidden_layers=2))
 
 
 def check_sum_over_ranks(ranks: Ranks, layer: Layer) -> None:

@@ -62,11 +62,18 @@ class Engine:
     def __init__(self, log: Path, **environment: str):
         self.log, self.environment = log, environment
         self.process: subprocess.Popen[str] | None = None
+        self.generated: dict[str, list[list[Step]]] = {}
 
     def generate(self, model: Path, **options: Any) -> list[list[Step]]:
-        """Greedy continuations of PROMPTS, by a fresh vllm.LLM(model, **options).  Raises EngineError."""
-        answer = self._ask({"model": str(model), "options": SMALL | options})
-        return [[Step(*step) for step in steps] for steps in answer]
+        """Greedy continuations of PROMPTS, by a vllm.LLM(model, **options) of its own.  Raises EngineError.
+
+        Asked again, it answers from memory: models do not change once they were served.
+        """
+        request = {"model": str(model), "options": SMALL | options}
+        key = json.dumps(request, sort_keys=True)
+        if key not in self.generated:
+            self.generated[key] = [[Step(*step) for step in steps] for steps in self._ask(request)]
+        return self.generated[key]
 
     def refuses(self, model: Path, **options: Any) -> str:
         """The error with which vllm.LLM(model, **options) does not start."""
@@ -75,6 +82,10 @@ class Engine:
         except EngineError as error:
             return str(error)
         raise AssertionError(f"vLLM served {model} with {options}")
+
+    def puzzlemoe(self, *arguments: Any) -> str:
+        """What `puzzlemoe ...` prints.  Raises EngineError."""
+        return self._ask({"arguments": [str(argument) for argument in arguments]})
 
     def stop(self) -> None:
         if self.process:
@@ -94,7 +105,7 @@ class Engine:
         answer = json.loads(line)
         if "error" in answer:
             raise EngineError(answer["error"])
-        return answer["steps"]
+        return answer["result"]
 
     def _start(self) -> None:
         reader, writer = os.pipe()
@@ -130,6 +141,16 @@ def _step(token: int, logprobs: dict[int, Any]) -> tuple[int, float, float]:
     return token, logprob, logprob - max(entry.logprob for other, entry in logprobs.items() if other != token)
 
 
+def _puzzlemoe(arguments: list[str]) -> str:
+    from typer.testing import CliRunner
+
+    from puzzlemoe_offline.cli import app
+
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
 def main() -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -138,7 +159,8 @@ def main() -> None:
     gc.collect = lambda generation=2: 0
     for line in sys.stdin:
         try:
-            answer = {"steps": _generate(**json.loads(line))}
+            request = json.loads(line)
+            answer = {"result": (_generate if "model" in request else _puzzlemoe)(**request)}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         cleanup_dist_env_and_memory()

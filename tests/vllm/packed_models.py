@@ -22,13 +22,20 @@ class Models:
     unpacked: Path
 
 
-def compress_and_unpack(folder: Path, family: str, sparsity: str, code: str, **overrides: Any) -> Models:
-    """Both models of a family, below `folder`; overrides as `tiny_models.build` takes them."""
+def compress_and_unpack(
+    folder: Path, family: str, sparsity: str, code: str, clusters: int | None, **overrides: Any
+) -> Models:
+    """Both models of a family, below `folder`; overrides as `tiny_models.build` takes them.
+
+    clusters: merge the experts into so many clusters, and not in pairs.
+    """
     source, text = tiny_models.build(family, folder / "source", **overrides), folder / "text"
     text.write_text("".join(random.Random(0).choices(string.printable, k=2000)))
     result = Models(folder / "packed", folder / "unpacked")
-    options = ["--calibration", str(text), "--samples", "8", "--sequence-length", "128", "--sparsity", sparsity]
-    options += ["--code", code]
+    options = ["--calibration", str(text), "--samples", "8", "--sequence-length", "128"]
+    pairs = ["--recipe", "paper", "--sparsity", sparsity, "--code", code]
+    mergemoe = ["--method", "mergemoe", "--experts", str(clusters)]
+    options += mergemoe if clusters else pairs
     for command in (
         ["compress", str(source), str(result.packed), *options, "--device", "cpu"],
         ["unpack", str(result.packed), str(result.unpacked)],

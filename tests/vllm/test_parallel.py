@@ -1,4 +1,7 @@
-"""Two ranks generate what one rank does: tensor, pipeline and expert parallel."""
+"""Two ranks generate what one rank does: tensor, pipeline and expert parallel.
+
+Two processes start anew for every model, which takes long: what can be in one model is.  contract.py has the rest.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +31,16 @@ def check(engine, parallel_engine, models):
     return run
 
 
-def test_tensor_parallel_with_pairs_and_dense_experts(check):
-    check({"tensor_parallel_size": 2}, sparsity="0.25")
-
-
-def test_tensor_parallel_with_group_steps(check):
-    check({"tensor_parallel_size": 2}, code="angle8", intermediate_size=256)
+def test_tensor_parallel_with_pairs_group_steps_and_dense_experts(check):
+    check({"tensor_parallel_size": 2}, sparsity="0.25", code="angle8", intermediate_size=256)
 
 
 def test_pair_that_straddles_expert_parallel_ranks(check):
     check(EXPERT_PARALLEL, num_local_experts=6)
+
+
+def test_clusters_with_members_on_another_rank(check):
+    check(EXPERT_PARALLEL, clusters=3)
 
 
 def test_pipeline_parallel(check):

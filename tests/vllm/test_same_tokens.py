@@ -62,6 +62,19 @@ def test_every_code(code, engine, models):
     assert_same_generation(expected, engine.generate(both.packed, enforce_eager=True))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"], indirect=True)
+def test_clusters(family, engine, models):
+    both = models(family, clusters=3)
+    expected = engine.generate(both.unpacked, enforce_eager=True)
+    assert_same_generation(expected, engine.generate(both.packed, enforce_eager=True))
+
+
+def test_clusters_compiled(compiling_engine, engine, models):
+    both = models("mixtral", clusters=3)
+    expected = engine.generate(both.unpacked, enforce_eager=True)
+    assert_same_generation(expected, compiling_engine.generate(both.packed, enforce_eager=False))
+
+
 def test_source_with_fused_expert_tensors(engine, models):
     both = models("qwen3_moe", fused=True)
     expected = engine.generate(both.unpacked, enforce_eager=True)

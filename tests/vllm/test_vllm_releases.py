@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,11 +52,20 @@ def _is_python(name: str) -> bool:
     return name.endswith(".py") or ".dist-info/" in name
 
 
-def test_installed_release():
+def installed() -> Path:
+    """The folder that the installed vLLM lies in."""
     (package,) = importlib.util.find_spec("vllm").submodule_search_locations
-    contract(Path(package).parent)
+    return Path(package).parent
 
 
-@pytest.mark.parametrize("version", RELEASES)
-def test_other_release(version):
-    contract(python_of(version))
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, Future[None]]]:
+    """The contract by release.  Importing vLLM takes most of its time, on one core: two run at once."""
+    with ThreadPoolExecutor(2) as pool:
+        others = {version: pool.submit(lambda version=version: contract(python_of(version))) for version in RELEASES}
+        yield {"installed": pool.submit(lambda: contract(installed())), **others}
+
+
+@pytest.mark.parametrize("release", ["installed", *RELEASES])
+def test_release(release, runs):
+    runs[release].result()

@@ -1,0 +1,115 @@
+"""Writing a model whose experts a baseline has changed: layer by layer, as an ordinary dense bf16 checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from puzzlemoe_offline.baselines.hc_smoe import MeanOutputs
+from puzzlemoe_offline.baselines.method import BaselineError, Method, NewLayer, SourceLayer
+from puzzlemoe_offline.calibrate import Calibration, ExpertStatistics
+from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.compress import plain_tensors
+from puzzlemoe_offline.layerwise import DecoderLayer, LayerExperts, LayerwiseModel, batch_size
+from puzzlemoe_offline.output import ModelFolder, packed_dtype_config
+from puzzlemoe_offline.report import CARD
+from puzzlemoe_vllm.format.layout import weight_name
+
+
+def write_baseline(
+    checkpoint: Checkpoint,
+    method: Method,
+    calibration: Calibration | None,
+    device: str,
+    out: Path,
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> None:
+    """Writes `out`; any software that reads the source family reads it.
+
+    In memory at once: a layer's experts before and after, its statistics, and the hidden states of the calibration
+    tokens.  calibration may be None for a method that needs nothing.
+    Raises CheckpointError for a packed source, BaselineError for a model that the method does not fit, OutputError when
+    `out` is not empty.
+    """
+    if checkpoint.quantization:
+        raise CheckpointError(f"{checkpoint.folder} is packed already; start from the 16-bit original")
+    if calibration is None and method.needs != "nothing":
+        raise BaselineError("this method needs calibration text: give one with --calibration FILE")
+    checkpoint.check_complete()
+    method.check(checkpoint)
+    folder = ModelFolder(out, checkpoint.layers + 1)
+    folder.start(checkpoint.fingerprint(), resume=False)
+    kept = checkpoint.experts
+    for index, source in _layers(checkpoint, method, calibration, device):
+        new = method.apply(source) if source else None
+        folder.write_shard(index, _tensors(checkpoint, index, new), {}, None)
+        kept = len(new.order) if new else kept
+        on_layer(index)
+    rest = {name: checkpoint.tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
+    folder.write_shard(checkpoint.layers, rest, {}, None)
+    config = packed_dtype_config(checkpoint.config) | {checkpoint.family.experts: kept}
+    card = f"{checkpoint.folder.name} with its experts changed, for comparison: {method}.\n"
+    folder.finish(config, checkpoint.folder, {CARD: card})
+
+
+def _layers(
+    checkpoint: Checkpoint, method: Method, calibration: Calibration | None, device: str
+) -> Iterator[tuple[int, SourceLayer | None]]:
+    """Yields (index, what the method sees of the layer), None for layers without routed experts."""
+    experts = LayerExperts(checkpoint, device)
+    if calibration is None or method.needs == "nothing":
+        for index in range(checkpoint.layers):
+            yield index, _source_layer(checkpoint, experts, index) if index in checkpoint.moe_layers else None
+        return
+    model = LayerwiseModel(checkpoint, device)
+    size = batch_size(calibration.tokens.shape[1])
+    states = torch.cat([model.embed(batch).cpu() for batch in calibration.tokens.split(size)])
+    for index, layer in model.layers(experts):
+        source = _source_layer(checkpoint, experts, index) if layer.experts else None
+        yield index, _calibrate(method, layer, source, states, size, model.device)
+
+
+def _source_layer(checkpoint: Checkpoint, experts: LayerExperts, index: int) -> SourceLayer:
+    return SourceLayer(index, [experts(index, number) for number in range(checkpoint.experts)], None, None)
+
+
+def _calibrate(
+    method: Method,
+    layer: DecoderLayer,
+    source: SourceLayer | None,
+    states: Tensor,
+    size: int,
+    device: torch.device,
+) -> SourceLayer | None:
+    """Moves `states` through the layer in place; `source` with what its experts saw."""
+    statistics, outputs = None, None
+    if layer.experts and source:
+        hidden, intermediate = source.experts[0].down.shape
+        statistics = ExpertStatistics.zeros(
+            len(source.experts), hidden, intermediate, device, moments=method.needs == "moments"
+        )
+        layer.experts.observe = statistics.observe
+        if method.needs == "outputs":
+            outputs = MeanOutputs(source.experts)
+            layer.experts.record = outputs.record
+    for start in range(0, len(states), size):
+        states[start : start + size] = layer(states[start : start + size].to(device)).cpu()
+    if source is None:
+        return None
+    return SourceLayer(source.index, source.experts, statistics, outputs.mean() if outputs else None)
+
+
+def _tensors(checkpoint: Checkpoint, layer: int, new: NewLayer | None) -> dict[str, Tensor]:
+    """A layer's tensors under the family's own names."""
+    if new is None:
+        return plain_tensors(checkpoint, layer)
+    tensors = plain_tensors(checkpoint, layer, new.order)
+    experts = f"model.layers.{layer}.{checkpoint.family.block}.experts"
+    for number, expert in enumerate(new.experts):
+        weights = (expert.gate, expert.up, expert.down)
+        for projection, weight in zip(checkpoint.family.projections, weights, strict=True):
+            tensors[weight_name(experts, number, projection)] = weight.cpu()
+    return tensors

@@ -1,0 +1,72 @@
+"""What the commands share: consoles, their common options, and the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from puzzlemoe_offline.calibrate import Calibration, load_calibration
+from puzzlemoe_offline.checkpoint import CheckpointError
+
+console = Console()
+errors = Console(stderr=True)
+
+
+class Device(str, Enum):
+    """Where layers are run and merged."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DEFAULT_DEVICE = Device.cuda if torch.cuda.is_available() else Device.cpu
+
+Folder = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where layers run.")]
+CalibrationOption = Annotated[
+    str, typer.Option(help="Plain text file, .jsonl file with a text field, or hub dataset with a text column.")
+]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+WindowOption = Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")]
+
+
+def usable(device: Device) -> str:
+    """The device as torch names it.  Raises CheckpointError when there is none."""
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise CheckpointError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    return device.value
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """A model folder's tokenizer.  Raises CheckpointError when it cannot be loaded."""
+    # A checkpoint's own code is never run; a tokenizer that needs it cannot be used here.
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its tokenizer could not be loaded ({error})") from None
+
+
+def calibration_of(folder: Path, source: str, samples: int, sequence_length: int, seed: int = 0) -> Calibration:
+    """Calibration windows for the model in `folder`; says so on stderr when the source has fewer than asked for."""
+    data = load_calibration(source, tokenizer_of(folder), samples, sequence_length, seed)
+    if len(data.tokens) < samples:
+        errors.print(f"[yellow]{source} gives {len(data.tokens)} windows of {sequence_length}, not {samples}")
+    return data
+
+
+@contextmanager
+def layer_progress(title: str, layers: int) -> Iterator[Callable[[], None]]:
+    """Shows a bar on stderr and gives the function that moves it on by a layer."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=errors) as progress:
+        task = progress.add_task(title, total=layers)
+        yield lambda: progress.advance(task)

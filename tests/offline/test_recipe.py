@@ -1,0 +1,42 @@
+"""Named recipes, what may be changed about them, and what contradicts itself."""
+
+import pytest
+
+from puzzlemoe_offline.recipe import Recipe, RecipeError, named_recipe
+
+
+def test_the_paper_is_one_name_away():
+    paper = named_recipe("paper", seed=0)
+    assert paper == Recipe()
+    assert (paper.code, paper.rule, paper.tau, paper.pairing) == ("mask16", "paper", 0.4, "random")
+    assert (paper.saliency, paper.compensate, paper.sparsity) == ("wanda", False, 0.5)
+
+
+def test_the_default_and_changes_to_it():
+    default = named_recipe("default")
+    assert (default.code, default.compensate, default.pairing) == ("angle8", True, "search")
+    changed = named_recipe("default", code="angle16", compensate=False, tau=None, sparsity=0.25)
+    assert changed == default.model_copy(update={"code": "angle16", "compensate": False, "sparsity": 0.25})
+    assert named_recipe("default", code="mask16").rule == "least-squares"
+    assert named_recipe("paper", tau=0.2).tau == 0.2
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("default", {"tau": 0.3}, r"tau is the threshold .* --recipe paper"),
+        ("default", {"rule": "paper"}, r"mask16 words, angle8 ones .* --recipe paper, or drop --rule"),
+        ("default", {"rule": "paper", "code": "mask16"}, r"--rule least-squares: use that, or --no-compensate"),
+        ("default", {"saliency": "magnitude"}, r"--saliency wanda, or --no-compensate"),
+        ("paper", {"compensate": True}, r"--rule least-squares: use that, or --no-compensate"),
+        ("paper", {"pairing": "coactivation", "saliency": "magnitude"}, r"coactivation needs .* --pairing search"),
+        ("paper", {"group_size": 64}, r"mask16 has no group steps"),
+        ("default", {"group_size": 48}, r"angle8 has one step per group of 32, 64, 128 columns"),
+        ("paper", {"sparsity": 0.3}, r"sparsity 0.3 is neither 0.5 nor 0.25"),
+        ("paper", {"tau": 1.5}, r"less than or equal to 1"),
+    ],
+)
+def test_contradictions(name, changes, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        named_recipe(name, **changes)
+    assert "\n" not in str(caught.value)
