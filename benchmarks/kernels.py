@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda, triton
-from puzzlemoe_vllm.format.codes import GROUP_SIZES, get_code
+from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, get_code
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -172,8 +172,8 @@ def vllm_int4(model: Model) -> Call:
     )
 
 
-OURS = {f"puzzlemoe {code}": (cuda, code) for code in cuda.CODES} | {
-    f"puzzlemoe triton {code}": (triton, code) for code in triton.CODES
+OURS = {f"puzzlemoe {code}": (cuda, code) for code in CODES} | {
+    f"puzzlemoe triton {code}": (triton, code) for code in CODES
 }
 CONTENDERS: dict[str, Callable[[Model], Call]] = {
     **{name: partial(ours, backend=backend, code=code) for name, (backend, code) in OURS.items()},

@@ -48,8 +48,8 @@ def kernels() -> None:
             if point["model"] != model or point["routing"] != "random" or point["tokens"] not in TOKENS:
                 continue
             times = point["microseconds"]
-            ours, bf16 = times["puzzlemoe cuda"], times["vllm bf16"]
-            rate = point["floor"] * result["copy_bandwidth"] / ours / 1e12
+            ours, bf16 = times["puzzlemoe mask16"], times["vllm bf16"]
+            rate = point["floors"]["puzzlemoe mask16"] * result["copy_bandwidth"] / ours / 1e12
             print(
                 f"| {point['tokens']} | {ours:.0f} | {bf16:.0f} | {bf16 / ours:.2f} | {times['vllm fp8']:.0f} | "
                 f"{times['vllm int4 marlin']:.0f} | {rate:.2f} |"

@@ -16,7 +16,7 @@ from puzzlemoe_vllm.backends import ExpertWeights
 from puzzlemoe_vllm.clusters import choose_clusters
 from puzzlemoe_vllm.format.codes import GROUP_SIZES, get_code
 from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig
-from puzzlemoe_vllm.ops import backend_for, check_code, fused_experts
+from puzzlemoe_vllm.ops import backend_for, fused_experts
 
 logger = init_logger(__name__)
 
@@ -64,10 +64,10 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Parameters of this rank's pairs and dense experts.
 
-        Raises ValueError for an activation, bias, per-rank size or code that the kernels do not serve.
+        Raises ValueError for an activation, bias, per-rank size or backend that does not serve.
         """
         self._check_supported(layer, hidden_size, intermediate_size_per_partition)
-        check_code(torch.empty(0).device.type, self.code.name)
+        backend_for(torch.empty(0).device.type)  # a choice that cannot serve fails before anything is loaded
         local = self._local_experts(layer, extra["global_num_experts"])
         pairs = sorted({expert >> 1 for expert in local if expert < self.merged})
         dense = [expert for expert in local if expert >= self.merged]

@@ -56,17 +56,6 @@ def backend_for(device_type: str) -> ModuleType:
     return _module(wanted)
 
 
-def check_code(device_type: str, code: str) -> None:
-    """Raises ValueError when the backend of a device type has no kernel for a code's words."""
-    backend = backend_for(device_type)
-    if code not in backend.CODES:
-        name, known = backend.__name__.rsplit(".", 1)[1], ", ".join(backend.CODES)
-        raise ValueError(
-            f"the {name} kernels read {known} words, not {code}: compress again with --code mask16, write a dense "
-            "model with `puzzlemoe unpack`, or serve on a CPU"
-        )
-
-
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"puzzlemoe_vllm.backends.{name}")
 

@@ -13,7 +13,7 @@ import sass
 import torch
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda
-from puzzlemoe_vllm.format.codes import get_code
+from puzzlemoe_vllm.format.codes import CODES, get_code
 
 CUDA = Path(__file__).parents[1] / "cuda"
 
@@ -63,30 +63,20 @@ def test_kernel_word_is_the_leaders_weight_times_2_to_16():
         assert scaled.where(exact == 0, 0).abs().max() < 4e-34
 
 
-@pytest.mark.parametrize("code", ["angle8", "angle6", "mask6"])
-def test_nibbles_hold_each_word_where_its_lane_looks_it_up(code):
-    """Rebuilds words from the registers as cuda/words.cuh describes them."""
-    bits = get_code(code).bits
-    words = torch.randint(0, 1 << bits, (3, 2, 256), dtype=torch.uint8)
-    kernel = cuda.kernel_words(words, code)
-    assert kernel.shape == (3, 2, 256 * bits // 8)
+def test_six_bit_words_are_one_number_a_lane():
+    """A lane's eight words: 48 bits, the lanes' lower 32 first, then their upper 16."""
+    words = torch.randint(0, 64, (3, 2, 256), dtype=torch.uint8)
+    kernel = cuda.kernel_words(words, "angle6")
+    assert kernel.shape == (3, 2, 192)
     for lane in (0, 5, 31):
-        for j in range(8):
-            element = words[1, 1, lane * 8 + (2 * j if j < 4 else 2 * (j - 4) + 1)].item()
-            if code == "angle8":
-                low, high = (nibble(kernel[1, 1], lane * 8 + 4 * half, j) for half in (0, 1))
-                assert element == high << 4 | low
-                continue
-            four = nibble(kernel[1, 1], lane * 4, j)
-            two = nibble(kernel[1, 1], 128 + lane * 2, j % 4) >> 2 * (j // 4) & 3
-            if code == "angle6":
-                assert element == (four >> 2) << 4 | two << 2 | four & 3
-            else:
-                assert element == four << 2 | two
+        number = sum(int(word) << 6 * i for i, word in enumerate(words[1, 1, lane * 8 : lane * 8 + 8]))
+        lower, upper = kernel[1, 1, lane * 4 : lane * 4 + 4], kernel[1, 1, 128 + lane * 2 : 130 + lane * 2]
+        assert bytes([*lower.tolist(), *upper.tolist()]) == number.to_bytes(6, "little")
 
 
-def nibble(data: torch.Tensor, first_byte: int, index: int) -> int:
-    return int(data[first_byte + index // 2]) >> 4 * (index % 2) & 15
+def test_eight_bit_words_stay_as_they_are():
+    words = torch.randint(0, 256, (3, 2, 256), dtype=torch.uint8)
+    assert torch.equal(cuda.kernel_words(words, "angle8"), words)
 
 
 def test_steps_come_in_the_order_of_the_strips():
@@ -109,7 +99,7 @@ def test_prepare_keeps_shapes_and_content():
 
 
 def test_dispatch_table_is_ordered_and_open_ended():
-    for capability, code in itertools.product((80, 86, 89, 90, 100), cuda.CODES):
+    for capability, code in itertools.product((80, 86, 89, 90, 100), CODES):
         rows = cuda._dispatch_rows(capability, code)
         assert [limit for limit, _ in rows] == sorted(limit for limit, _ in rows)
         assert cuda.choose_kernel(1e9, capability, code) == rows[-1][1]
@@ -165,8 +155,8 @@ def test_no_register_is_written_while_a_product_reads_it(library):
     cuobjdump = sass.find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("cuobjdump is not installed")
-    kernels = {name: code for name, code in sass.functions(cuobjdump, library).items() if "gemm_wgmma" in name}
-    assert len(kernels) == 2 * 4 * len(cuda.CODES)
+    kernels = {name: code for name, code in sass.functions(cuobjdump, library).items() if "WgmmaTileILb1" in name}
+    assert len(kernels) == 2 * 3 * len(set(cuda.DECODERS.values()))  # products, tiles, decoders
     for name, code in kernels.items():
         assert any(instruction.opcode.startswith("HGMMA") for instruction in code), name
         assert not sass.overwritten_operands(code), name

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda, reference
-from puzzlemoe_vllm.format.codes import Angle16, GridCode, Mask16, MergedPair, get_code
+from puzzlemoe_vllm.format.codes import CODES, Angle16, GridCode, Mask16, MergedPair, get_code
 
 REASON = cuda.unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -332,7 +332,7 @@ def decoded(code: str, words: Tensor, position: int, step: Tensor | None) -> Ten
     return kind.decode(kind.pack(words), position, step).float()
 
 
-@pytest.mark.parametrize("code", cuda.CODES)
+@pytest.mark.parametrize("code", CODES)
 def test_every_word_decodes_as_the_format_says(code):
     """Each of a code's words as a down projection's weight, in both positions.
 

@@ -1,6 +1,5 @@
 """Backends of the fused-experts op.  Each module offers
 
-- `CODES`: names of the pair-word codes that it reads;
 - `prepare(weights)`: rewrites a layer's weights, in place, into the order that its kernels read, once after loading;
 - `fused_experts(x, topk_weights, topk_ids, weights)` on prepared weights.
 """

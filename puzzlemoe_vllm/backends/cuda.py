@@ -19,7 +19,7 @@ from puzzlemoe_vllm.backends import ExpertWeights
 from puzzlemoe_vllm.format.codes import GridCode, get_code, word_table
 
 ABI_VERSION = 2
-CODES = {"mask16": 0, "angle16": 1, "angle8": 2, "angle6": 3, "mask6": 3}
+DECODERS = {"mask16": 0, "angle16": 1, "angle8": 2, "angle6": 3, "mask6": 3}
 """The library's decoder of each code."""
 
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
@@ -215,7 +215,7 @@ def fused_experts(
             intermediate=intermediate,
             pairs=weights.w13_pairs.shape[0],
             dense=weights.w13_dense.shape[0],
-            code=CODES[weights.code],
+            code=DECODERS[weights.code],
             group_size=0 if weights.w13_grid is None else hidden // weights.w13_grid.shape[2],
             kernel=kernel_names().index(kernel),
         )

@@ -10,10 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
-from puzzlemoe_vllm.format import codes
 from puzzlemoe_vllm.format.codes import get_code
-
-CODES = tuple(codes.CODES)
 
 
 def prepare(weights: ExpertWeights) -> None:

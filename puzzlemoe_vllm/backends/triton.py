@@ -27,10 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
-from puzzlemoe_vllm.format import codes
 from puzzlemoe_vllm.format.codes import get_code, word_table
-
-CODES = tuple(codes.CODES)
 
 INTERPRETED = triton.knobs.runtime.interpret
 OPERAND = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
