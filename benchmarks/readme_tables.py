@@ -6,6 +6,7 @@ python benchmarks/readme_tables.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -57,6 +58,21 @@ def kernels() -> None:
         print()
 
 
+def tuning() -> None:
+    """Microseconds per layer of the fastest CUDA kernel, by code, as `kernels.py --tune` printed them."""
+    fastest: dict[tuple[str, str, int], float] = {}
+    for line in (RESULTS / "tune-h100.txt").read_text().splitlines():
+        if found := re.match(r"(\w+) (\S+) +(\d+) tokens, .* per expert: (.*)", line):
+            code, model, tokens, times = found.groups()
+            fastest[code, model, int(tokens)] = min(map(float, times.split()[1::2]))
+    models = ("Mixtral-8x7B", "Qwen3-30B-A3B")
+    print("| tokens | " + " | ".join(f"{model}, {code}" for model in models for code in ("mask16", "angle8")) + " |")
+    print("|---" * 5 + "|")
+    for tokens in TOKENS:
+        cells = [f"{fastest[code, model, tokens]:.0f}" for model in models for code in ("mask16", "angle8")]
+        print(f"| {tokens} | " + " | ".join(cells) + " |")
+
+
 def serving() -> None:
     """Mixtral on one card."""
     for result in load("serving-mixtral-8x7b-h100.json"):
@@ -78,6 +94,6 @@ def compression() -> None:
 
 
 if __name__ == "__main__":
-    for table in (accuracy, kernels, serving, compression):
+    for table in (accuracy, kernels, tuning, serving, compression):
         table()
         print()

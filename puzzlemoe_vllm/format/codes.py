@@ -181,8 +181,8 @@ class GridCode(PairCode):
     values: the value of every word at position 0 and 1, float32 [2, 2^bits].
     magnitudes: the distinct pairs of absolute values, float32 [C, 2].
     words: uint8 [C, 2, 2], the word of each by signs (1 for a negative weight at position 0, at position 1).
-    Values are E3M4 bytes, sums or bit-selects
-    of two byte tables with at most eight entries, so that a GPU looks four of them up with one PRMT per table.
+    Values are E3M4 bytes, sums or bit-selects of two byte tables with at most eight entries, so that a device may look
+    four of them up with one byte permute per table, or a whole word in one table (`word_table`).
     unit_step: the best step for pairs of normal weights of variance 1.
     """
 
@@ -239,10 +239,10 @@ def _angle8() -> GridCode:
     float bits multiplies, nearly.  The tables minimise the squared error of pairs of normal weights (0.0090 of their
     energy; the best circles times evenly spaced angles leave 0.0096).
 
-    With the upper and lower halves of eight words in one register each, eight weights take 25 instructions: 10 for
-    their bytes (2 x LOP3 `& 0x77777777`, 2 x SHF, 4 x PRMT, 2 x IADD), then for every two a PRMT that widens, an IMAD
-    that shifts by 3, and SHF and LOP3 for the signs (no SHF where they are in place): 6 for two weights, and 5 for two
-    of the other position from the same load.
+    The CUDA kernels look a word up in `word_table`, whose entry has both positions' values: three instructions a word
+    (PRMT for the byte, IMAD for the address, LDS) and one PRMT for two weights of a position, so 8 for the four weights
+    of two words.  Byte permutes and float-bit sums instead take 13, most of them for the integer pipe, and were slower
+    on an H100.
     """
     level = [18, 35, 45, 50, 55, 59, 64, 69]
     direction = [51, 54, 45, 48, 43, 31, 28, 0]
@@ -255,10 +255,7 @@ def _angle8() -> GridCode:
 
 
 def _angle6() -> GridCode:
-    """Bit 5 and 4 the signs of position 0 and 1, 3..2 the direction, 1..0 the level; bytes as in angle8.
-
-    `& 0x33333333` turns a register of either plane into the PRMT selectors of eight weights, at the price of angle8.
-    """
+    """Bit 5 and 4 the signs of position 0 and 1, 3..2 the direction, 1..0 the level; bytes as in angle8."""
     level = [46, 62, 72, 81]
     direction = [37, 29, 19, 0]
     rows: tuple[list[int], list[int]] = ([], [])
