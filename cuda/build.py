@@ -18,7 +18,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
 ARCHES = ("80", "86", "89", "90")
-HOPPER_ONLY = {"gemm_wgmma.cu"}
+HOPPER_ONLY = {"gemm_hopper.cu"}
 """Sources that use instructions of sm_90a, which has no forward compatibility: built for it alone."""
 
 

@@ -31,8 +31,8 @@ cudaError_t launch(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t
   return cudaErrorInvalidValue;
 }
 
-// Tokens a part, warps over rows, warps over depth, strips a warp, depth, stages: 8 KB of mask16 words and 8 KB of tokens
-// a stage (16 and 16 in the last).
+// Tokens a part, warps over rows, warps over depth, strips a warp, depth, stages: 8 KB of mask16 words and 8 KB of
+// tokens a stage (16 and 16 in the last).
 using Mma8 = MmaTile<8, 1, 8, 1, 256, 5>;
 using Mma16 = MmaTile<16, 2, 4, 1, 128, 5>;
 using Mma32 = MmaTile<32, 4, 2, 1, 64, 5>;

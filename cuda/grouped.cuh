@@ -33,7 +33,7 @@ struct GroupedGemm {
   const TokenGroup* groups;
   const int *first_group, *end_group;  // the launch's groups
   float4* partials;                 // [kMaxPartials] tiles of 128 rows: sums of items whose depth is split
-  int* arrivals;                    // [kMaxArrivals], zero at launch and at its end: how many splits of 64 rows are there
+  int* arrivals;                    // [kMaxArrivals], zero before and after: how many splits of 64 rows are there
   int topk, pairs;
   int rows, depth;                  // of a unit's weight matrix
   int group_shift;                  // log2 of the tiles that share a step
@@ -72,8 +72,8 @@ __device__ inline int choose_splits(int items, int stages, int blocks, int most)
   return best;
 }
 
-// The items of a launch are its groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row tiles,
-// then the next band, so that a band's words and the unit's tokens stay in the L2 cache between its groups.
+// The items of a launch are its groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row
+// tiles, then the next band, so that a band's words and the unit's tokens stay in the L2 cache between its groups.
 struct WorkItem {
   TokenGroup group;
   int row_tile;

@@ -18,8 +18,8 @@ struct Kernel {
 
 extern const Kernel kMmaKernels[];
 extern const int kMmaKernelCount;
-extern const Kernel kWgmmaKernels[];
-extern const int kWgmmaKernelCount;
+extern const Kernel kHopperKernels[];
+extern const int kHopperKernelCount;
 
 // Blocks of `kernel` that the current device holds at once; asked of the driver once per device.  Raises the kernel's
 // shared memory limit on the way.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import networkx
 from torch import Tensor
 
+from puzzlemoe_offline.families import UnsupportedModel
+
 
 @dataclass(frozen=True)
 class LayerPairing:
@@ -41,7 +43,7 @@ def pair_experts(
     groups: group-limited routing sees each group of experts / groups consecutive experts as a unit, so partners come
     from one group and groups stay whole; at 0.25 the half of the groups with the fewest tokens merges.
     tokens: int [experts], calibration tokens per expert.
-    Raises ValueError when groups of an odd size cannot be paired.
+    Raises UnsupportedModel when groups of an odd size cannot be paired.
     """
     rng = random.Random(seed)
     order: list[int] = []
@@ -54,7 +56,9 @@ def _pools(experts: int, sparsity: float, groups: int, tokens: Tensor | None, rn
     """Experts that merge, in the pools from which partners come."""
     size = experts // groups
     if groups > 1 and size % 2:
-        raise ValueError(f"groups of {size} experts cannot be paired inside the group")
+        raise UnsupportedModel(
+            f"group-limited routing with groups of {size} experts: an odd number cannot be paired inside the group"
+        )
     unit = size if groups > 1 else 1
     units = [list(range(start, start + unit)) for start in range(0, experts, unit)]
     rng.shuffle(units)

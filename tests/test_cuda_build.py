@@ -123,7 +123,7 @@ def test_library_states_its_reason_when_it_cannot_be_used(tmp_path, monkeypatch)
 def test_flags_name_every_architecture_and_ptx(build):
     flags = build.targets("gemm_mma.cu", build.ARCHES)
     assert [flag.rsplit("=", 1)[1] for flag in flags] == ["sm_80", "sm_86", "sm_89", "sm_90", "compute_90"]
-    assert build.targets("gemm_wgmma.cu", build.ARCHES) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert build.targets("gemm_hopper.cu", build.ARCHES) == ["-gencode=arch=compute_90a,code=sm_90a"]
 
 
 def test_build_without_nvcc_says_what_to_do(build, tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_no_register_is_written_while_a_product_reads_it(library):
     cuobjdump = sass.find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("cuobjdump is not installed")
-    kernels = {name: code for name, code in sass.functions(cuobjdump, library).items() if "WgmmaTileILb1" in name}
+    kernels = {name: code for name, code in sass.functions(cuobjdump, library).items() if "HopperTileILb1" in name}
     assert len(kernels) == 2 * 3 * len(set(cuda.DECODERS.values()))  # products, tiles, decoders
     for name, code in kernels.items():
         assert any(instruction.opcode.startswith("HGMMA") for instruction in code), name

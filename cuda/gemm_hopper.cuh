@@ -8,7 +8,7 @@
 #include "grouped.cuh"
 
 template <bool kWgmma_, int kPartTokens_, int kWidthStep_, int kMaxSplits_, int kBlocks_>
-struct WgmmaTile {
+struct HopperTile {
   static constexpr bool kWgmma = kWgmma_;           // else mma.sync
   static constexpr int kPartTokens = kPartTokens_;  // tokens of each of the two parts
   static constexpr int kWidthStep = kWidthStep_;    // widths that products come in, up to kPartTokens
@@ -26,7 +26,7 @@ struct WgmmaTile {
 };
 
 template <class Code, class Tile, bool kGateUp>
-struct WgmmaKernel {
+struct HopperKernel {
   static constexpr int kStripBytes = Tile::kDepthTiles * Code::kTileBytes;  // of a stage
   static constexpr int kWeightBytes = Tile::kStrips * kStripBytes;
   static constexpr int kStageBytes = Tile::kTokenBytes + kWeightBytes;  // steps have a place of their own
@@ -83,8 +83,10 @@ struct WgmmaKernel {
     __device__ uint8_t* table() const { return staging(Tile::kConsumers) + kStages * kBarrierBytes; }
   };
 
-  // A block's first unit.  Blocks 2i and 2i + 1 share a multiprocessor: not both shall have a unit more than the others.
+  // A block's first unit.  Blocks 2i and 2i + 1 tend to share a multiprocessor: not both shall have a unit more than
+  // the others.
   __device__ static int first_unit() {
+    if (gridDim.x % Tile::kBlocks) return blockIdx.x;
     return blockIdx.x % Tile::kBlocks * (gridDim.x / Tile::kBlocks) + blockIdx.x / Tile::kBlocks;
   }
 
@@ -97,8 +99,8 @@ struct WgmmaKernel {
     }
   };
 
-  // One warp: a bulk copy per strip and stage, and one per group of steps.  Reads nothing that the kernel before writes,
-  // so that the first words of the down projection arrive while gate and up still run elsewhere.
+  // One warp: a bulk copy per strip and stage, and one per group of steps.  Reads nothing that the kernel before
+  // writes, so that the first words of the down projection arrive while gate and up still run elsewhere.
   __device__ static void copy_words(const GroupedGemm& gemm, const Pipeline& pipeline, const Launch& launch) {
     const int lane = threadIdx.x % 32;
     Slot slot;
@@ -165,8 +167,8 @@ struct WgmmaKernel {
   // Multiplies a split of an item: kColumns0 tokens of part 0 and kColumns1 of part 1.  Stores it, unless other blocks
   // have splits of the item that are still missing.
   template <int kColumns0, int kColumns1>
-  __device__ __forceinline__ static void consume(const GroupedGemm& gemm, const Pipeline& pipeline, const Launch& launch,
-                                                 int unit, const WorkItem& work, Slot& slot) {
+  __device__ __forceinline__ static void consume(const GroupedGemm& gemm, const Pipeline& pipeline,
+                                                 const Launch& launch, int unit, const WorkItem& work, Slot& slot) {
     const bool dense = work.dense(gemm);
     float sums0[kColumns0 / 8][4] = {}, sums1[kColumns1 / 8 + (kColumns1 == 0)][4] = {};
     const uint32_t table = shared_address(pipeline.table()) + threadIdx.x % 32 * 4;
@@ -264,7 +266,6 @@ struct WgmmaKernel {
   __device__ __forceinline__ static void multiply_mma(int depth_tiles, int group_shift, const Pipeline& pipeline,
                                                       Slot& slot, const Code& code, float (&sums0)[kColumns0 / 8][4],
                                                       float (&sums1)[kColumns1 / 8 + (kColumns1 == 0)][4]) {
-    using Words = typename Code::Words;
     constexpr int kTiles0 = kColumns0 / 8, kTiles = kTiles0 + kColumns1 / 8, kLoads = (kTiles + 1) / 2;
     const int lane = threadIdx.x % 32;
     // A load brings 16 columns of the depth for two tiles of tokens; lanes 16 and up give the addresses of the second.
@@ -275,8 +276,8 @@ struct WgmmaKernel {
       rows[i] = ((tile < kTiles0 ? 0 : Tile::kPartTokens - kColumns0) + tile * 8 + lane % 8) * 128;
     }
     const uint32_t swizzled = (lane / 8 % 2 ^ lane % 8) * 16;
-    // Sums of both parts' tiles in one array; with steps also the products of one group, which the step then multiplies:
-    // a few tokens take fewer multiplications so than the weights would.
+    // Sums of both parts' tiles in one array; with steps also the products of one group, which the step then
+    // multiplies: a few tokens take fewer multiplications so than the weights would.
     float sums[kTiles][4] = {}, products[kTiles][4];
     auto multiply_tile = [&](int t, float(&into)[kTiles][4]) __attribute__((always_inline)) {
       uint32_t b[kLoads][4], a0[4], a1[4];
@@ -284,7 +285,8 @@ struct WgmmaKernel {
       for (int i = 0; i < kLoads; ++i) ldmatrix_x4(b[i], pipeline.stage(slot.index) + (rows[i] + (swizzled ^ t * 32)));
       code.template decode<(kColumns1 > 0)>(code.load(tile_at(pipeline, slot, t), lane), a0, a1);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) mma_m16n8k16(into[j], j < kTiles0 ? a0 : a1, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      for (int j = 0; j < kTiles; ++j)
+        mma_m16n8k16(into[j], j < kTiles0 ? a0 : a1, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     };
     auto add_products = [&](uint32_t steps) __attribute__((always_inline)) {
       const float upper = __uint_as_float(steps << 16), lower = __uint_as_float(steps & 0xFFFF0000u);
@@ -316,9 +318,11 @@ struct WgmmaKernel {
       if (lane == 0) barrier_arrive(pipeline.empty(slot.index));
     }
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j)
+    for (int j = 0; j < kTiles; ++j) {
+      float(&sum)[4] = j < kTiles0 ? sums0[j < kTiles0 ? j : 0] : sums1[j < kTiles0 ? 0 : j - kTiles0];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) (j < kTiles0 ? sums0[j < kTiles0 ? j : 0] : sums1[j < kTiles0 ? 0 : j - kTiles0])[i] = sums[j][i];
+      for (int i = 0; i < 4; ++i) sum[i] = sums[j][i];
+    }
   }
 
   // The same by wgmma.
@@ -485,6 +489,6 @@ struct WgmmaKernel {
 };
 
 template <class Code, class Tile, bool kGateUp>
-__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void gemm_wgmma(const __grid_constant__ GroupedGemm gemm) {
-  WgmmaKernel<Code, Tile, kGateUp>::run(gemm);
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void gemm_hopper(const __grid_constant__ GroupedGemm gemm) {
+  HopperKernel<Code, Tile, kGateUp>::run(gemm);
 }

@@ -1,4 +1,4 @@
-#include "gemm_wgmma.cuh"
+#include "gemm_hopper.cuh"
 
 #include "kernels.cuh"
 #include "puzzlemoe.h"
@@ -7,8 +7,8 @@ namespace {
 
 template <class Code, class Tile, bool kGateUp>
 cudaError_t launch_kernel(const GroupedGemm& gemm, cudaStream_t stream) {
-  constexpr auto kernel = gemm_wgmma<Code, Tile, kGateUp>;
-  constexpr int kSharedBytes = WgmmaKernel<Code, Tile, kGateUp>::kSharedBytes;
+  constexpr auto kernel = gemm_hopper<Code, Tile, kGateUp>;
+  constexpr int kSharedBytes = HopperKernel<Code, Tile, kGateUp>::kSharedBytes;
   static std::atomic<int> known[kMaxDevices];
   int blocks;
   if (cudaError_t error = resident_blocks(kernel, Tile::kThreads, kSharedBytes, known, blocks)) return error;
@@ -32,19 +32,19 @@ cudaError_t launch(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t
 }
 
 // wgmma or not, tokens a part, step of widths, splits, blocks on a multiprocessor.
-using Bulk16 = WgmmaTile<false, 16, 8, 4, 2>;
-using Bulk32 = WgmmaTile<false, 32, 16, 4, 2>;
-using Wgmma32 = WgmmaTile<true, 32, 16, 4, 1>;
-using Wgmma64 = WgmmaTile<true, 64, 32, 1, 1>;
-using Wgmma128 = WgmmaTile<true, 128, 64, 1, 1>;
+using Bulk16 = HopperTile<false, 16, 8, 4, 2>;
+using Bulk32 = HopperTile<false, 32, 16, 4, 2>;
+using Wgmma32 = HopperTile<true, 32, 16, 4, 1>;
+using Wgmma64 = HopperTile<true, 64, 32, 1, 1>;
+using Wgmma128 = HopperTile<true, 128, 64, 1, 1>;
 
 }  // namespace
 
-extern const Kernel kWgmmaKernels[] = {
+extern const Kernel kHopperKernels[] = {
     {"bulk16", Bulk16::kPartTokens, Bulk16::kMaxSplits > 1, 90, 90, launch<Bulk16>},
     {"bulk32", Bulk32::kPartTokens, Bulk32::kMaxSplits > 1, 90, 90, launch<Bulk32>},
     {"wgmma32", Wgmma32::kPartTokens, Wgmma32::kMaxSplits > 1, 90, 90, launch<Wgmma32>},
     {"wgmma64", Wgmma64::kPartTokens, Wgmma64::kMaxSplits > 1, 90, 90, launch<Wgmma64>},
     {"wgmma128", Wgmma128::kPartTokens, Wgmma128::kMaxSplits > 1, 90, 90, launch<Wgmma128>},
 };
-extern const int kWgmmaKernelCount = sizeof kWgmmaKernels / sizeof *kWgmmaKernels;
+extern const int kHopperKernelCount = sizeof kHopperKernels / sizeof *kHopperKernels;
