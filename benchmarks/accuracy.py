@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -23,8 +22,9 @@ from transformers import AutoTokenizer
 
 from puzzlemoe_offline.calibrate import load_calibration
 from puzzlemoe_offline.checkpoint import Checkpoint
+from puzzlemoe_offline.compare import machine
 from puzzlemoe_offline.compress import Job, compress
-from puzzlemoe_offline.evaluate import perplexity, windows_of
+from puzzlemoe_offline.evaluate import perplexity, spread, windows_of
 from puzzlemoe_offline.recipe import Recipe
 
 LEAST_SQUARES = Recipe(rule="least-squares", pairing="search")
@@ -66,7 +66,9 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint, tokenizer = Checkpoint(arguments.model), AutoTokenizer.from_pretrained(arguments.model)
     texts = {
-        path.stem: some_windows(tokenizer(path.read_text())["input_ids"], arguments.sequence_length, arguments.windows)
+        path.stem: spread(
+            windows_of(tokenizer(path.read_text())["input_ids"], arguments.sequence_length), arguments.windows
+        )
         for path in arguments.text
     }
     result = started(arguments, texts)
@@ -106,26 +108,15 @@ def main() -> None:
                 score(Checkpoint(Path(out)), row)
 
 
-def some_windows(ids: list[int], sequence_length: int, count: int | None) -> Tensor:
-    """Token windows [n, T], all or `count` evenly spaced ones."""
-    windows = windows_of(ids, sequence_length)
-    if count is None or count >= len(windows):
-        return windows
-    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
-
-
 def started(arguments: argparse.Namespace, texts: dict[str, Tensor]) -> dict[str, Any]:
     """The result so far; exits when the output file holds a different measurement."""
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    if arguments.device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
     setting = {
         "model": arguments.model.name,
         "calibration": Path(arguments.calibration).name,
         "calibration_tokens": arguments.samples * arguments.sequence_length,
         "sequence_length": arguments.sequence_length,
         "windows": {name: len(windows) for name, windows in texts.items()},
-        "machine": machine,
+        "machine": machine(arguments.device),
         "torch": torch.__version__,
     }
     if not arguments.output.exists():

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "grouped.cuh"
+#include "puzzlemoe.h"
 
 constexpr int kMaxDevices = 64;
 
@@ -55,4 +56,34 @@ cudaError_t launch_early(void (*kernel)(Parameters...), int blocks, int threads,
   config.attrs = &attribute;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// Launches one of the two products of one code.  Gemm<Code, Tile, kGateUp> has a kernel's kFunction and kSharedBytes.
+template <template <class, class, bool> class Gemm, class Code, class Tile, bool kGateUp>
+cudaError_t launch_product(const GroupedGemm& gemm, cudaStream_t stream) {
+  using Product = Gemm<Code, Tile, kGateUp>;
+  static std::atomic<int> known[kMaxDevices];
+  int blocks;
+  if (cudaError_t error =
+          resident_blocks(Product::kFunction, Tile::kThreads, Product::kSharedBytes, known, blocks))
+    return error;
+  return launch_early(Product::kFunction, blocks, Tile::kThreads, Product::kSharedBytes, stream, gemm);
+}
+
+template <template <class, class, bool> class Gemm, class Code, class Tile>
+cudaError_t launch_code(bool gate_up, const GroupedGemm& gemm, cudaStream_t stream) {
+  return gate_up ? launch_product<Gemm, Code, Tile, true>(gemm, stream)
+                 : launch_product<Gemm, Code, Tile, false>(gemm, stream);
+}
+
+// Kernel::launch of the kernels that Gemm and Tile make.
+template <template <class, class, bool> class Gemm, class Tile>
+cudaError_t launch(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t stream) {
+  switch (code) {
+    case PM_CODE_MASK16: return launch_code<Gemm, Mask16, Tile>(gate_up, gemm, stream);
+    case PM_CODE_ANGLE16: return launch_code<Gemm, Angle16, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TABLE8: return launch_code<Gemm, TableWords<8>, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TABLE6: return launch_code<Gemm, TableWords<6>, Tile>(gate_up, gemm, stream);
+  }
+  return cudaErrorInvalidValue;
 }

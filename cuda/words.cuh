@@ -33,17 +33,24 @@ __device__ inline void multiply_by_steps(uint32_t (&a)[4], uint32_t steps) {
     a[j] = multiply_bf16x2(a[j], j % 2 ? __high2bfloat162(as_bf16x2(steps)) : __low2bfloat162(as_bf16x2(steps)));
 }
 
+// What codes with a 16-bit word per pair share.
+struct WordPerPair {
+  static constexpr int kTileBytes = 512, kTableEntries = 0;
+  static constexpr bool kHasSteps = false;
+  using Words = uint4;
+
+  __device__ static Words load(const uint8_t* tile, int lane) { return reinterpret_cast<const uint4*>(tile)[lane]; }
+};
+
 // Pair word in kernel order: [15] sign 0, [14] mask 0, [13] sign 1, [12] mask 1, [11:7] exponent - 112, [6:0] mantissa.
 // With its mask as the top exponent bit the word already is a bf16: the weight times 2^16 where the mask is set, and
 // below 2^-95 where it is not, which vanishes beside any product it is added to.  The epilogue takes the 2^16 back.
 //
 // Two weights take three instructions, (words << shift) & upper | words & lower, and the same three with other
 // constants pass the plain bf16 weights of dense experts through.
-class Mask16 {
+class Mask16 : public WordPerPair {
  public:
-  static constexpr int kTileBytes = 512, kTableEntries = 0;
-  static constexpr bool kHasSteps = false, kReadsDense = true;
-  using Words = uint4;
+  static constexpr bool kReadsDense = true;
 
   __device__ Mask16(bool dense, int position0, int position1, uint32_t)
       : shift0_(dense ? 0 : 2 * position0),
@@ -52,8 +59,6 @@ class Mask16 {
         lower_(dense ? 0 : 0x0FFF0FFFu) {}
 
   __device__ static float scale(bool dense) { return dense ? 1.0f : 1.0f / 65536.0f; }
-
-  __device__ Words load(const uint8_t* tile, int lane) const { return reinterpret_cast<const uint4*>(tile)[lane]; }
 
   template <bool kTwo>
   __device__ void decode(const Words& words, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
@@ -73,17 +78,13 @@ class Mask16 {
 // The stored word: [15] sign 0, [14] sign 1, [13:12] direction d, [11:0] magnitude times 2^-112 as a bf16's low bits.
 // Moved below the exponent of 1.0, d is the bf16 1 + d/4, which one multiply-add makes (15 - 4d)/16 or (3 + 4d)/16
 // times 2^112.
-class Angle16 {
+class Angle16 : public WordPerPair {
  public:
-  static constexpr int kTileBytes = 512, kTableEntries = 0;
-  static constexpr bool kHasSteps = false, kReadsDense = false;
-  using Words = uint4;
+  static constexpr bool kReadsDense = false;
 
   __device__ Angle16(bool, int position0, int position1, uint32_t) : first_(position0), second_(position1) {}
 
   __device__ static float scale(bool) { return 1.0f; }
-
-  __device__ Words load(const uint8_t* tile, int lane) const { return reinterpret_cast<const uint4*>(tile)[lane]; }
 
   template <bool kTwo>
   __device__ void decode(const Words& words, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
@@ -136,7 +137,7 @@ class TableWords {
 
   __device__ static float scale(bool) { return 1.0f; }
 
-  __device__ Words load(const uint8_t* tile, int lane) const {
+  __device__ static Words load(const uint8_t* tile, int lane) {
     if constexpr (kBits == 8) {
       const uint2 both = reinterpret_cast<const uint2*>(tile)[lane];
       return {both.x, both.y};

@@ -67,6 +67,11 @@ class Expert:
     up: Tensor
     down: Tensor
 
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and down projection, as in `PROJECTIONS`."""
+        return self.gate, self.up, self.down
+
     def to(self, device: torch.device | str) -> Expert:
         """The same weights on another device."""
         return Expert(self.gate.to(device), self.up.to(device), self.down.to(device))
@@ -243,7 +248,7 @@ class Checkpoint:
         return grid
 
     def _check_shape(self, name: str, shape: tuple[int, ...], index: int) -> None:
-        hidden, intermediate = int(self.config["hidden_size"]), int(self.config[self.family.intermediate])
+        hidden, intermediate = self.expert_sizes
         expected = (hidden, intermediate) if index == 2 else (intermediate, hidden)
         if self.quantization and name.endswith(f".{WORDS}"):
             expected = get_code(self.quantization.code).words_shape(*expected)
@@ -290,6 +295,11 @@ class Checkpoint:
         match = re.match(r"model\.layers\.(\d+)\.", name)
         layer = int(match[1]) if match else None
         return layer if layer is not None and layer < self.layers else None
+
+    @property
+    def expert_sizes(self) -> tuple[int, int]:
+        """Hidden and intermediate size of the routed experts."""
+        return int(self.config["hidden_size"]), int(self.config[self.family.intermediate])
 
     def fingerprint(self) -> str:
         """Digest of config.json and of every file's name, size and tensor table; weights are not read."""

@@ -46,6 +46,7 @@ from puzzlemoe_offline.terminal import (
     Device,
     DeviceOption,
     Folder,
+    RevisionOption,
     SamplesOption,
     WindowOption,
     calibration_of,
@@ -147,7 +148,7 @@ def compress_command(
     sequence_length: WindowOption = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the random pairing and of the choice of calibration windows.")] = 0,
     device: DeviceOption = DEFAULT_DEVICE,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    revision: RevisionOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes, peak memory and time; write nothing.")
     ] = False,

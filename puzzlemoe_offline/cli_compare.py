@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 from torch import Tensor
@@ -20,11 +19,13 @@ from puzzlemoe_offline.calibrate import C4
 from puzzlemoe_offline.checkpoint import Checkpoint, locate
 from puzzlemoe_offline.compare import CONTENDERS, TAU_SWEEP, Comparison, Contender, Row, results
 from puzzlemoe_offline.distribution import expert_distribution
-from puzzlemoe_offline.evaluate import windows_of
+from puzzlemoe_offline.evaluate import spread, windows_of
+from puzzlemoe_offline.report import MB
 from puzzlemoe_offline.terminal import (
     DEFAULT_DEVICE,
     CalibrationOption,
     DeviceOption,
+    RevisionOption,
     SamplesOption,
     WindowOption,
     calibration_of,
@@ -34,10 +35,6 @@ from puzzlemoe_offline.terminal import (
     tokenizer_of,
     usable,
 )
-
-MEGABYTE = 1e6
-
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 
 
 def baseline_command(
@@ -140,17 +137,10 @@ def _texts(
     for path in paths:
         try:
             ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
-            texts[path.stem] = _spread(windows_of(ids, sequence_length), count)
+            texts[path.stem] = spread(windows_of(ids, sequence_length), count)
         except ValueError as error:
             raise BaselineError(f"--text {path}: {error}; give a plain text file in UTF-8") from None
     return texts
-
-
-def _spread(windows: Tensor, count: int | None) -> Tensor:
-    """`count` of the windows [n, T] at even distances, or all of them when there are no more or `count` is None."""
-    if count is None or count >= len(windows):
-        return windows
-    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
 def _chosen(only: list[str], tau_sweep: bool) -> Mapping[str, Contender]:
@@ -174,7 +164,7 @@ def _table(rows: list[Row], texts: list[str]) -> Table:
             table.add_row(row.name, "-", "-", *["does not fit"] * len(texts))
             continue
         scores = [_score(row, rows[0], text) for text in texts]
-        table.add_row(row.name, f"{row.bits_per_weight:.3f}", f"{row.expert_bytes / MEGABYTE:,.1f}", *scores)
+        table.add_row(row.name, f"{row.bits_per_weight:.3f}", f"{row.expert_bytes / MB:,.1f}", *scores)
     return table
 
 

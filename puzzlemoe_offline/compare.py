@@ -33,7 +33,7 @@ Contender = Recipe | Method
 RECIPES: dict[str, Recipe] = {
     name: Recipe.model_validate(fields)
     for name, fields in {
-        "paper": {"code": "mask16", "rule": "paper", "pairing": "random", "saliency": "wanda", "tau": 0.4},
+        "paper": NAMED["paper"],
         "default": NAMED["default"],
         "least-squares": {"code": "mask16", "rule": "least-squares"},
         "angle16": {"code": "angle16"},
@@ -137,18 +137,18 @@ def variants(contender: Contender, seeds: int) -> list[Contender]:
 
 def expert_weights(checkpoint: Checkpoint) -> int:
     """Number of weights in all routed experts."""
-    hidden, intermediate = checkpoint.config["hidden_size"], checkpoint.config[checkpoint.family.intermediate]
-    return 3 * int(hidden) * int(intermediate) * checkpoint.experts * len(checkpoint.moe_layers)
+    hidden, intermediate = checkpoint.expert_sizes
+    return 3 * hidden * intermediate * checkpoint.experts * len(checkpoint.moe_layers)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What figures depend on of the machine that a run's device is in."""
+    facts: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    return facts | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
 
 
 def results(comparison: Comparison, rows: list[Row], seeds: int) -> dict[str, Any]:
     """The comparison as JSON data: model, settings, machine, versions, rows; seconds, bytes, bits."""
-    machine: dict[str, Any] = {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    if comparison.device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
     calibration = comparison.calibration
     return {
         "model": comparison.checkpoint.folder.resolve().name,
@@ -160,7 +160,7 @@ def results(comparison: Comparison, rows: list[Row], seeds: int) -> dict[str, An
         },
         "texts": {name: {"windows": len(text), "tokens": text.numel()} for name, text in comparison.texts.items()},
         "seeds": seeds,
-        "machine": machine,
+        "machine": machine(comparison.device),
         "versions": {"puzzlemoe-vllm": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
         "rows": [dataclasses.asdict(row) for row in rows],
     }

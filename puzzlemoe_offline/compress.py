@@ -51,8 +51,7 @@ class Job:
         """
         if not get_code(self.recipe.code).has_grid:
             return None
-        config, chosen = self.checkpoint.config, self.recipe.group_size
-        sizes = int(config["hidden_size"]), int(config[self.checkpoint.family.intermediate])
+        chosen, sizes = self.recipe.group_size, self.checkpoint.expert_sizes
         fitting = [size for size in GROUP_SIZES if all(columns % size == 0 for columns in sizes)]
         if chosen in fitting or (chosen is None and fitting):
             return chosen or fitting[0]
@@ -153,25 +152,17 @@ def _calibrate_layer(
 ) -> tuple[ExpertStatistics | None, SampledTokens | None]:
     """Moves `states` through the layer in place, gathering what its experts saw."""
     statistics, sample = None, None
-    config, family = job.checkpoint.config, job.checkpoint.family
     if layer.experts:
         statistics = ExpertStatistics.zeros(
             job.checkpoint.experts,
-            config["hidden_size"],
-            config[family.intermediate],
+            *job.checkpoint.expert_sizes,
             torch.device(job.device),
             moments=job.recipe.compensate,
         )
         sample = SampledTokens(ERROR_TOKENS)
         layer.experts.observe, layer.experts.record = statistics.observe, _record_both(statistics, sample)
-    _advance(job, layer, states, size)
+    layer.advance(states, size, job.device)
     return statistics, sample
-
-
-def _advance(job: Job, layer: DecoderLayer, states: Tensor, size: int) -> None:
-    """Moves `states` through the layer in place, `size` windows at a time."""
-    for start in range(0, len(states), size):
-        states[start : start + size] = layer(states[start : start + size].to(job.device)).cpu()
 
 
 def _cluster_layer(
@@ -198,7 +189,7 @@ def _cluster_layer(
         sample.record(hidden, ids, weights, out)
 
     streamed.record = record
-    _advance(job, layer, states, size)
+    layer.advance(states, size, job.device)
     calibrated = time.perf_counter()
     merged = merger.finish()
     facts = {
@@ -352,18 +343,23 @@ def _expert_tensors(checkpoint: Checkpoint, layer: int, packed: PackedLayer) -> 
             if matrix.grid is not None:
                 tensors[grid_name(experts, 2 * pair, name)] = matrix.grid
     for row, expert in enumerate(packed.dense, packed.pairing.merged):
-        weights = (expert.gate, expert.up, expert.down)
-        tensors |= {weight_name(experts, row, name): weight for name, weight in zip(projections, weights, strict=True)}
+        tensors |= dense_tensors(checkpoint, layer, row, expert)
     return tensors
 
 
+def dense_tensors(checkpoint: Checkpoint, layer: int, number: int, expert: Expert) -> dict[str, Tensor]:
+    """A dense expert's tensors, on the CPU, under the family's own names."""
+    experts = f"model.layers.{layer}.{checkpoint.family.block}.experts"
+    return {
+        weight_name(experts, number, projection): weight.cpu()
+        for projection, weight in zip(checkpoint.family.projections, expert.matrices, strict=True)
+    }
+
+
 def _cluster_tensors(checkpoint: Checkpoint, layer: int, merged: ClusteredLayer) -> dict[str, Tensor]:
-    experts, projections = f"model.layers.{layer}.{checkpoint.family.block}.experts", checkpoint.family.projections
     tensors: dict[str, Tensor] = {}
     for centre, expert in merged.merged.items():
-        weights = (expert.gate.cpu(), expert.up.cpu(), expert.down.cpu())
-        names = (weight_name(experts, centre, name) for name in projections)
-        tensors |= dict(zip(names, weights, strict=True))
+        tensors |= dense_tensors(checkpoint, layer, centre, expert)
     return tensors
 
 

@@ -39,6 +39,13 @@ def windows_of(ids: list[int], sequence_length: int) -> Tensor:
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
+def spread(windows: Tensor, count: int | None) -> Tensor:
+    """`count` of the windows [n, T] at even distances, or all of them when there are no more or `count` is None."""
+    if count is None or count >= len(windows):
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
 @torch.inference_mode()
 def perplexity(
     checkpoint: Checkpoint, windows: Tensor, device: str, on_layer: Callable[[int], None] = lambda layer: None
@@ -48,8 +55,7 @@ def perplexity(
     size = batch_size(windows.shape[1])
     states = torch.cat([model.embed(batch).cpu() for batch in windows.split(size)])
     for index, layer in model.layers(LayerExperts(checkpoint, device)):
-        for start in range(0, len(states), size):
-            states[start : start + size] = layer(states[start : start + size].to(device)).cpu()
+        layer.advance(states, size, device)
         on_layer(index)
     inputs, targets = states[:, :-1].reshape(-1, states.shape[-1]), windows[:, 1:].reshape(-1)
     total = 0.0

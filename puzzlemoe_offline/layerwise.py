@@ -176,6 +176,11 @@ class DecoderLayer:
         out = self.module(hidden, **self.arguments[len(hidden)])
         return out[0] if isinstance(out, tuple) else out
 
+    def advance(self, states: Tensor, size: int, device: torch.device | str) -> None:
+        """Moves hidden states [n, T, H] on the CPU through the layer in place, `size` windows at a time."""
+        for start in range(0, len(states), size):
+            states[start : start + size] = self(states[start : start + size].to(device)).cpu()
+
 
 def _build(checkpoint: Checkpoint) -> PreTrainedModel:
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}

@@ -51,6 +51,20 @@ def _distance(one: Expert, other: Expert) -> float:
     return sum(float(difference.square().sum()) for difference in differences)
 
 
+def usage_shares(tokens: Tensor) -> list[float]:
+    """Shares of some experts in their tokens, int [members]; equal ones when none has any."""
+    counts = tokens.double()
+    return (counts / counts.sum() if counts.sum() else torch.full_like(counts, 1 / len(counts))).tolist()
+
+
+def mean_by_usage(weights: list[Tensor], shares: list[float]) -> Tensor:
+    """Mean of matrices by shares that sum to one, float32."""
+    mean = torch.zeros_like(weights[0], dtype=torch.float32)
+    for weight, share in zip(weights, shares, strict=True):
+        mean.add_(weight, alpha=share)
+    return mean
+
+
 class Cluster:
     """Experts on their way to being one; on the device and, while summing, float32.
 
@@ -58,23 +72,16 @@ class Cluster:
     """
 
     def __init__(self, members: dict[int, Expert], tokens: Tensor):
-        counts = torch.tensor([float(tokens[number]) for number in members])
-        self.shares = (counts / counts.sum() if counts.sum() else torch.full_like(counts, 1 / len(counts))).tolist()
+        self.shares = usage_shares(tokens[list(members)])
         self.members = list(members.values())
         first = self.members[0].down
         self.ids = torch.tensor(list(members), device=first.device)
         # In bf16, as it will be served.
-        self.gate = self._mean([member.gate for member in self.members]).bfloat16()
-        self.up = self._mean([member.up for member in self.members]).bfloat16()
+        self.gate = mean_by_usage([member.gate for member in self.members], self.shares).bfloat16()
+        self.up = mean_by_usage([member.up for member in self.members], self.shares).bfloat16()
         hidden, intermediate = first.shape
         self.gram = torch.zeros(intermediate, intermediate, device=first.device)
         self.cross = torch.zeros(hidden, intermediate, device=first.device)
-
-    def _mean(self, weights: list[Tensor]) -> Tensor:
-        mean = torch.zeros_like(weights[0], dtype=torch.float32)
-        for weight, share in zip(weights, self.shares, strict=True):
-            mean.add_(weight, alpha=share)
-        return mean
 
     def observe(self, inputs: Tensor, ids: Tensor) -> None:
         """Adds one batch of the layer's: inputs [M, H], ids int [M, k]; only tokens with an expert in here count."""
@@ -89,7 +96,7 @@ class Cluster:
 
     def merge(self) -> Expert:
         """The merged expert, bf16."""
-        mean = self._mean([member.down for member in self.members]).double()
+        mean = mean_by_usage([member.down for member in self.members], self.shares).double()
         gram = self.gram.double()
         rest = self.cross.double() - mean @ gram
         # Without tokens everything but the damping is zero, and the mean stays.

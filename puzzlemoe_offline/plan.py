@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from puzzlemoe_offline.calibrate import ProjectionInputs
-from puzzlemoe_offline.checkpoint import Checkpoint
 from puzzlemoe_offline.compress import Job
 from puzzlemoe_offline.fit import SCORES
 from puzzlemoe_offline.pack import ENTRIES, Losses, pack_matrix
@@ -55,17 +54,17 @@ def make_plan(job: Job) -> Plan:
         for layer in range(checkpoint.layers)
     )
     tokens = job.calibration.tokens.numel() if job.calibration else 0
-    states = tokens * int(checkpoint.config["hidden_size"]) * width
+    states = tokens * checkpoint.expert_sizes[0] * width
     scratch = SCRATCH_BYTES_PER_ENTRY * ENTRIES + 4 * SCORES[torch.device(job.device).type]
     embedding = max(checkpoint.nbytes(n) for n in checkpoint.names if checkpoint.layer_of(n) is None)
     if recipe.compensate:
         # float32: every expert's moments; of one pair the factors, their inverses, and a projection with its errors.
-        hidden, intermediate = _sizes(checkpoint)
+        hidden, intermediate = checkpoint.expert_sizes
         moments = hidden**2 + intermediate**2
         scratch += 4 * (checkpoint.experts * moments + 6 * max(hidden, intermediate) ** 2 + 4 * hidden * intermediate)
     if recipe.experts:
         # float32: every cluster's sums; float64: those of one, the factor and the solution.
-        hidden, intermediate = _sizes(checkpoint)
+        hidden, intermediate = checkpoint.expert_sizes
         share = recipe.experts / checkpoint.experts
         scratch += (4 * recipe.experts + 8 * 3) * intermediate * (hidden + intermediate)
     on_device = layer_experts + layer_other * width // 2 + expert * width // 2 + scratch + embedding * width // 2
@@ -75,11 +74,6 @@ def make_plan(job: Job) -> Plan:
     )
 
 
-def _sizes(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Hidden and intermediate size of the experts."""
-    return int(checkpoint.config["hidden_size"]), int(checkpoint.config[checkpoint.family.intermediate])
-
-
 def _seconds(job: Job, tokens: int, expert_total: int, other: int) -> float:
     """Matrix products of the calibration tokens plus merging every expert, at this machine's measured rates."""
     checkpoint = job.checkpoint
@@ -87,7 +81,7 @@ def _seconds(job: Job, tokens: int, expert_total: int, other: int) -> float:
     products = 2 * tokens * (active + other) / 2
     if job.recipe.compensate:
         chosen = tokens * int(checkpoint.config["num_experts_per_tok"]) * len(checkpoint.moe_layers)
-        products += 2 * chosen * sum(size**2 for size in _sizes(checkpoint))
+        products += 2 * chosen * sum(size**2 for size in checkpoint.expert_sizes)
     if job.recipe.experts:
         return _clustering_products(job, products, tokens) / _product_rate(job.device)
     merged = expert_total / 2
@@ -101,7 +95,7 @@ def _clustering_products(job: Job, products: float, tokens: int) -> float:
     cluster, the sums and their solution."""
     checkpoint, clusters = job.checkpoint, job.recipe.experts
     assert clusters is not None
-    hidden, intermediate = _sizes(checkpoint)
+    hidden, intermediate = checkpoint.expert_sizes
     layers = len(checkpoint.moe_layers)
     chosen = tokens * int(checkpoint.config["num_experts_per_tok"]) * layers
     members = 3 * hidden * intermediate * checkpoint.experts / clusters

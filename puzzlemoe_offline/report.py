@@ -66,8 +66,8 @@ def _bytes_per_token(job: Job, merged: list[dict[str, Any]], dense: int, share: 
 
 def expert_bytes(job: Job) -> int:
     """Bytes of one dense bf16 expert."""
-    config = job.checkpoint.config
-    return 3 * 2 * int(config["hidden_size"]) * int(config[job.checkpoint.family.intermediate])
+    hidden, intermediate = job.checkpoint.expert_sizes
+    return 3 * 2 * hidden * intermediate
 
 
 def summary(report: dict[str, Any]) -> Group:

@@ -32,6 +32,7 @@ DEFAULT_DEVICE = Device.cuda if torch.cuda.is_available() else Device.cpu
 
 Folder = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where layers run.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 CalibrationOption = Annotated[
     str, typer.Option(help="Plain text file, .jsonl file with a text field, or hub dataset with a text column.")
 ]

@@ -41,7 +41,7 @@ def _layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
         experts = f"{checkpoint.block(layer)}.experts"
         for number in range(checkpoint.experts):
             expert = checkpoint.expert(layer, number)
-            for name, weight in zip(checkpoint.family.projections, (expert.gate, expert.up, expert.down), strict=True):
+            for name, weight in zip(checkpoint.family.projections, expert.matrices, strict=True):
                 # Experts of one cluster are the same memory, which safetensors does not write twice.
                 shared = checkpoint.centre(layer, number) != number
                 tensors[weight_name(experts, number, name)] = weight.clone() if shared else weight

@@ -61,12 +61,11 @@ class Gptq:
         rounded = []
         for number, expert in enumerate(layer.experts):
             few = int(layer.statistics.tokens[number]) < FEW_TOKENS
-            weights = (expert.gate, expert.up, expert.down)
             rounded.append(
                 Expert(
                     *(
                         gptq(weight, layer.statistics.inputs(number, projection, flat=few), self.bits)
-                        for projection, weight in enumerate(weights)
+                        for projection, weight in enumerate(expert.matrices)
                     )
                 )
             )

@@ -18,6 +18,7 @@ from torch import Tensor
 from puzzlemoe_offline.baselines.dropping import remaining
 from puzzlemoe_offline.baselines.method import Needs, NewLayer, SourceLayer
 from puzzlemoe_offline.checkpoint import PROJECTIONS, Checkpoint, Expert
+from puzzlemoe_offline.mergemoe import mean_by_usage, usage_shares
 
 
 class MeanOutputs:
@@ -52,14 +53,6 @@ def clusters_of(features: Tensor, count: int) -> list[list[int]]:
     return list(members.values())
 
 
-def weighted_mean(weights: list[Tensor], shares: Tensor) -> Tensor:
-    """Mean of matrices by `shares`, float [members], which sum to one; bf16."""
-    total = torch.zeros_like(weights[0], dtype=torch.float32)
-    for weight, share in zip(weights, shares.tolist(), strict=True):
-        total += share * weight.float()
-    return total.to(torch.bfloat16)
-
-
 @dataclass(frozen=True)
 class HcSmoe:
     """sparsity: share of every layer's experts that goes by merging."""
@@ -79,11 +72,11 @@ class HcSmoe:
         assert layer.statistics is not None and layer.mean_outputs is not None
         merged = list(layer.experts)
         for members in clusters_of(layer.mean_outputs, remaining(len(merged), self.sparsity)):
-            counts = layer.statistics.tokens[members].double()
-            shares = counts / counts.sum() if counts.sum() else torch.full_like(counts, 1 / len(members))
+            shares = usage_shares(layer.statistics.tokens[members])
             experts = [layer.experts[member] for member in members]
             gate, up, down = (
-                weighted_mean([getattr(expert, projection) for expert in experts], shares) for projection in PROJECTIONS
+                mean_by_usage([getattr(expert, projection) for expert in experts], shares).to(torch.bfloat16)
+                for projection in PROJECTIONS
             )
             for member in members:
                 # A checkpoint's tensors must not share memory.

@@ -62,8 +62,7 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
 
 def stored_bits(bits: int, checkpoint: Checkpoint) -> float:
     """Bits per weight of grids of `bits`, scale and zero point included.  Raises BaselineError as `group_of` does."""
-    hidden = int(checkpoint.config["hidden_size"])
-    intermediate = int(checkpoint.config[checkpoint.family.intermediate])
+    hidden, intermediate = checkpoint.expert_sizes
     per_group = 16 + bits
     return bits + per_group * (2 / group_of(hidden) + 1 / group_of(intermediate)) / 3
 
@@ -86,7 +85,6 @@ class RoundToNearest:
     def apply(self, layer: SourceLayer) -> NewLayer:
         """Every expert, rounded."""
         rounded = [
-            Expert(*(round_to_nearest(weight, self.bits) for weight in (expert.gate, expert.up, expert.down)))
-            for expert in layer.experts
+            Expert(*(round_to_nearest(weight, self.bits) for weight in expert.matrices)) for expert in layer.experts
         ]
         return NewLayer(list(range(len(rounded))), rounded)

@@ -48,6 +48,5 @@ class Wanda:
         for number, expert in enumerate(layer.experts):
             few = int(layer.statistics.tokens[number]) == 0
             norms = [layer.statistics.inputs(number, projection, flat=few).norms for projection in range(3)]
-            weights = (expert.gate, expert.up, expert.down)
-            pruned.append(Expert(*(prune(weight, norm) for weight, norm in zip(weights, norms, strict=True))))
+            pruned.append(Expert(*(prune(weight, norm) for weight, norm in zip(expert.matrices, norms, strict=True))))
         return NewLayer(list(range(len(pruned))), pruned)

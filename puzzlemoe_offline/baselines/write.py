@@ -12,11 +12,10 @@ from puzzlemoe_offline.baselines.hc_smoe import MeanOutputs
 from puzzlemoe_offline.baselines.method import BaselineError, Method, NewLayer, SourceLayer
 from puzzlemoe_offline.calibrate import Calibration, ExpertStatistics
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
-from puzzlemoe_offline.compress import plain_tensors
+from puzzlemoe_offline.compress import dense_tensors, plain_tensors
 from puzzlemoe_offline.layerwise import DecoderLayer, LayerExperts, LayerwiseModel, batch_size
 from puzzlemoe_offline.output import ModelFolder, packed_dtype_config
 from puzzlemoe_offline.report import CARD
-from puzzlemoe_vllm.format.layout import weight_name
 
 
 def write_baseline(
@@ -95,8 +94,7 @@ def _calibrate(
         if method.needs == "outputs":
             outputs = MeanOutputs(source.experts)
             layer.experts.record = outputs.record
-    for start in range(0, len(states), size):
-        states[start : start + size] = layer(states[start : start + size].to(device)).cpu()
+    layer.advance(states, size, device)
     if source is None:
         return None
     return SourceLayer(source.index, source.experts, statistics, outputs.mean() if outputs else None)
@@ -107,9 +105,6 @@ def _tensors(checkpoint: Checkpoint, layer: int, new: NewLayer | None) -> dict[s
     if new is None:
         return plain_tensors(checkpoint, layer)
     tensors = plain_tensors(checkpoint, layer, new.order)
-    experts = f"model.layers.{layer}.{checkpoint.family.block}.experts"
     for number, expert in enumerate(new.experts):
-        weights = (expert.gate, expert.up, expert.down)
-        for projection, weight in zip(checkpoint.family.projections, weights, strict=True):
-            tensors[weight_name(experts, number, projection)] = weight.cpu()
+        tensors |= dense_tensors(checkpoint, layer, number, expert)
     return tensors

@@ -9,6 +9,7 @@ Every code is addressed by position: position 0 is the pair's leader (the even e
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ class MergedPair:
         return torch.where(self.mask[position], signed, torch.zeros_like(signed))
 
 
-class PairCode:
+class PairCode(ABC):
     """What all codes have in common.
 
     name: as config.json spells it.  bits: size of a word.  dtype: of the stored words.
@@ -78,12 +79,12 @@ class PairCode:
         """Shape of the stored words of a pair of [rows, columns] matrices; columns a multiple of 16."""
         return rows, columns * self.bits // (8 * self.dtype.itemsize)
 
+    @abstractmethod
     def decode(self, words: Tensor, position: int, grid: Tensor | None = None) -> Tensor:
         """bf16 weights [..., K] of one position.
 
         words: as stored, [..., K words]; grid: bf16 steps [..., groups], K / groups columns each, None without steps.
         """
-        raise NotImplementedError
 
 
 class Mask16(PairCode):
