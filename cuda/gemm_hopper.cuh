@@ -7,22 +7,25 @@
 #define PM_HOPPER
 #include "grouped.cuh"
 
-template <bool kWgmma_, int kPartTokens_, int kWidthStep_, int kMaxSplits_, int kBlocks_>
+template <bool kWgmma_, int kPartTokens_, int kWidthStep_, int kWarpStrips_, bool kCuts_, int kBlocks_>
 struct HopperTile {
   static constexpr bool kWgmma = kWgmma_;           // else mma.sync
   static constexpr int kPartTokens = kPartTokens_;  // tokens of each of the two parts
   static constexpr int kWidthStep = kWidthStep_;    // widths that products come in, up to kPartTokens
-  static constexpr int kMaxSplits = kMaxSplits_;    // of an item's depth, among blocks
+  static constexpr int kWarpStrips = kWarpStrips_;  // of 16 rows that a warp multiplies
+  static constexpr bool kCuts = kCuts_;             // may cut an item's depth between blocks
   static constexpr int kBlocks = kBlocks_;          // that share a multiprocessor, 1 or 2
   // Of a thread that copies and of one that multiplies; together what the compiler gives all threads alike.
-  static constexpr int kCopyRegisters = kBlocks == 1 ? 72 : 40, kMultiplyRegisters = kBlocks == 1 ? 216 : 96;
-  static constexpr int kConsumers = 2;  // warpgroups that multiply, 64 rows each
+  static constexpr int kCopyRegisters = kBlocks == 1 ? 72 : 32, kMultiplyRegisters = kBlocks == 1 ? 216 : 104;
+  static constexpr int kConsumers = 2;  // warpgroups that multiply
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kStrips = 4 * kConsumers;
+  static constexpr int kWarps = 4 * kConsumers, kStrips = kWarps * kWarpStrips;
   static constexpr int kTokens = 2 * kPartTokens;
   static constexpr int kDepth = 64;  // columns per stage: 128 bytes of a token, one swizzle row
   static constexpr int kDepthTiles = kDepth / 16;
   static constexpr int kTokenBytes = kTokens * kDepth * 2;
+  static constexpr int kPieceFloats = kCuts ? 16 * kStrips * kTokens : 0;  // of a piece's sums
+  static_assert(kWarpStrips == 1 || !kWgmma);
 };
 
 template <class Code, class Tile, bool kGateUp>
@@ -43,29 +46,89 @@ struct HopperKernel {
   static constexpr int kStages = (kSharedLimit - kFixedBytes) / (kStageBytes + kStepBytes + kBarrierBytes);
   static constexpr int kSharedBytes = kStages * (kStageBytes + kStepBytes + kBarrierBytes) + kFixedBytes;
 
-  // The launch's work: items times splits, and which tiles of the depth a split has.
-  struct Launch {
-    int first_group, row_tiles, splits, units;
+  // An item, or a piece of one: some stages of its depth.
+  struct Piece {
+    int item, first_stage, end_stage;
+  };
 
-    __device__ explicit Launch(const GroupedGemm& gemm) {
-      row_tiles = (gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips;
-      first_group = gemm.first_group ? uniform(*gemm.first_group) : 0;
-      const int items = (uniform(*gemm.end_group) - first_group) * row_tiles;
-      splits = Tile::kMaxSplits > 1 ? choose_splits(items, stages(gemm), gridDim.x, Tile::kMaxSplits) : 1;
-      units = items * splits;
+  // How a launch's items are spread over its blocks.  A block takes whole items in turn; before that, the stages of the
+  // items that would not go round evenly are dealt out, so that all blocks end together.  Where that cuts an item does
+  // not depend on which block is how fast: equal inputs give equal sums.
+  //
+  // Dealers are counted from the last block, so that the block with an item's start, which waits for the blocks with
+  // its other pieces, waits for blocks that were started before it and deal with those pieces first.
+  class Launch {
+   public:
+    __device__ explicit Launch(const GroupedGemm& gemm)
+        : row_tiles((gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips),
+          first_group(gemm.first_group ? uniform(*gemm.first_group) : 0),
+          stages((gemm.depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles) {
+      const int blocks = gridDim.x, rest = items(gemm) % blocks;
+      cut = Tile::kCuts && gemm.partials && rest ? min(items(gemm), rest + blocks) : 0;
+      // Where whole items go round nearly evenly, cutting costs more than it saves.
+      if ((blocks - rest) * kWorthwhile < items(gemm)) cut = 0;
+      dealers = max(min(blocks, cut * stages / kMinStages), 1);
     }
-    __device__ WorkItem work(const GroupedGemm& gemm, int unit) const {
-      return WorkItem(gemm, first_group, unit / splits, row_tiles);
+
+    __device__ int items(const GroupedGemm& gemm) const {
+      return (uniform(*gemm.end_group) - first_group) * row_tiles;
     }
-    __device__ static int stages(const GroupedGemm& gemm) {
-      return (gemm.depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles;
+    __device__ WorkItem work(const GroupedGemm& gemm, const Piece& piece) const {
+      return WorkItem(gemm, first_group, piece.item, row_tiles);
     }
-    __device__ int first_tile(const GroupedGemm& gemm, int unit) const {
-      return stages(gemm) * (unit % splits) / splits * Tile::kDepthTiles;
+    __device__ bool is_whole(const Piece& piece) const { return piece.end_stage - piece.first_stage == stages; }
+    __device__ static int first_tile(const Piece& piece) { return piece.first_stage * Tile::kDepthTiles; }
+    __device__ static int end_tile(const GroupedGemm& gemm, const Piece& piece) {
+      return min(piece.end_stage * Tile::kDepthTiles, gemm.depth / 16);
     }
-    __device__ int end_tile(const GroupedGemm& gemm, int unit) const {
-      return min(stages(gemm) * (unit % splits + 1) / splits * Tile::kDepthTiles, gemm.depth / 16);
+
+    // First of the dealt stages that a dealer gets, and the dealer that gets one of them.
+    __device__ int first_dealt(int dealer) const { return min(dealer, dealers) * (cut * stages) / dealers; }
+    __device__ int dealer_of(int stage) const { return ((stage + 1) * dealers - 1) / (cut * stages); }
+    // The last dealer with a piece of an item that is cut.
+    __device__ int last_dealer(const Piece& piece) const { return dealer_of((piece.item + 1) * stages - 1); }
+
+    int row_tiles, first_group, stages;
+    int cut;  // items that are dealt in stages, the first ones
+    int dealers;
+
+   private:
+    static constexpr int kMinStages = 4;    // a dealer's share, below which it would not pay
+    static constexpr int kWorthwhile = 16;  // cut when more than a sixteenth of the time would be lost
+  };
+  __device__ static int own_dealer() { return gridDim.x - 1 - blockIdx.x; }
+  __device__ static int block_of(int dealer) { return gridDim.x - 1 - dealer; }
+
+  // A block's pieces, in order.
+  class Walk {
+   public:
+    __device__ Walk(const GroupedGemm& gemm, const Launch& launch)
+        : stage_(launch.first_dealt(own_dealer())),
+          end_(launch.first_dealt(own_dealer() + 1)),
+          item_(launch.cut + first_item()),
+          items_(launch.items(gemm)) {}
+
+    __device__ bool next(const Launch& launch, Piece& piece) {
+      if (stage_ < end_) {
+        const int item = stage_ / launch.stages, first = stage_ - item * launch.stages;
+        piece = {item, first, min(launch.stages, first + end_ - stage_)};
+        stage_ += piece.end_stage - first;
+        return true;
+      }
+      if (item_ >= items_) return false;
+      piece = {item_, 0, launch.stages};
+      item_ += gridDim.x;
+      return true;
     }
+
+   private:
+    // Blocks 2i and 2i + 1 tend to share a multiprocessor: not both shall have an item more than the others.
+    __device__ static int first_item() {
+      if (gridDim.x % Tile::kBlocks) return blockIdx.x;
+      return blockIdx.x % Tile::kBlocks * (gridDim.x / Tile::kBlocks) + blockIdx.x / Tile::kBlocks;
+    }
+
+    int stage_, end_, item_, items_;
   };
 
   // Shared memory: the stages, their steps, the warpgroups' results on their way out, two barriers of each stage, and
@@ -83,13 +146,6 @@ struct HopperKernel {
     __device__ uint8_t* table() const { return staging(Tile::kConsumers) + kStages * kBarrierBytes; }
   };
 
-  // A block's first unit.  Blocks 2i and 2i + 1 tend to share a multiprocessor: not both shall have a unit more than
-  // the others.
-  __device__ static int first_unit() {
-    if (gridDim.x % Tile::kBlocks) return blockIdx.x;
-    return blockIdx.x % Tile::kBlocks * (gridDim.x / Tile::kBlocks) + blockIdx.x / Tile::kBlocks;
-  }
-
   static constexpr int kTokenThreads = 64;
 
   struct Slot {
@@ -99,31 +155,32 @@ struct HopperKernel {
     }
   };
 
-  // One warp: a bulk copy per strip and stage, and one per group of steps.  Reads nothing that the kernel before
-  // writes, so that the first words of the down projection arrive while gate and up still run elsewhere.
+  // One warp: a bulk copy for every eight strips of a stage, and one for every group of steps.  Reads nothing that the
+  // kernel before writes, so that the first words of the down projection arrive while gate and up still run elsewhere.
   __device__ static void copy_words(const GroupedGemm& gemm, const Pipeline& pipeline, const Launch& launch) {
     const int lane = threadIdx.x % 32;
     Slot slot;
-    for (int unit = first_unit(); unit < launch.units; unit += gridDim.x) {
-      const WorkItem work = launch.work(gemm, unit);
-      const int end = launch.end_tile(gemm, unit);
-      const int strips = min(Tile::kStrips, gemm.rows / 16 - work.row_tile * Tile::kStrips);
-      const uint8_t* weights = unit_weights<Code>(gemm, work.group.unit) +
-                               int64_t(work.row_tile * Tile::kStrips + lane) * (gemm.depth / 16) * Code::kTileBytes;
-      for (int tile = launch.first_tile(gemm, unit); tile < end; tile += Tile::kDepthTiles, slot.next()) {
-        const int tiles = min(Tile::kDepthTiles, end - tile), bytes = tiles * Code::kTileBytes;
+    Walk walk(gemm, launch);
+    for (Piece piece; walk.next(launch, piece);) {
+      const WorkItem work = launch.work(gemm, piece);
+      const int end = launch.end_tile(gemm, piece);
+      const int first_strip = work.row_tile * Tile::kStrips, strips = min(Tile::kStrips, gemm.rows / 16 - first_strip);
+      const int own_strips = max(0, min(kBlockStrips, strips - lane * kBlockStrips));
+      const uint8_t* weights = unit_weights<Code>(gemm, work.group.unit);
+      for (int tile = launch.first_tile(piece); tile < end; tile += Tile::kDepthTiles, slot.next()) {
+        const int tiles = min(Tile::kDepthTiles, end - tile);
         const int groups = Code::kHasSteps ? max(tiles >> gemm.group_shift, 1) : 0;
         const uint32_t full = pipeline.full(slot.index);
         barrier_wait(pipeline.empty(slot.index), slot.parity ^ 1);
-        if (lane == 0) barrier_arrive_expect(full, strips * (bytes + groups * kStripStepBytes));
+        if (lane == 0) barrier_arrive_expect(full, strips * (tiles * Code::kTileBytes + groups * kStripStepBytes));
         __syncwarp();  // the bytes are expected before the first of them can arrive
-        if (lane < strips)
-          bulk_copy(pipeline.stage(slot.index) + Tile::kTokenBytes + lane * kStripBytes,
-                    weights + tile * Code::kTileBytes, bytes, full);
+        if (own_strips > 0)
+          bulk_copy(pipeline.stage(slot.index) + Tile::kTokenBytes + lane * kBlockStrips * kStripBytes,
+                    weights + tile_offset<Code>(gemm, first_strip + lane * kBlockStrips, tile),
+                    own_strips * tiles * Code::kTileBytes, full);
         if (Code::kHasSteps && lane < groups)
           bulk_copy(shared_address(pipeline.steps(slot.index)) + lane * kGroupBytes,
-                    strip_steps(gemm, work.group.unit, tile + (lane << gemm.group_shift),
-                                work.row_tile * Tile::kStrips),
+                    strip_steps(gemm, work.group.unit, tile + (lane << gemm.group_shift), first_strip),
                     strips * kStripStepBytes, full);
       }
     }
@@ -140,16 +197,17 @@ struct HopperKernel {
     const uint4* activations = reinterpret_cast<const uint4*>(gemm.activations) + column;
     if constexpr (!kGateUp) wait_for_previous_kernel();
     Slot slot;
-    for (int unit = first_unit(); unit < launch.units; unit += gridDim.x) {
-      const WorkItem work = launch.work(gemm, unit);
-      const int end = launch.end_tile(gemm, unit);
+    Walk walk(gemm, launch);
+    for (Piece piece; walk.next(launch, piece);) {
+      const WorkItem work = launch.work(gemm, piece);
+      const int end = launch.end_tile(gemm, piece);
       uint32_t places[kTokensPerThread];  // in 16-byte vectors, so that 32 bits hold any
 #pragma unroll
       for (int i = 0; i < kTokensPerThread; ++i) {
         const int row = work.group.sorted_row(i * 8 / Tile::kPartTokens, i * 8 % Tile::kPartTokens + first);
         places[i] = row >= 0 ? activation_row<kGateUp>(gemm, row) * row_vectors : kNone;
       }
-      for (int tile = launch.first_tile(gemm, unit); tile < end; tile += Tile::kDepthTiles, slot.next()) {
+      for (int tile = launch.first_tile(piece); tile < end; tile += Tile::kDepthTiles, slot.next()) {
         barrier_wait(pipeline.empty(slot.index), slot.parity ^ 1);
         uint32_t to = pipeline.stage(slot.index) + offset;
         const uint4* from = activations + tile * 2;
@@ -164,45 +222,49 @@ struct HopperKernel {
     }
   }
 
-  // Multiplies a split of an item: kColumns0 tokens of part 0 and kColumns1 of part 1.  Stores it, unless other blocks
-  // have splits of the item that are still missing.
+  // Multiplies an item or a piece of one: kColumns0 tokens of part 0 and kColumns1 of part 1.  The block with an item's
+  // start stores it, with the sums that other blocks left of its other pieces.
   template <int kColumns0, int kColumns1>
   __device__ __forceinline__ static void consume(const GroupedGemm& gemm, const Pipeline& pipeline,
-                                                 const Launch& launch, int unit, const WorkItem& work, Slot& slot) {
+                                                 const Launch& launch, const Piece& piece, const WorkItem& work, Slot& slot) {
     const bool dense = work.dense(gemm);
-    float sums0[kColumns0 / 8][4] = {}, sums1[kColumns1 / 8 + (kColumns1 == 0)][4] = {};
+    constexpr int kTiles0 = kColumns0 / 8, kTiles1 = kColumns1 / 8, kTiles = kTiles0 + kTiles1;
+    float sums[Tile::kWarpStrips][kTiles][4] = {};  // of part 0, then of part 1
     const uint32_t table = shared_address(pipeline.table()) + threadIdx.x % 32 * 4;
     const Code code(dense, work.position(0), work.position(1), table);
-    const int depth_tiles = launch.end_tile(gemm, unit) - launch.first_tile(gemm, unit);
+    const int depth_tiles = launch.end_tile(gemm, piece) - launch.first_tile(piece);
     if constexpr (Tile::kWgmma)
-      multiply_wgmma<kColumns0, kColumns1>(depth_tiles, gemm.group_shift, pipeline, slot, code, sums0, sums1);
+      multiply_wgmma<kTiles0, kTiles1>(depth_tiles, gemm.group_shift, pipeline, slot, code, sums[0]);
     else
-      multiply_mma<kColumns0, kColumns1>(depth_tiles, gemm.group_shift, pipeline, slot, code, sums0, sums1);
+      multiply_mma<kTiles0, kTiles1>(depth_tiles, gemm.group_shift, pipeline, slot, code, sums);
 
-    if (launch.splits > 1) {
-      leave_partial(gemm, unit, 0, sums0);
-      if (kColumns1 > 0) leave_partial(gemm, unit, kColumns0 / 8, sums1);
-      if (!is_last(gemm, pipeline, launch.splits, unit)) return;
-      sum_partials(gemm, launch.splits, unit, 0, sums0);
-      if (kColumns1 > 0) sum_partials(gemm, launch.splits, unit, kColumns0 / 8, sums1);
+    if (Tile::kCuts && !launch.is_whole(piece)) {
+      if (piece.first_stage > 0) return leave_sums(gemm, sums);
+      add_sums(gemm, launch.last_dealer(piece), sums);
     }
-    store(gemm, pipeline, work, 0, Code::scale(dense), sums0);
-    if constexpr (kColumns1 > 0) store(gemm, pipeline, work, 1, Code::scale(dense), sums1);
+#pragma unroll
+    for (int s = 0; s < Tile::kWarpStrips; ++s) {
+      const int first_strip = work.row_tile * Tile::kStrips + s * Tile::kWarps;
+      store<0, kTiles0>(gemm, pipeline, work, 0, first_strip, Code::scale(dense), sums[s]);
+      if constexpr (kTiles1 > 0)
+        store<kTiles0, kTiles1>(gemm, pipeline, work, 1, first_strip, Code::scale(dense), sums[s]);
+    }
   }
 
-  // Stores a warpgroup's sums of one part, 32 tokens at a time, through shared memory: there its four warps' rows meet
+  // Stores the sums of one part and of a strip of each warp of a warpgroup, 32 tokens at a time, through shared memory: there its four warps' rows meet
   // and leave as whole lines of a token.
-  template <int kTiles>
+  template <int kFirst, int kTiles, int kAllTiles>
   __device__ __forceinline__ static void store(const GroupedGemm& gemm, const Pipeline& pipeline, const WorkItem& work,
-                                               int part, float scale, const float (&sums)[kTiles][4]) {
+                                               int part, int first_strip, float scale,
+                                               const float (&sums)[kAllTiles][4]) {
     constexpr int kStripBytesOut = kGateUp ? 16 : 32;  // of a token, from one strip
     constexpr int kVectors = 4 * kStripBytesOut / 16, kTokensPerPass = 128 / kVectors;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
     uint8_t* staging = pipeline.staging(group);
     const int width = kGateUp ? gemm.rows / 2 : gemm.rows;
     const int vector = threadIdx.x % kVectors, token = threadIdx.x % 128 / kVectors;
-    const int strip = work.row_tile * Tile::kStrips + group * 4 + vector * 16 / kStripBytesOut;
-    __nv_bfloat16* out = gemm.out + (work.row_tile * Tile::kStrips + group * 4) * (kStripBytesOut / 2) + vector * 8;
+    const int strip = first_strip + group * 4 + vector * 16 / kStripBytesOut;
+    __nv_bfloat16* out = gemm.out + (first_strip + group * 4) * (kStripBytesOut / 2) + vector * 8;
     const int count = uniform(work.group.count[part]);
 
 #pragma unroll
@@ -210,7 +272,7 @@ struct HopperKernel {
       if (first * 8 >= count) break;
       auto tile = [&](int t, int lower) {  // a lane's share of an 8 x 8 matrix; nothing beyond the last tile
         if (first + t >= kTiles) return 0u;
-        const float(&sum)[4] = sums[first + t < kTiles ? first + t : 0];
+        const float(&sum)[4] = sums[kFirst + (first + t < kTiles ? first + t : 0)];
         return kGateUp ? gated(sum, scale) : pack_bf16(sum[2 * lower] * scale, sum[2 * lower + 1] * scale);
       };
       const uint32_t row = shared_address(staging) + lane % 8 * kStagingPitch + warp * kStripBytesOut;
@@ -237,113 +299,125 @@ struct HopperKernel {
     }
   }
 
-  // The warp's tile of the slot's stage, and one lane's steps.
-  __device__ static const uint8_t* tile_at(const Pipeline& pipeline, const Slot& slot, int tile) {
-    return pipeline.stages + slot.index * kStageBytes + Tile::kTokenBytes + threadIdx.x / 32 * kStripBytes +
-           tile * Code::kTileBytes;
+  // A tile of the warp's strip number s in the slot's stage, which has `tiles` of each strip.
+  __device__ static const uint8_t* tile_at(const Pipeline& pipeline, const Slot& slot, int s, int tile, int tiles) {
+    return pipeline.stages + slot.index * kStageBytes + Tile::kTokenBytes + s * Tile::kWarps * kStripBytes +
+           (threadIdx.x / 32 * tiles + tile) * Code::kTileBytes;
   }
-  // One lane's steps of the stage's first two tiles, and of its others.
+  // One lane's steps of such a strip, of the stage's first two tiles and of its others.
   struct Steps {
     uint32_t first = 0, second = 0;
-    __device__ Steps(const Pipeline& pipeline, const Slot& slot, int group_shift) {
+    Steps() = default;
+    __device__ Steps(const Pipeline& pipeline, const Slot& slot, int s, int group_shift) {
       if constexpr (!Code::kHasSteps) return;
       static_assert(Tile::kDepthTiles == 2 * kMinGroupTiles);
-      const uint8_t* strip = pipeline.steps(slot.index) + threadIdx.x / 32 * kStripStepBytes + threadIdx.x % 32 / 4 * 4;
+      const uint8_t* strip = pipeline.steps(slot.index) + (s * Tile::kWarps + threadIdx.x / 32) * kStripStepBytes +
+                             threadIdx.x % 32 / 4 * 4;
       first = *reinterpret_cast<const uint32_t*>(strip);
       second = *reinterpret_cast<const uint32_t*>(strip + (kMinGroupTiles >> group_shift) * kGroupBytes);
     }
     __device__ uint32_t of(int tile) const { return tile < kMinGroupTiles ? first : second; }
   };
 
-  template <int kTiles>
-  __device__ static void set_zero(float (&sums)[kTiles][4]) {
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0;
-  }
-
-  // The stages of one split for one warpgroup, by mma.sync.
-  template <int kColumns0, int kColumns1>
+  // The stages of an item or piece for one warp, by mma.sync.
+  template <int kTiles0, int kTiles1>
   __device__ __forceinline__ static void multiply_mma(int depth_tiles, int group_shift, const Pipeline& pipeline,
-                                                      Slot& slot, const Code& code, float (&sums0)[kColumns0 / 8][4],
-                                                      float (&sums1)[kColumns1 / 8 + (kColumns1 == 0)][4]) {
-    constexpr int kTiles0 = kColumns0 / 8, kTiles = kTiles0 + kColumns1 / 8, kLoads = (kTiles + 1) / 2;
+                                                      Slot& slot, const Code& code,
+                                                      float (&sums)[Tile::kWarpStrips][kTiles0 + kTiles1][4]) {
+    constexpr int kTiles = kTiles0 + kTiles1, kLoads = (kTiles + 1) / 2, kWarpStrips = Tile::kWarpStrips;
+    // Steps multiply the products of a group, while registers can hold those beside the sums: a few tokens take fewer
+    // multiplications so than the weights would.
+    constexpr bool kKeepsProducts = Code::kHasSteps && kTiles * kWarpStrips <= 6;
+    constexpr bool kScalesWeights = Code::kHasSteps && !kKeepsProducts;
     const int lane = threadIdx.x % 32;
     // A load brings 16 columns of the depth for two tiles of tokens; lanes 16 and up give the addresses of the second.
     uint32_t rows[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int tile = min(2 * i + lane / 16, kTiles - 1);
-      rows[i] = ((tile < kTiles0 ? 0 : Tile::kPartTokens - kColumns0) + tile * 8 + lane % 8) * 128;
+      rows[i] = ((tile < kTiles0 ? 0 : Tile::kPartTokens - 8 * kTiles0) + tile * 8 + lane % 8) * 128;
     }
     const uint32_t swizzled = (lane / 8 % 2 ^ lane % 8) * 16;
-    // Sums of both parts' tiles in one array; with steps also the products of one group, which the step then
-    // multiplies: a few tokens take fewer multiplications so than the weights would.
-    float sums[kTiles][4] = {}, products[kTiles][4];
-    auto multiply_tile = [&](int t, float(&into)[kTiles][4]) __attribute__((always_inline)) {
-      uint32_t b[kLoads][4], a0[4], a1[4];
+    float products[kKeepsProducts ? kWarpStrips : 1][kTiles][4] = {};
+    auto multiply_tile = [&](int t, int tiles, const Steps(&steps)[kWarpStrips]) __attribute__((always_inline)) {
+      uint32_t b[kLoads][4];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) ldmatrix_x4(b[i], pipeline.stage(slot.index) + (rows[i] + (swizzled ^ t * 32)));
-      code.template decode<(kColumns1 > 0)>(code.load(tile_at(pipeline, slot, t), lane), a0, a1);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-        mma_m16n8k16(into[j], j < kTiles0 ? a0 : a1, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-    };
-    auto add_products = [&](uint32_t steps) __attribute__((always_inline)) {
-      const float upper = __uint_as_float(steps << 16), lower = __uint_as_float(steps & 0xFFFF0000u);
+      for (int s = 0; s < kWarpStrips; ++s) {
+        uint32_t a0[4], a1[4];
+        code.template decode<(kTiles1 > 0)>(code.load(tile_at(pipeline, slot, s, t, tiles), lane), a0, a1);
+        if constexpr (kScalesWeights) {
+          multiply_by_steps(a0, steps[s].of(t));
+          if constexpr (kTiles1 > 0) multiply_by_steps(a1, steps[s].of(t));
+        }
+        float(&into)[kTiles][4] = kKeepsProducts ? products[s] : sums[s];
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        sums[j][0] += upper * products[j][0], sums[j][1] += upper * products[j][1];
-        sums[j][2] += lower * products[j][2], sums[j][3] += lower * products[j][3];
-        products[j][0] = products[j][1] = products[j][2] = products[j][3] = 0;
+        for (int j = 0; j < kTiles; ++j)
+          mma_m16n8k16(into[j], j < kTiles0 ? a0 : a1, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
       }
     };
-    if constexpr (Code::kHasSteps) set_zero(products);
+    auto add_products = [&](int t, const Steps(&steps)[kWarpStrips]) __attribute__((always_inline)) {
+      if constexpr (!kKeepsProducts) return;
+#pragma unroll
+      for (int s = 0; s < kWarpStrips; ++s) {
+        const uint32_t step = steps[s].of(t);
+        const float upper = __uint_as_float(step << 16), lower = __uint_as_float(step & 0xFFFF0000u);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          float(&sum)[4] = sums[s][j], (&product)[4] = products[s][j];
+          sum[0] += upper * product[0], sum[1] += upper * product[1];
+          sum[2] += lower * product[2], sum[3] += lower * product[3];
+          product[0] = product[1] = product[2] = product[3] = 0;
+        }
+      }
+    };
     const bool stage_has_one_step = !Code::kHasSteps || 1 << group_shift >= Tile::kDepthTiles;
     for (int left = depth_tiles; left > 0; left -= Tile::kDepthTiles, slot.next()) {
       barrier_wait(pipeline.full(slot.index), slot.parity);
-      const Steps steps(pipeline, slot, group_shift);
-      float(&into)[kTiles][4] = Code::kHasSteps ? products : sums;
+      Steps steps[kWarpStrips];
+#pragma unroll
+      for (int s = 0; s < kWarpStrips; ++s) steps[s] = Steps(pipeline, slot, s, group_shift);
       if (left >= Tile::kDepthTiles && stage_has_one_step) {
 #pragma unroll
-        for (int t = 0; t < Tile::kDepthTiles; ++t) multiply_tile(t, into);
-        if constexpr (Code::kHasSteps) add_products(steps.first);
+        for (int s = 0; s < kWarpStrips; ++s) steps[s].second = steps[s].first;
+#pragma unroll
+        for (int t = 0; t < Tile::kDepthTiles; ++t) multiply_tile(t, Tile::kDepthTiles, steps);
+        add_products(0, steps);
       } else {
 #pragma unroll 1
         for (int t = 0; t < min(left, Tile::kDepthTiles); ++t) {
-          multiply_tile(t, into);
-          if constexpr (Code::kHasSteps) add_products(steps.of(t));
+          multiply_tile(t, min(left, Tile::kDepthTiles), steps);
+          add_products(t, steps);
         }
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(pipeline.empty(slot.index));
     }
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      float(&sum)[4] = j < kTiles0 ? sums0[j < kTiles0 ? j : 0] : sums1[j < kTiles0 ? 0 : j - kTiles0];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] = sums[j][i];
-    }
   }
 
   // The same by wgmma.
-  template <int kColumns0, int kColumns1>
+  template <int kTiles0, int kTiles1>
   __device__ __forceinline__ static void multiply_wgmma(int depth_tiles, int group_shift, const Pipeline& pipeline,
-                                                        Slot& slot, const Code& code, float (&sums0)[kColumns0 / 8][4],
-                                                        float (&sums1)[kColumns1 / 8 + (kColumns1 == 0)][4]) {
+                                                        Slot& slot, const Code& code,
+                                                        float (&sums)[kTiles0 + kTiles1][4]) {
+    float(&sums0)[kTiles0][4] = reinterpret_cast<float(&)[kTiles0][4]>(sums[0]);
+    float(&sums1)[kTiles1 + (kTiles1 == 0)][4] =
+        reinterpret_cast<float(&)[kTiles1 + (kTiles1 == 0)][4]>(sums[kTiles1 ? kTiles0 : 0]);
     using Words = typename Code::Words;
     const int lane = threadIdx.x % 32;
     auto multiply_tile = [&](const Words& words, uint32_t steps, int tile) __attribute__((always_inline)) {
       uint32_t a0[4], a1[4];
-      code.template decode<(kColumns1 > 0)>(words, a0, a1);
+      code.template decode<(kTiles1 > 0)>(words, a0, a1);
       if constexpr (Code::kHasSteps) {
         multiply_by_steps(a0, steps);
-        if constexpr (kColumns1 > 0) multiply_by_steps(a1, steps);
+        if constexpr (kTiles1 > 0) multiply_by_steps(a1, steps);
       }
       const uint32_t tokens = pipeline.stage(slot.index) + tile * 32;
       wgmma_fence();
-      wgmma_m64k16<kColumns0>(sums0, a0, wgmma_descriptor(tokens));
-      if constexpr (kColumns1 > 0)
-        wgmma_m64k16<kColumns1>(sums1, a1, wgmma_descriptor(tokens + Tile::kPartTokens * 128));
+      wgmma_m64k16<8 * kTiles0>(sums0, a0, wgmma_descriptor(tokens));
+      if constexpr (kTiles1 > 0)
+        wgmma_m64k16<8 * kTiles1>(sums1, a1, wgmma_descriptor(tokens + Tile::kPartTokens * 128));
       wgmma_commit();
     };
     int finished = -1;  // slot whose products are still in flight
@@ -355,10 +429,10 @@ struct HopperKernel {
     for (int whole = depth_tiles / Tile::kDepthTiles; whole > 0; --whole) {
       barrier_wait(pipeline.full(slot.index), slot.parity);
       fence_async_proxy();
-      const Steps steps(pipeline, slot, group_shift);
+      const Steps steps(pipeline, slot, 0, group_shift);
       Words words[Tile::kDepthTiles];
 #pragma unroll
-      for (int t = 0; t < Tile::kDepthTiles; ++t) words[t] = code.load(tile_at(pipeline, slot, t), lane);
+      for (int t = 0; t < Tile::kDepthTiles; ++t) words[t] = code.load(tile_at(pipeline, slot, 0, t, Tile::kDepthTiles), lane);
 #pragma unroll
       for (int t = 0; t < Tile::kDepthTiles; ++t) {
         multiply_tile(words[t], steps.of(t), t);
@@ -373,10 +447,10 @@ struct HopperKernel {
     if (const int rest = depth_tiles % Tile::kDepthTiles) {
       barrier_wait(pipeline.full(slot.index), slot.parity);
       fence_async_proxy();
-      const Steps steps(pipeline, slot, group_shift);
+      const Steps steps(pipeline, slot, 0, group_shift);
 #pragma unroll 1
       for (int t = 0; t < rest; ++t) {
-        multiply_tile(code.load(tile_at(pipeline, slot, t), lane), steps.of(t), t);
+        multiply_tile(code.load(tile_at(pipeline, slot, 0, t, rest), lane), steps.of(t), t);
         wgmma_wait<0>();
       }
       finished = slot.index;
@@ -385,51 +459,50 @@ struct HopperKernel {
     }
   }
 
-  // Where this lane's sums of a split and token tile wait for the other splits'.
-  __device__ static float4* partial(const GroupedGemm& gemm, int unit, int tile) {
+  // Where the sums of the piece that a dealer leaves are, this lane's of one token tile; and whether they are there.
+  __device__ static float4* left_sums(const GroupedGemm& gemm, int dealer, int s, int tile) {
     constexpr int kTiles = Tile::kTokens / 8;
-    return gemm.partials + ((unit * Tile::kStrips + threadIdx.x / 32) * kTiles + tile) * 32 + threadIdx.x % 32;
+    const int strip = s * Tile::kWarps + threadIdx.x / 32;
+    return gemm.partials + ((block_of(dealer) * Tile::kStrips + strip) * kTiles + tile) * 32 + threadIdx.x % 32;
+  }
+  __device__ static int* left_flag(const GroupedGemm& gemm, int dealer) {
+    return gemm.arrivals + block_of(dealer) * Tile::kConsumers + threadIdx.x / 128;
   }
 
+  // Leaves the sums of a piece that is not an item's start; a block has one at most, its first.
   template <int kTiles>
-  __device__ static void leave_partial(const GroupedGemm& gemm, int unit, int first_tile,
-                                       const float (&sums)[kTiles][4]) {
+  __device__ static void leave_sums(const GroupedGemm& gemm, const float (&sums)[Tile::kWarpStrips][kTiles][4]) {
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-      __stcg(partial(gemm, unit, first_tile + j), make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]));
-  }
-
-  // Whether all splits of the unit's item are there for this warpgroup's rows.
-  __device__ static bool is_last(const GroupedGemm& gemm, const Pipeline& pipeline, int splits, int unit) {
-    const int group = threadIdx.x / 128;
-    int* earlier = reinterpret_cast<int*>(pipeline.staging(group));
-    __threadfence();
-    warpgroup_barrier(1 + group);
-    int* arrivals = gemm.arrivals + unit / splits * Tile::kConsumers + group;
-    if (threadIdx.x % 128 == 0) {
-      *earlier = atomicAdd(arrivals, 1);
-      if (*earlier == splits - 1) *arrivals = 0;  // for the next launch
-    }
-    warpgroup_barrier(1 + group);
-    const bool last = uniform(*earlier) == splits - 1;
-    warpgroup_barrier(1 + group);  // the staging is free again
-    __threadfence();
-    return last;
-  }
-
-  // The sum over the splits of the unit's item in their order, whichever came last.
-  template <int kTiles>
-  __device__ static void sum_partials(const GroupedGemm& gemm, int splits, int unit, int first_tile,
-                                      float (&sums)[kTiles][4]) {
-    const int first = unit / splits * splits;
+    for (int s = 0; s < Tile::kWarpStrips; ++s)
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      float4 sum = __ldcg(partial(gemm, first, first_tile + j));
-      for (int split = 1; split < splits; ++split) {
-        const float4 other = __ldcg(partial(gemm, first + split, first_tile + j));
-        sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+      for (int j = 0; j < kTiles; ++j) {
+        const float(&sum)[4] = sums[s][j];
+        __stcg(left_sums(gemm, own_dealer(), s, j), make_float4(sum[0], sum[1], sum[2], sum[3]));
       }
-      sums[j][0] = sum.x, sums[j][1] = sum.y, sums[j][2] = sum.z, sums[j][3] = sum.w;
+    warpgroup_barrier(1 + threadIdx.x / 128);
+    if (threadIdx.x % 128 == 0) {
+      __threadfence();
+      store_release(left_flag(gemm, own_dealer()), 1);
+    }
+  }
+
+  // Adds the sums that the next dealers up to the last have left, in their order.
+  template <int kTiles>
+  __device__ static void add_sums(const GroupedGemm& gemm, int last_dealer, float (&sums)[Tile::kWarpStrips][kTiles][4]) {
+    for (int dealer = own_dealer() + 1; dealer <= last_dealer; ++dealer) {
+      if (threadIdx.x % 128 == 0) {
+        while (!load_acquire(left_flag(gemm, dealer))) {
+        }
+        *left_flag(gemm, dealer) = 0;  // for the next launch
+      }
+      warpgroup_barrier(1 + threadIdx.x / 128);
+#pragma unroll
+      for (int s = 0; s < Tile::kWarpStrips; ++s)
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const float4 other = __ldcg(left_sums(gemm, dealer, s, j));
+          sums[s][j][0] += other.x, sums[s][j][1] += other.y, sums[s][j][2] += other.z, sums[s][j][3] += other.w;
+        }
     }
   }
 
@@ -437,24 +510,25 @@ struct HopperKernel {
   // time, and deciding outside the loop over the stages leaves nothing in it that the compiler takes for divergence.
   template <int kColumns0, int kColumns1>
   __device__ __forceinline__ static void consume_columns(const GroupedGemm& gemm, const Pipeline& pipeline,
-                                                         const Launch& launch, int unit, const WorkItem& work,
+                                                         const Launch& launch, const Piece& piece, const WorkItem& work,
                                                          int count0, int count1, Slot& slot) {
     constexpr int kStep = Tile::kWidthStep;
     if constexpr (kColumns1 == 0 && kColumns0 < Tile::kPartTokens)
       if (count0 > kColumns0)
-        return consume_columns<kColumns0 + kStep, 0>(gemm, pipeline, launch, unit, work, count0, count1, slot);
+        return consume_columns<kColumns0 + kStep, 0>(gemm, pipeline, launch, piece, work, count0, count1, slot);
     if constexpr (kColumns1 < Tile::kPartTokens)
       if (count1 > kColumns1)
-        return consume_columns<kColumns0, kColumns1 + kStep>(gemm, pipeline, launch, unit, work, count0, count1, slot);
-    consume<kColumns0, kColumns1>(gemm, pipeline, launch, unit, work, slot);
+        return consume_columns<kColumns0, kColumns1 + kStep>(gemm, pipeline, launch, piece, work, count0, count1, slot);
+    consume<kColumns0, kColumns1>(gemm, pipeline, launch, piece, work, slot);
   }
 
   __device__ __forceinline__ static void consume_all(const GroupedGemm& gemm, const Pipeline& pipeline,
                                                      const Launch& launch) {
     Slot slot;
-    for (int unit = first_unit(); unit < launch.units; unit += gridDim.x) {
-      const WorkItem work = launch.work(gemm, unit);
-      consume_columns<Tile::kWidthStep, 0>(gemm, pipeline, launch, unit, work, uniform(work.group.count[0]),
+    Walk walk(gemm, launch);
+    for (Piece piece; walk.next(launch, piece);) {
+      const WorkItem work = launch.work(gemm, piece);
+      consume_columns<Tile::kWidthStep, 0>(gemm, pipeline, launch, piece, work, uniform(work.group.count[0]),
                                            uniform(work.group.count[1]), slot);
     }
   }

@@ -20,9 +20,9 @@ using Mma64 = MmaTile<64, 4, 1, 2, 64, 3>;
 }  // namespace
 
 extern const Kernel kMmaKernels[] = {
-    {"mma8", Mma8::kPartTokens, false, 80, 999, launch<Gemm, Mma8>},
-    {"mma16", Mma16::kPartTokens, false, 80, 999, launch<Gemm, Mma16>},
-    {"mma32", Mma32::kPartTokens, false, 80, 999, launch<Gemm, Mma32>},
-    {"mma64", Mma64::kPartTokens, false, 80, 999, launch<Gemm, Mma64>},
+    {"mma8", Mma8::kPartTokens, 0, 80, 999, launch<Gemm, Mma8>},
+    {"mma16", Mma16::kPartTokens, 0, 80, 999, launch<Gemm, Mma16>},
+    {"mma32", Mma32::kPartTokens, 0, 80, 999, launch<Gemm, Mma32>},
+    {"mma64", Mma64::kPartTokens, 0, 80, 999, launch<Gemm, Mma64>},
 };
 extern const int kMmaKernelCount = sizeof kMmaKernels / sizeof *kMmaKernels;

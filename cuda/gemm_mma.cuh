@@ -36,7 +36,7 @@ struct MmaKernel {
   static constexpr int kSharedBytes = kTableBytes + kStages * kStageBytes + Tile::kSumBytes;
 
   // Token tiles that are multiplied or skipped together: of one part, or one of each where a part is a single tile.
-  static constexpr int kBlockTiles = Tile::kPartTokens < 64 ? 2 : 4;
+  static constexpr int kTokenBlock = Tile::kPartTokens < 64 ? 2 : 4;
   using Accumulators = float[Tile::kWarpStrips][Tile::kTokenTiles][4];
 
   // Copies one item's stages in order; knows nothing of what is computed.
@@ -47,7 +47,7 @@ struct MmaKernel {
     int item, slot = 0, tile = 0;  // of the next stage
     WorkItem work, next;           // read one item ahead, since its reads depend on one another
     int strips;
-    const uint8_t* weights;        // this thread's first chunk of the stage
+    const uint8_t* weights;        // of the item's unit
 
     // Words: threads copy the chunks that are kPassBytes apart in the stage, whole strips or whole parts of a strip.
     static constexpr int kBlockBytes = Tile::kThreads * 16;
@@ -76,9 +76,7 @@ struct MmaKernel {
       work = next;
       if (item + gridDim.x < items) next = WorkItem(gemm, first_group, item + gridDim.x, row_tiles);
       strips = gemm.rows / 16 - work.row_tile * Tile::kStrips;
-      const int strip = work.row_tile * Tile::kStrips + threadIdx.x * 16 / kStripBytes;
-      weights = unit_weights<Code>(gemm, work.group.unit) + int64_t(strip) * (gemm.depth / 16) * Code::kTileBytes +
-                threadIdx.x * 16 % kStripBytes;
+      weights = unit_weights<Code>(gemm, work.group.unit);
 #pragma unroll
       for (int i = 0; i < kTokenChunks; ++i) {
         const int token = threadIdx.x / kRowChunks + i * kTokenStep;
@@ -93,16 +91,16 @@ struct MmaKernel {
         const int tiles = gemm.depth / 16;
         uint32_t to = shared_address(shared + slot * kStageBytes) + threadIdx.x * 16;
         asm("" : "+r"(to));  // else it is computed anew for every copy
-        const int64_t strip_stride = int64_t(tiles) * Code::kTileBytes;
-        const int64_t pass = kPassBytes < kStripBytes ? kPassBytes : kPassBytes / kStripBytes * strip_stride;
 #pragma unroll
         for (int i = 0; i < kWordChunks; ++i) {
-          const int at = threadIdx.x * 16 + i * kPassBytes;
           if (kPassBytes < kBlockBytes && threadIdx.x * 16 >= kPassBytes) break;
-          if (at / kStripBytes < strips && at % kStripBytes < (tiles - tile) * Code::kTileBytes)
-            cp_async_16(to + i * kPassBytes, weights + i * pass);
+          const int at = threadIdx.x * 16 + i * kPassBytes, byte = at % kStripBytes;
+          const int strip = at / kStripBytes, own_tile = tile + byte / Code::kTileBytes;
+          if (strip < strips && own_tile < tiles)
+            cp_async_16(to + i * kPassBytes,
+                        weights + tile_offset<Code>(gemm, work.row_tile * Tile::kStrips + strip, own_tile) +
+                            byte % Code::kTileBytes);
         }
-        weights += kStripBytes;
 
         const int column = threadIdx.x % kRowChunks, token = threadIdx.x / kRowChunks;
         to += kWeightBytes - threadIdx.x * 16 + token * Tile::kDepth * 2 + (column ^ (token & 7)) * 16;
@@ -163,13 +161,13 @@ struct MmaKernel {
         }
       }
 #pragma unroll
-      for (int block = 0; block < Tile::kTokenTiles; block += kBlockTiles) {
+      for (int block = 0; block < Tile::kTokenTiles; block += kTokenBlock) {
         const int part0 = block * 8 / Tile::kPartTokens, part1 = (block + 1) * 8 / Tile::kPartTokens;
         const bool some0 = block * 8 % Tile::kPartTokens < group.count[part0];
         const bool some1 = part0 == part1 ? some0 : group.count[part1] > 0;
         if (!some0 && !some1) continue;
 #pragma unroll
-        for (int j = block; j < block + kBlockTiles; j += 2) {
+        for (int j = block; j < block + kTokenBlock; j += 2) {
           uint32_t b[4];
           const int token = j * 8 + lane % 8 + (lane / 16) * 8, column = tile * 2 + (lane / 8) % 2;
           ldmatrix_x4(b, tokens + token * Tile::kDepth * 2 + ((column ^ (token & 7)) * 16));

@@ -1,7 +1,5 @@
 // What the two grouped GEMM kernels share: the work items, which strip of which weights they read, the epilogues.
 #pragma once
-#include <climits>
-
 #include "ptx.cuh"
 #include "words.cuh"
 
@@ -32,8 +30,8 @@ struct GroupedGemm {
   const int* sorted_slots;          // (token, k) slot of every row in expert order
   const TokenGroup* groups;
   const int *first_group, *end_group;  // the launch's groups
-  float4* partials;                 // [kMaxPartials] tiles of 128 rows: sums of items whose depth is split
-  int* arrivals;                    // [kMaxArrivals], zero before and after: how many splits of 64 rows are there
+  float4* partials;                 // [kMaxBlocks] sums of pieces of items; null: cut none
+  int* arrivals;                    // [kMaxArrivals], zero before and after: whether a warpgroup's sums are there
   int topk, pairs;
   int rows, depth;                  // of a unit's weight matrix
   int group_shift;                  // log2 of the tiles that share a step
@@ -56,21 +54,8 @@ constexpr int kMinGroupTiles = 2;
 // Tells the compiler that all lanes of the warp hold the same value.
 __device__ inline int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
-constexpr int kMaxPartials = 1024, kMaxArrivals = kMaxPartials / 2 * 2;
-
-// Into how many splits of its depth each item is cut; the same for all, so that no sum depends on which item a token
-// falls into.  A block can read up to half again as fast as its even share of the memory bandwidth, so work need not be
-// quite even; adding up splits costs about as much as a few stages.
-__device__ inline int choose_splits(int items, int stages, int blocks, int most) {
-  constexpr int kSumStages = 4;
-  int best = 1, best_time = INT_MAX;
-  for (int splits = 1; splits <= min(most, stages) && (splits == 1 || items * splits <= kMaxPartials); ++splits) {
-    const int longest = (items * splits + blocks - 1) / blocks * ((stages + splits - 1) / splits);
-    const int time = max(items * stages / blocks, longest * 2 / 3) + (splits > 1 ? kSumStages : 0);
-    if (time < best_time) best = splits, best_time = time;
-  }
-  return best;
-}
+constexpr int kMaxBlocks = 512;  // of a launch that cuts items
+constexpr int kMaxArrivals = 2 * kMaxBlocks;
 
 // The items of a launch are its groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row
 // tiles, then the next band, so that a band's words and the unit's tokens stay in the L2 cache between its groups.
@@ -111,6 +96,16 @@ __device__ inline const uint8_t* unit_weights(const GroupedGemm& gemm, int unit)
   const int64_t bytes = int64_t(gemm.rows / 16) * (gemm.depth / 16) * Code::kTileBytes;
   if (!Code::kReadsDense || unit < gemm.pairs) return gemm.words + unit * bytes;
   return gemm.dense + (unit - gemm.pairs) * bytes;
+}
+
+// Where a tile is among its unit's: see the order in words.cuh.
+template <class Code>
+__device__ inline int64_t tile_offset(const GroupedGemm& gemm, int strip, int tile) {
+  const int tiles = gemm.depth / 16, first_strip = strip / kBlockStrips * kBlockStrips;
+  const int first_tile = tile / kBlockTiles * kBlockTiles;
+  const int strips = min(kBlockStrips, gemm.rows / 16 - first_strip), width = min(kBlockTiles, tiles - first_tile);
+  return (int64_t(first_strip) * tiles + first_tile * strips + (strip - first_strip) * width + tile - first_tile) *
+         Code::kTileBytes;
 }
 
 // First byte of the steps of a pair's strip, in the group that holds a tile of the depth.

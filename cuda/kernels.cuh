@@ -1,5 +1,6 @@
 // The kernel variants that a caller may choose from.
 #pragma once
+#include <algorithm>
 #include <atomic>
 
 #include "grouped.cuh"
@@ -10,7 +11,7 @@ constexpr int kMaxDevices = 64;
 struct Kernel {
   const char* name;
   int part_tokens;
-  bool splits;  // the depth of items: needs room for partial sums
+  int piece_floats;  // of the sums of a piece of an item, 0: cuts none
   int min_capability;  // 10 * major + minor
   int max_capability;
   // Launches one of the two products on as many blocks as the device holds at once.
@@ -36,7 +37,7 @@ cudaError_t resident_blocks(Function kernel, int threads, int shared_bytes, std:
   if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes);
   if (!error && per_multiprocessor == 0) error = cudaErrorLaunchOutOfResources;
-  if (!error) known[device] = blocks = multiprocessors * per_multiprocessor;
+  if (!error) known[device] = blocks = std::min(multiprocessors * per_multiprocessor, kMaxBlocks);
   return error;
 }
 

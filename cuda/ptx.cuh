@@ -42,6 +42,16 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
+// Publishes what this thread and those it synchronised with have written, to whoever reads the value by load_acquire.
+__device__ inline void store_release(int* address, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+__device__ inline int load_acquire(const int* address) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
 // Programmatic dependent launch: a kernel may start while the one before it runs, and waits before it reads what that
 // one wrote.  Without the launch attribute, and before Hopper, both do nothing.
 __device__ inline void wait_for_previous_kernel() {

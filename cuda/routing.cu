@@ -5,7 +5,6 @@
 namespace {
 
 constexpr int kPlanThreads = kMaxExperts;  // one per expert
-constexpr int kOneBlockSlots = 4096;       // one block sorts this many faster than three launches do
 constexpr int kChunk = 2048;               // slots that one block of the large sort counts and scatters
 
 // Local expert of a slot, or -1.
@@ -69,28 +68,44 @@ __device__ int plan(const Routing& routing, int part_tokens, int count) {
   return before.x;
 }
 
+// A warp's slots keep their order within an expert, and warps keep theirs, so that equal inputs give equal orders.
 __global__ __launch_bounds__(kPlanThreads) void route_one_block(Routing routing, int part_tokens) {
+  constexpr int kWarps = kPlanThreads / 32;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  __shared__ int cursors[kMaxExperts];
-  cursors[threadIdx.x] = 0;
-  int experts[kOneBlockSlots / kPlanThreads];
+  __shared__ uint16_t counts[kWarps][kMaxExperts];  // of a warp's slots, then those of the warps before it
+  __shared__ int begins[kMaxExperts];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int e = lane; e < kMaxExperts; e += 32) counts[warp][e] = 0;
+  __syncwarp();
+  int experts[kOneBlockSlots / kPlanThreads], ranks[kOneBlockSlots / kPlanThreads];
 #pragma unroll
   for (int i = 0; i < kOneBlockSlots / kPlanThreads; ++i) {
     const int slot = threadIdx.x + i * kPlanThreads;
     experts[i] = slot < routing.slots ? local_expert(routing, slot) : -1;
   }
-  __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kOneBlockSlots / kPlanThreads; ++i)
-    if (experts[i] >= 0) atomicAdd(&cursors[experts[i]], 1);
+  for (int i = 0; i < kOneBlockSlots / kPlanThreads; ++i) {
+    if (i * kPlanThreads >= routing.slots) break;
+    const uint32_t same = __match_any_sync(~0u, experts[i]), before = same & ((1u << lane) - 1);
+    if (experts[i] >= 0) ranks[i] = counts[warp][experts[i]] + __popc(before);
+    __syncwarp();
+    if (experts[i] >= 0 && before == 0) counts[warp][experts[i]] += __popc(same);
+    __syncwarp();
+  }
   __syncthreads();
-  cursors[threadIdx.x] = plan(routing, part_tokens, cursors[threadIdx.x]);
+  int count = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    const int own = counts[w][threadIdx.x];
+    counts[w][threadIdx.x] = count;
+    count += own;
+  }
+  begins[threadIdx.x] = plan(routing, part_tokens, count);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kOneBlockSlots / kPlanThreads; ++i)
     if (experts[i] >= 0)
-      routing.sorted_slots[atomicAdd(&cursors[experts[i]], 1)] = threadIdx.x + i * kPlanThreads;
+      routing.sorted_slots[begins[experts[i]] + counts[warp][experts[i]] + ranks[i]] = threadIdx.x + i * kPlanThreads;
 }
 
 __global__ void count_slots(Routing routing) {

@@ -144,6 +144,20 @@ def tile(matrix: Tensor, gate_up: bool) -> Tensor:
     return tiles.permute(strip, 3, 2, 5, 4, half, 6).reshape(rows // 16, columns // 16, 256)
 
 
+def blocks(tiles: Tensor) -> Tensor:
+    """Tiles [N/16, K/16, ...] in the order in which the kernels read them: blocks of 8 strips x 4 tiles (cuda/words.cuh).
+
+    Returns a copy of the same size, one-dimensional.
+    """
+    pieces = []
+    for strips in tiles.split(tiles.shape[0] // 8 * 8 or 8):
+        strips = strips.unflatten(0, (-1, min(8, strips.shape[0])))
+        whole = strips.shape[2] // 4 * 4
+        by_block = [strips[:, :, :whole].unflatten(2, (-1, 4)).transpose(1, 2), strips[:, :, whole:]]
+        pieces.append(torch.cat([part.flatten(1) for part in by_block], dim=1).flatten())
+    return torch.cat(pieces)
+
+
 def tile_steps(grid: Tensor, gate_up: bool) -> Tensor:
     """Steps [N, groups] in the order of cuda/words.cuh, [groups, N/16, 8, 2]."""
     rows, groups = grid.shape
@@ -164,9 +178,9 @@ def prepare(weights: ExpertWeights) -> None:
     ):
         for matrix in words.detach():
             elements = code.unpack(matrix) if isinstance(code, GridCode) else matrix
-            matrix.copy_(kernel_words(tile(elements, gate_up), code.name).view_as(matrix))
+            matrix.copy_(blocks(kernel_words(tile(elements, gate_up), code.name)).view_as(matrix))
         for matrix in dense.detach():
-            matrix.copy_(tile(matrix, gate_up).view_as(matrix))
+            matrix.copy_(blocks(tile(matrix, gate_up)).view_as(matrix))
         for steps in grid.detach() if grid is not None else ():
             steps.copy_(tile_steps(steps, gate_up).reshape(steps.shape))
 
