@@ -5,6 +5,8 @@
 // mma.sync lets it run on where wgmma's registers would have to be waited for.
 #pragma once
 #define PM_HOPPER
+#include <type_traits>
+
 #include "grouped.cuh"
 
 template <bool kWgmma_, int kPartTokens_, int kWidthStep_, int kWarpStrips_, bool kCuts_, int kBlocks_>
@@ -27,6 +29,9 @@ struct HopperTile {
   static constexpr int kPieceFloats = kCuts ? 16 * kStrips * kTokens : 0;  // of a piece's sums
   static_assert(kWarpStrips == 1 || !kWgmma);
 };
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
 
 template <class Code, class Tile, bool kGateUp>
 struct HopperKernel {
@@ -80,6 +85,10 @@ struct HopperKernel {
     __device__ static int first_tile(const Piece& piece) { return piece.first_stage * Tile::kDepthTiles; }
     __device__ static int end_tile(const GroupedGemm& gemm, const Piece& piece) {
       return min(piece.end_stage * Tile::kDepthTiles, gemm.depth / 16);
+    }
+
+    __device__ static int tiles(const GroupedGemm& gemm, const Piece& piece) {
+      return end_tile(gemm, piece) - first_tile(piece);
     }
 
     // First of the dealt stages that a dealer gets, and the dealer that gets one of them.
@@ -204,7 +213,9 @@ struct HopperKernel {
       uint32_t places[kTokensPerThread];  // in 16-byte vectors, so that 32 bits hold any
 #pragma unroll
       for (int i = 0; i < kTokensPerThread; ++i) {
-        const int row = work.group.sorted_row(i * 8 / Tile::kPartTokens, i * 8 % Tile::kPartTokens + first);
+        const int row = Tile::kWgmma
+                            ? work.group.sorted_row(i * 8 / Tile::kPartTokens, i * 8 % Tile::kPartTokens + first)
+                            : work.group.joined_row(i * 8 + first);
         places[i] = row >= 0 ? activation_row<kGateUp>(gemm, row) * row_vectors : kNone;
       }
       for (int tile = launch.first_tile(piece); tile < end; tile += Tile::kDepthTiles, slot.next()) {
@@ -222,41 +233,67 @@ struct HopperKernel {
     }
   }
 
-  // Multiplies an item or a piece of one: kColumns0 tokens of part 0 and kColumns1 of part 1.  The block with an item's
-  // start stores it, with the sums that other blocks left of its other pieces.
+  // Multiplies an item or a piece of one by wgmma: kColumns0 tokens of part 0 and kColumns1 of part 1.
   template <int kColumns0, int kColumns1>
-  __device__ __forceinline__ static void consume(const GroupedGemm& gemm, const Pipeline& pipeline,
-                                                 const Launch& launch, const Piece& piece, const WorkItem& work, Slot& slot) {
+  __device__ __forceinline__ static void consume_wgmma(const GroupedGemm& gemm, const Pipeline& pipeline,
+                                                       const Launch& launch, const Piece& piece, const WorkItem& work,
+                                                       Slot& slot) {
+    constexpr int kTiles0 = kColumns0 / 8, kTiles1 = kColumns1 / 8;
+    float sums[1][kTiles0 + kTiles1][4] = {};  // of part 0, then of part 1
     const bool dense = work.dense(gemm);
-    constexpr int kTiles0 = kColumns0 / 8, kTiles1 = kColumns1 / 8, kTiles = kTiles0 + kTiles1;
-    float sums[Tile::kWarpStrips][kTiles][4] = {};  // of part 0, then of part 1
-    const uint32_t table = shared_address(pipeline.table()) + threadIdx.x % 32 * 4;
-    const Code code(dense, work.position(0), work.position(1), table);
-    const int depth_tiles = launch.end_tile(gemm, piece) - launch.first_tile(piece);
-    if constexpr (Tile::kWgmma)
-      multiply_wgmma<kTiles0, kTiles1>(depth_tiles, gemm.group_shift, pipeline, slot, code, sums[0]);
-    else
-      multiply_mma<kTiles0, kTiles1>(depth_tiles, gemm.group_shift, pipeline, slot, code, sums);
-
-    if (Tile::kCuts && !launch.is_whole(piece)) {
-      if (piece.first_stage > 0) return leave_sums(gemm, sums);
-      add_sums(gemm, launch.last_dealer(piece), sums);
-    }
-#pragma unroll
-    for (int s = 0; s < Tile::kWarpStrips; ++s) {
-      const int first_strip = work.row_tile * Tile::kStrips + s * Tile::kWarps;
-      store<0, kTiles0>(gemm, pipeline, work, 0, first_strip, Code::scale(dense), sums[s]);
-      if constexpr (kTiles1 > 0)
-        store<kTiles0, kTiles1>(gemm, pipeline, work, 1, first_strip, Code::scale(dense), sums[s]);
-    }
+    const Code code(dense, work.position(0), work.position(1), own_table(pipeline));
+    multiply_wgmma<kTiles0, kTiles1>(launch.tiles(gemm, piece), gemm.group_shift, pipeline, slot, code, sums[0]);
+    if (!complete(gemm, launch, piece, sums)) return;
+    auto store_part = [&](auto first, auto tiles, int part) __attribute__((always_inline)) {
+      store<first.value, tiles.value>(gemm, pipeline, work.row_tile * Tile::kStrips, Code::scale(dense), sums[0],
+                                      uniform(work.group.count[part]),
+                                      [&](int token) { return work.group.sorted_row(part, token); });
+    };
+    store_part(Constant<0>{}, Constant<kTiles0>{}, 0);
+    if constexpr (kTiles1 > 0) store_part(Constant<kTiles0>{}, Constant<kTiles1>{}, 1);
   }
 
-  // Stores the sums of one part and of a strip of each warp of a warpgroup, 32 tokens at a time, through shared memory: there its four warps' rows meet
-  // and leave as whole lines of a token.
-  template <int kFirst, int kTiles, int kAllTiles>
-  __device__ __forceinline__ static void store(const GroupedGemm& gemm, const Pipeline& pipeline, const WorkItem& work,
-                                               int part, int first_strip, float scale,
-                                               const float (&sums)[kAllTiles][4]) {
+  // The same by mma.sync: both parts' tokens, joined, in kTiles tiles of eight.
+  template <int kTiles>
+  __device__ __forceinline__ static void consume_mma(const GroupedGemm& gemm, const Pipeline& pipeline,
+                                                     const Launch& launch, const Piece& piece, const WorkItem& work,
+                                                     int count, Slot& slot) {
+    float sums[Tile::kWarpStrips][kTiles][4] = {};
+    const bool dense = work.dense(gemm);
+    const Code code(dense, 0, 1, own_table(pipeline));
+    multiply_mma<kTiles>(launch.tiles(gemm, piece), gemm.group_shift, work.group, pipeline, slot, code, sums);
+    if (!complete(gemm, launch, piece, sums)) return;
+#pragma unroll
+    for (int s = 0; s < Tile::kWarpStrips; ++s)
+      store<0, kTiles>(gemm, pipeline, work.row_tile * Tile::kStrips + s * Tile::kWarps, Code::scale(dense), sums[s],
+                       count, [&](int token) { return work.group.joined_row(token); });
+  }
+
+  // Whether the sums of a piece are an item's, with those that other blocks left of its other pieces: so they are for
+  // the block with its start.
+  template <int kTiles>
+  __device__ __forceinline__ static bool complete(const GroupedGemm& gemm, const Launch& launch, const Piece& piece,
+                                                  float (&sums)[Tile::kWarpStrips][kTiles][4]) {
+    if (!Tile::kCuts || launch.is_whole(piece)) return true;
+    if (piece.first_stage > 0) {
+      leave_sums(gemm, sums);
+      return false;
+    }
+    add_sums(gemm, launch.last_dealer(piece), sums);
+    return true;
+  }
+
+  __device__ static uint32_t own_table(const Pipeline& pipeline) {
+    return shared_address(pipeline.table()) + threadIdx.x % 32 * 4;
+  }
+
+  // Stores sums of a strip of each warp of a warpgroup, kTiles tiles from the kFirst on, 32 tokens at a time, through
+  // shared memory: there its four warps' rows meet and leave as whole lines of a token.  sorted_row(token) gives the row
+  // in expert order, below 0 beyond the last.
+  template <int kFirst, int kTiles, int kAllTiles, class SortedRow>
+  __device__ __forceinline__ static void store(const GroupedGemm& gemm, const Pipeline& pipeline, int first_strip,
+                                               float scale, const float (&sums)[kAllTiles][4], int count,
+                                               SortedRow sorted_row) {
     constexpr int kStripBytesOut = kGateUp ? 16 : 32;  // of a token, from one strip
     constexpr int kVectors = 4 * kStripBytesOut / 16, kTokensPerPass = 128 / kVectors;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
@@ -265,7 +302,6 @@ struct HopperKernel {
     const int vector = threadIdx.x % kVectors, token = threadIdx.x % 128 / kVectors;
     const int strip = first_strip + group * 4 + vector * 16 / kStripBytesOut;
     __nv_bfloat16* out = gemm.out + (first_strip + group * 4) * (kStripBytesOut / 2) + vector * 8;
-    const int count = uniform(work.group.count[part]);
 
 #pragma unroll
     for (int first = 0; first < kTiles; first += 4) {
@@ -289,9 +325,9 @@ struct HopperKernel {
       warpgroup_barrier(1 + group);
 #pragma unroll
       for (int at = token; at < 32; at += kTokensPerPass) {
-        const int sorted_row = work.group.sorted_row(part, first * 8 + at);
-        if (sorted_row < 0 || strip >= gemm.rows / 16) continue;
-        const int64_t place = kGateUp ? sorted_row : gemm.sorted_slots[sorted_row];
+        const int row = sorted_row(first * 8 + at);
+        if (row < 0 || strip >= gemm.rows / 16) continue;
+        const int64_t place = kGateUp ? row : gemm.sorted_slots[row];
         *reinterpret_cast<uint4*>(out + place * width) =
             *reinterpret_cast<const uint4*>(staging + at * kStagingPitch + vector * 16);
       }
@@ -319,12 +355,14 @@ struct HopperKernel {
     __device__ uint32_t of(int tile) const { return tile < kMinGroupTiles ? first : second; }
   };
 
-  // The stages of an item or piece for one warp, by mma.sync.
-  template <int kTiles0, int kTiles1>
-  __device__ __forceinline__ static void multiply_mma(int depth_tiles, int group_shift, const Pipeline& pipeline,
-                                                      Slot& slot, const Code& code,
-                                                      float (&sums)[Tile::kWarpStrips][kTiles0 + kTiles1][4]) {
-    constexpr int kTiles = kTiles0 + kTiles1, kLoads = (kTiles + 1) / 2, kWarpStrips = Tile::kWarpStrips;
+  // The stages of an item or piece for one warp, by mma.sync.  A pair word's two weights go into the product side by
+  // side, as two columns of the depth; a token has its value in the one of its expert and zero in the other.  So words
+  // need not be taken apart by position, and tokens of both experts share a tile.
+  template <int kTiles>
+  __device__ __forceinline__ static void multiply_mma(int depth_tiles, int group_shift, const TokenGroup& group,
+                                                      const Pipeline& pipeline, Slot& slot, const Code& code,
+                                                      float (&sums)[Tile::kWarpStrips][kTiles][4]) {
+    constexpr int kLoads = (kTiles + 1) / 2, kWarpStrips = Tile::kWarpStrips;
     // Steps multiply the products of a group, while registers can hold those beside the sums: a few tokens take fewer
     // multiplications so than the weights would.
     constexpr bool kKeepsProducts = Code::kHasSteps && kTiles * kWarpStrips <= 6;
@@ -333,28 +371,45 @@ struct HopperKernel {
     // A load brings 16 columns of the depth for two tiles of tokens; lanes 16 and up give the addresses of the second.
     uint32_t rows[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int tile = min(2 * i + lane / 16, kTiles - 1);
-      rows[i] = ((tile < kTiles0 ? 0 : Tile::kPartTokens - 8 * kTiles0) + tile * 8 + lane % 8) * 128;
-    }
+    for (int i = 0; i < kLoads; ++i) rows[i] = (min(2 * i + lane / 16, kTiles - 1) * 8 + lane % 8) * 128;
     const uint32_t swizzled = (lane / 8 % 2 ^ lane % 8) * 16;
+    // Byte selectors that put the lower or the upper of two values where the token's expert has its weights.
+    uint32_t lower[kTiles], upper[kTiles];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const bool second = group.joined_position(j * 8 + lane / 4);
+      lower[j] = second ? 0x1044 : 0x4410, upper[j] = second ? 0x3244 : 0x4432;
+    }
     float products[kKeepsProducts ? kWarpStrips : 1][kTiles][4] = {};
     auto multiply_tile = [&](int t, int tiles, const Steps(&steps)[kWarpStrips]) __attribute__((always_inline)) {
-      uint32_t b[kLoads][4];
+      uint32_t b[kTiles][4];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) ldmatrix_x4(b[i], pipeline.stage(slot.index) + (rows[i] + (swizzled ^ t * 32)));
+      for (int i = 0; i < kLoads; ++i) {
+        uint32_t two_tiles[4];
+        ldmatrix_x4(two_tiles, pipeline.stage(slot.index) + (rows[i] + (swizzled ^ t * 32)));
+#pragma unroll
+        for (int j = 2 * i; j < min(2 * i + 2, kTiles); ++j)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            b[j][2 * half] = __byte_perm(two_tiles[j % 2 * 2 + half], 0, lower[j]);
+            b[j][2 * half + 1] = __byte_perm(two_tiles[j % 2 * 2 + half], 0, upper[j]);
+          }
+      }
 #pragma unroll
       for (int s = 0; s < kWarpStrips; ++s) {
-        uint32_t a0[4], a1[4];
-        code.template decode<(kTiles1 > 0)>(code.load(tile_at(pipeline, slot, s, t, tiles), lane), a0, a1);
+        uint32_t pairs[8];
+        decode_pairs(code, code.load(tile_at(pipeline, slot, s, t, tiles), lane), pairs);
+        uint32_t a[2][4] = {{pairs[0], pairs[2], pairs[1], pairs[3]}, {pairs[4], pairs[6], pairs[5], pairs[7]}};
         if constexpr (kScalesWeights) {
-          multiply_by_steps(a0, steps[s].of(t));
-          if constexpr (kTiles1 > 0) multiply_by_steps(a1, steps[s].of(t));
+          multiply_by_steps(a[0], steps[s].of(t));
+          multiply_by_steps(a[1], steps[s].of(t));
         }
         float(&into)[kTiles][4] = kKeepsProducts ? products[s] : sums[s];
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
-          mma_m16n8k16(into[j], j < kTiles0 ? a0 : a1, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        for (int j = 0; j < kTiles; ++j) {
+          mma_m16n8k16(into[j], a[0], b[j][0], b[j][1]);
+          mma_m16n8k16(into[j], a[1], b[j][2], b[j][3]);
+        }
       }
     };
     auto add_products = [&](int t, const Steps(&steps)[kWarpStrips]) __attribute__((always_inline)) {
@@ -506,20 +561,29 @@ struct HopperKernel {
     }
   }
 
-  // Calls consume with the narrowest products that hold the parts' tokens.  Their widths have to be known at compile
-  // time, and deciding outside the loop over the stages leaves nothing in it that the compiler takes for divergence.
+  // Call consume with the narrowest products that hold the tokens.  Their widths have to be known at compile time, and
+  // deciding outside the loop over the stages leaves nothing in it that the compiler takes for divergence.
   template <int kColumns0, int kColumns1>
-  __device__ __forceinline__ static void consume_columns(const GroupedGemm& gemm, const Pipeline& pipeline,
-                                                         const Launch& launch, const Piece& piece, const WorkItem& work,
-                                                         int count0, int count1, Slot& slot) {
+  __device__ __forceinline__ static void choose_columns(const GroupedGemm& gemm, const Pipeline& pipeline,
+                                                        const Launch& launch, const Piece& piece, const WorkItem& work,
+                                                        int count0, int count1, Slot& slot) {
     constexpr int kStep = Tile::kWidthStep;
     if constexpr (kColumns1 == 0 && kColumns0 < Tile::kPartTokens)
       if (count0 > kColumns0)
-        return consume_columns<kColumns0 + kStep, 0>(gemm, pipeline, launch, piece, work, count0, count1, slot);
+        return choose_columns<kColumns0 + kStep, 0>(gemm, pipeline, launch, piece, work, count0, count1, slot);
     if constexpr (kColumns1 < Tile::kPartTokens)
       if (count1 > kColumns1)
-        return consume_columns<kColumns0, kColumns1 + kStep>(gemm, pipeline, launch, piece, work, count0, count1, slot);
-    consume<kColumns0, kColumns1>(gemm, pipeline, launch, piece, work, slot);
+        return choose_columns<kColumns0, kColumns1 + kStep>(gemm, pipeline, launch, piece, work, count0, count1, slot);
+    consume_wgmma<kColumns0, kColumns1>(gemm, pipeline, launch, piece, work, slot);
+  }
+  template <int kTiles>
+  __device__ __forceinline__ static void choose_tiles(const GroupedGemm& gemm, const Pipeline& pipeline,
+                                                      const Launch& launch, const Piece& piece, const WorkItem& work,
+                                                      int count, Slot& slot) {
+    if constexpr (8 * kTiles < Tile::kTokens)
+      if (count > 8 * kTiles)
+        return choose_tiles<kTiles + Tile::kWidthStep / 8>(gemm, pipeline, launch, piece, work, count, slot);
+    consume_mma<kTiles>(gemm, pipeline, launch, piece, work, count, slot);
   }
 
   __device__ __forceinline__ static void consume_all(const GroupedGemm& gemm, const Pipeline& pipeline,
@@ -528,8 +592,11 @@ struct HopperKernel {
     Walk walk(gemm, launch);
     for (Piece piece; walk.next(launch, piece);) {
       const WorkItem work = launch.work(gemm, piece);
-      consume_columns<Tile::kWidthStep, 0>(gemm, pipeline, launch, piece, work, uniform(work.group.count[0]),
-                                           uniform(work.group.count[1]), slot);
+      const int count0 = uniform(work.group.count[0]), count1 = uniform(work.group.count[1]);
+      if constexpr (Tile::kWgmma)
+        choose_columns<Tile::kWidthStep, 0>(gemm, pipeline, launch, piece, work, count0, count1, slot);
+      else
+        choose_tiles<Tile::kWidthStep / 8>(gemm, pipeline, launch, piece, work, count0 + count1, slot);
     }
   }
 

@@ -150,6 +150,11 @@ class TableWords {
     }
   }
 
+  __device__ void look_up(const Words& words, uint32_t (&pairs)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) pairs[i] = look_up(word(words, i));
+  }
+
   template <bool kTwo>
   __device__ void decode(const Words& words, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
 #pragma unroll
@@ -178,3 +183,20 @@ class TableWords {
 
   uint32_t table_, half0_, half1_;
 };
+
+// The two weights of each of a lane's words, position 0 in the low half; the code must have been made for positions 0
+// and 1.
+template <class Code>
+__device__ inline void decode_pairs(const Code& code, const typename Code::Words& words, uint32_t (&pairs)[8]) {
+  if constexpr (Code::kTableEntries > 0) {
+    code.look_up(words, pairs);
+  } else {
+    uint32_t first[4], second[4];
+    code.template decode<true>(words, first, second);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      pairs[2 * j] = __byte_perm(first[j], second[j], 0x5410);
+      pairs[2 * j + 1] = __byte_perm(first[j], second[j], 0x7632);
+    }
+  }
+}
