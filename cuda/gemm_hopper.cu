@@ -12,7 +12,7 @@ struct Gemm {
 
 // wgmma or not, tokens a part, step of widths, strips a warp, cuts items, blocks on a multiprocessor.
 using Bulk16 = HopperTile<false, 16, 8, 1, true, 2>;
-using Bulk24 = HopperTile<false, 24, 8, 2, true, 2>;
+using Bulk24 = HopperTile<false, 24, 8, 1, true, 2>;
 using Wgmma64 = HopperTile<true, 64, 32, 1, false, 1>;
 using Wgmma128 = HopperTile<true, 128, 64, 1, false, 1>;
 

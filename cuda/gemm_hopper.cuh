@@ -26,6 +26,7 @@ struct HopperTile {
   static constexpr int kDepth = 64;  // columns per stage: 128 bytes of a token, one swizzle row
   static constexpr int kDepthTiles = kDepth / 16;
   static constexpr int kTokenBytes = kTokens * kDepth * 2;
+  static constexpr int kJoinedTokens = 16;  // so many, mma.sync takes joined
   static constexpr int kPieceFloats = kCuts ? 16 * kStrips * kTokens : 0;  // of a piece's sums
   static_assert(kWarpStrips == 1 || !kWgmma);
 };
@@ -155,6 +156,11 @@ struct HopperKernel {
     __device__ uint8_t* table() const { return staging(Tile::kConsumers) + kStages * kBarrierBytes; }
   };
 
+  // Whether part 1's tokens follow part 0's in a stage; else they start at kPartTokens.
+  __device__ static bool joined(const TokenGroup& group) {
+    return !Tile::kWgmma && group.count[0] + group.count[1] <= Tile::kJoinedTokens;
+  }
+
   static constexpr int kTokenThreads = 64;
 
   struct Slot {
@@ -213,9 +219,9 @@ struct HopperKernel {
       uint32_t places[kTokensPerThread];  // in 16-byte vectors, so that 32 bits hold any
 #pragma unroll
       for (int i = 0; i < kTokensPerThread; ++i) {
-        const int row = Tile::kWgmma
-                            ? work.group.sorted_row(i * 8 / Tile::kPartTokens, i * 8 % Tile::kPartTokens + first)
-                            : work.group.joined_row(i * 8 + first);
+        const int row = joined(work.group)
+                            ? work.group.joined_row(i * 8 + first)
+                            : work.group.sorted_row(i * 8 / Tile::kPartTokens, i * 8 % Tile::kPartTokens + first);
         places[i] = row >= 0 ? activation_row<kGateUp>(gemm, row) * row_vectors : kNone;
       }
       for (int tile = launch.first_tile(piece); tile < end; tile += Tile::kDepthTiles, slot.next()) {
@@ -233,19 +239,22 @@ struct HopperKernel {
     }
   }
 
-  // Multiplies an item or a piece of one by wgmma: kColumns0 tokens of part 0 and kColumns1 of part 1.
-  template <int kColumns0, int kColumns1>
-  __device__ __forceinline__ static void consume_wgmma(const GroupedGemm& gemm, const Pipeline& pipeline,
-                                                       const Launch& launch, const Piece& piece, const WorkItem& work,
-                                                       Slot& slot) {
-    constexpr int kTiles0 = kColumns0 / 8, kTiles1 = kColumns1 / 8;
-    float sums[1][kTiles0 + kTiles1][4] = {};  // of part 0, then of part 1
+  // Multiplies an item or a piece of one: kTiles0 tiles of eight tokens of part 0 and kTiles1 of part 1.
+  template <int kTiles0, int kTiles1>
+  __device__ __forceinline__ static void consume(const GroupedGemm& gemm, const Pipeline& pipeline,
+                                                 const Launch& launch, const Piece& piece, const WorkItem& work,
+                                                 Slot& slot) {
+    float sums[Tile::kWarpStrips][kTiles0 + kTiles1][4] = {};  // of part 0, then of part 1
     const bool dense = work.dense(gemm);
     const Code code(dense, work.position(0), work.position(1), own_table(pipeline));
-    multiply_wgmma<kTiles0, kTiles1>(launch.tiles(gemm, piece), gemm.group_shift, pipeline, slot, code, sums[0]);
+    const int tiles = launch.tiles(gemm, piece);
+    if constexpr (Tile::kWgmma)
+      multiply_wgmma<kTiles0, kTiles1>(tiles, gemm.group_shift, pipeline, slot, code, sums[0]);
+    else
+      multiply_mma(tiles, gemm.group_shift, PartProduct<kTiles0, kTiles1>(), pipeline, slot, code, sums);
     if (!complete(gemm, launch, piece, sums)) return;
     auto store_part = [&](auto first, auto tiles, int part) __attribute__((always_inline)) {
-      store<first.value, tiles.value>(gemm, pipeline, work.row_tile * Tile::kStrips, Code::scale(dense), sums[0],
+      store<first.value, tiles.value>(gemm, pipeline, work.row_tile * Tile::kStrips, Code::scale(dense), sums,
                                       uniform(work.group.count[part]),
                                       [&](int token) { return work.group.sorted_row(part, token); });
     };
@@ -253,20 +262,20 @@ struct HopperKernel {
     if constexpr (kTiles1 > 0) store_part(Constant<kTiles0>{}, Constant<kTiles1>{}, 1);
   }
 
-  // The same by mma.sync: both parts' tokens, joined, in kTiles tiles of eight.
+  // The same of both parts' tokens, joined, in kTiles tiles.
   template <int kTiles>
-  __device__ __forceinline__ static void consume_mma(const GroupedGemm& gemm, const Pipeline& pipeline,
-                                                     const Launch& launch, const Piece& piece, const WorkItem& work,
-                                                     int count, Slot& slot) {
+  __device__ __forceinline__ static void consume_joined(const GroupedGemm& gemm, const Pipeline& pipeline,
+                                                        const Launch& launch, const Piece& piece, const WorkItem& work,
+                                                        Slot& slot) {
     float sums[Tile::kWarpStrips][kTiles][4] = {};
     const bool dense = work.dense(gemm);
     const Code code(dense, 0, 1, own_table(pipeline));
-    multiply_mma<kTiles>(launch.tiles(gemm, piece), gemm.group_shift, work.group, pipeline, slot, code, sums);
+    multiply_mma(launch.tiles(gemm, piece), gemm.group_shift, JoinedProduct<kTiles>(work.group), pipeline, slot, code,
+                 sums);
     if (!complete(gemm, launch, piece, sums)) return;
-#pragma unroll
-    for (int s = 0; s < Tile::kWarpStrips; ++s)
-      store<0, kTiles>(gemm, pipeline, work.row_tile * Tile::kStrips + s * Tile::kWarps, Code::scale(dense), sums[s],
-                       count, [&](int token) { return work.group.joined_row(token); });
+    store<0, kTiles>(gemm, pipeline, work.row_tile * Tile::kStrips, Code::scale(dense), sums,
+                     uniform(work.group.count[0] + work.group.count[1]),
+                     [&](int token) { return work.group.joined_row(token); });
   }
 
   // Whether the sums of a piece are an item's, with those that other blocks left of its other pieces: so they are for
@@ -287,28 +296,30 @@ struct HopperKernel {
     return shared_address(pipeline.table()) + threadIdx.x % 32 * 4;
   }
 
-  // Stores sums of a strip of each warp of a warpgroup, kTiles tiles from the kFirst on, 32 tokens at a time, through
+  // Stores a warpgroup's sums, kTiles tiles from the kFirst on, 32 tokens of one strip of each warp at a time, through
   // shared memory: there its four warps' rows meet and leave as whole lines of a token.  sorted_row(token) gives the row
   // in expert order, below 0 beyond the last.
   template <int kFirst, int kTiles, int kAllTiles, class SortedRow>
   __device__ __forceinline__ static void store(const GroupedGemm& gemm, const Pipeline& pipeline, int first_strip,
-                                               float scale, const float (&sums)[kAllTiles][4], int count,
-                                               SortedRow sorted_row) {
+                                               float scale, const float (&sums)[Tile::kWarpStrips][kAllTiles][4],
+                                               int count, SortedRow sorted_row) {
     constexpr int kStripBytesOut = kGateUp ? 16 : 32;  // of a token, from one strip
     constexpr int kVectors = 4 * kStripBytesOut / 16, kTokensPerPass = 128 / kVectors;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
     uint8_t* staging = pipeline.staging(group);
     const int width = kGateUp ? gemm.rows / 2 : gemm.rows;
     const int vector = threadIdx.x % kVectors, token = threadIdx.x % 128 / kVectors;
-    const int strip = first_strip + group * 4 + vector * 16 / kStripBytesOut;
-    __nv_bfloat16* out = gemm.out + (first_strip + group * 4) * (kStripBytesOut / 2) + vector * 8;
 
 #pragma unroll
-    for (int first = 0; first < kTiles; first += 4) {
+    for (int i = 0; i < Tile::kWarpStrips * ((kTiles + 3) / 4); ++i) {
+      const int s = i % Tile::kWarpStrips, first = i / Tile::kWarpStrips * 4;
       if (first * 8 >= count) break;
+      const int own_strips = first_strip + s * Tile::kWarps + group * 4;
+      const int strip = own_strips + vector * 16 / kStripBytesOut;
+      __nv_bfloat16* out = gemm.out + own_strips * (kStripBytesOut / 2) + vector * 8;
       auto tile = [&](int t, int lower) {  // a lane's share of an 8 x 8 matrix; nothing beyond the last tile
         if (first + t >= kTiles) return 0u;
-        const float(&sum)[4] = sums[kFirst + (first + t < kTiles ? first + t : 0)];
+        const float(&sum)[4] = sums[s][kFirst + (first + t < kTiles ? first + t : 0)];
         return kGateUp ? gated(sum, scale) : pack_bf16(sum[2 * lower] * scale, sum[2 * lower + 1] * scale);
       };
       const uint32_t row = shared_address(staging) + lane % 8 * kStagingPitch + warp * kStripBytesOut;
@@ -355,11 +366,92 @@ struct HopperKernel {
     __device__ uint32_t of(int tile) const { return tile < kMinGroupTiles ? first : second; }
   };
 
-  // The stages of an item or piece for one warp, by mma.sync.  A pair word's two weights go into the product side by
-  // side, as two columns of the depth; a token has its value in the one of its expert and zero in the other.  So words
-  // need not be taken apart by position, and tokens of both experts share a tile.
-  template <int kTiles>
-  __device__ __forceinline__ static void multiply_mma(int depth_tiles, int group_shift, const TokenGroup& group,
+  // What multiplies a strip's tile by the tokens of a stage with mma.sync.  tokens() reads them for 16 columns of the
+  // depth, once for all strips of a warp; multiply() adds their products to a strip's.
+  //
+  // Tiles of part 0 by the weights of its position, then tiles of part 1 by those of its.
+  template <int kTiles0, int kTiles1>
+  struct PartProduct {
+    static constexpr int kTiles = kTiles0 + kTiles1;
+    struct Tokens {
+      uint32_t values[(kTiles + 1) / 2][4];
+    };
+
+    __device__ static int row_tile(int tile) { return tile + (tile < kTiles0 ? 0 : Tile::kPartTokens / 8 - kTiles0); }
+
+    __device__ void take(Tokens& tokens, int load, const uint32_t (&two_tiles)[4]) const {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) tokens.values[load][i] = two_tiles[i];
+    }
+
+    template <bool kScales>
+    __device__ void multiply(const Code& code, const typename Code::Words& words, uint32_t steps, const Tokens& tokens,
+                             float (&into)[kTiles][4]) const {
+      uint32_t a0[4], a1[4];
+      code.template decode<(kTiles1 > 0)>(words, a0, a1);
+      if constexpr (kScales) {
+        multiply_by_steps(a0, steps);
+        if constexpr (kTiles1 > 0) multiply_by_steps(a1, steps);
+      }
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        mma_m16n8k16(into[j], j < kTiles0 ? a0 : a1, tokens.values[j / 2][j % 2 * 2], tokens.values[j / 2][j % 2 * 2 + 1]);
+    }
+  };
+
+  // A pair word's two weights go into the product side by side, as two columns of the depth; a token has its value in
+  // the one of its expert and zero in the other.  So words need not be taken apart by position, and tokens of both
+  // experts share a tile; but every token costs instructions.
+  template <int kTiles_>
+  struct JoinedProduct {
+    static constexpr int kTiles = kTiles_;
+    struct Tokens {
+      uint32_t values[kTiles][4];
+    };
+    // Byte selectors that put the lower or the upper of two values where the token's expert has its weights.
+    uint32_t lower[kTiles], upper[kTiles];
+
+    __device__ explicit JoinedProduct(const TokenGroup& group) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const bool second = group.joined_position(j * 8 + threadIdx.x % 32 / 4);
+        lower[j] = second ? 0x1044 : 0x4410, upper[j] = second ? 0x3244 : 0x4432;
+      }
+    }
+
+    __device__ static int row_tile(int tile) { return tile; }
+
+    __device__ void take(Tokens& tokens, int load, const uint32_t (&two_tiles)[4]) const {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int tile = 2 * load + i / 2;
+        if (tile >= kTiles) break;
+        tokens.values[tile][i % 2 * 2] = __byte_perm(two_tiles[i], 0, lower[tile]);
+        tokens.values[tile][i % 2 * 2 + 1] = __byte_perm(two_tiles[i], 0, upper[tile]);
+      }
+    }
+
+    template <bool kScales>
+    __device__ void multiply(const Code& code, const typename Code::Words& words, uint32_t steps, const Tokens& tokens,
+                             float (&into)[kTiles][4]) const {
+      uint32_t pairs[8];
+      decode_pairs(code, words, pairs);
+      uint32_t a[2][4] = {{pairs[0], pairs[2], pairs[1], pairs[3]}, {pairs[4], pairs[6], pairs[5], pairs[7]}};
+      if constexpr (kScales) {
+        multiply_by_steps(a[0], steps);
+        multiply_by_steps(a[1], steps);
+      }
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        mma_m16n8k16(into[j], a[0], tokens.values[j][0], tokens.values[j][1]);
+        mma_m16n8k16(into[j], a[1], tokens.values[j][2], tokens.values[j][3]);
+      }
+    }
+  };
+
+  // The stages of an item or piece for one warp, by mma.sync.
+  template <class Product, int kTiles = Product::kTiles>
+  __device__ __forceinline__ static void multiply_mma(int depth_tiles, int group_shift, const Product product,
                                                       const Pipeline& pipeline, Slot& slot, const Code& code,
                                                       float (&sums)[Tile::kWarpStrips][kTiles][4]) {
     constexpr int kLoads = (kTiles + 1) / 2, kWarpStrips = Tile::kWarpStrips;
@@ -371,45 +463,23 @@ struct HopperKernel {
     // A load brings 16 columns of the depth for two tiles of tokens; lanes 16 and up give the addresses of the second.
     uint32_t rows[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) rows[i] = (min(2 * i + lane / 16, kTiles - 1) * 8 + lane % 8) * 128;
+    for (int i = 0; i < kLoads; ++i)
+      rows[i] = (Product::row_tile(min(2 * i + lane / 16, kTiles - 1)) * 8 + lane % 8) * 128;
     const uint32_t swizzled = (lane / 8 % 2 ^ lane % 8) * 16;
-    // Byte selectors that put the lower or the upper of two values where the token's expert has its weights.
-    uint32_t lower[kTiles], upper[kTiles];
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const bool second = group.joined_position(j * 8 + lane / 4);
-      lower[j] = second ? 0x1044 : 0x4410, upper[j] = second ? 0x3244 : 0x4432;
-    }
     float products[kKeepsProducts ? kWarpStrips : 1][kTiles][4] = {};
     auto multiply_tile = [&](int t, int tiles, const Steps(&steps)[kWarpStrips]) __attribute__((always_inline)) {
-      uint32_t b[kTiles][4];
+      typename Product::Tokens tokens;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         uint32_t two_tiles[4];
         ldmatrix_x4(two_tiles, pipeline.stage(slot.index) + (rows[i] + (swizzled ^ t * 32)));
-#pragma unroll
-        for (int j = 2 * i; j < min(2 * i + 2, kTiles); ++j)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            b[j][2 * half] = __byte_perm(two_tiles[j % 2 * 2 + half], 0, lower[j]);
-            b[j][2 * half + 1] = __byte_perm(two_tiles[j % 2 * 2 + half], 0, upper[j]);
-          }
+        product.take(tokens, i, two_tiles);
       }
 #pragma unroll
       for (int s = 0; s < kWarpStrips; ++s) {
-        uint32_t pairs[8];
-        decode_pairs(code, code.load(tile_at(pipeline, slot, s, t, tiles), lane), pairs);
-        uint32_t a[2][4] = {{pairs[0], pairs[2], pairs[1], pairs[3]}, {pairs[4], pairs[6], pairs[5], pairs[7]}};
-        if constexpr (kScalesWeights) {
-          multiply_by_steps(a[0], steps[s].of(t));
-          multiply_by_steps(a[1], steps[s].of(t));
-        }
-        float(&into)[kTiles][4] = kKeepsProducts ? products[s] : sums[s];
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          mma_m16n8k16(into[j], a[0], b[j][0], b[j][1]);
-          mma_m16n8k16(into[j], a[1], b[j][2], b[j][3]);
-        }
+        const auto words = code.load(tile_at(pipeline, slot, s, t, tiles), lane);
+        product.template multiply<kScalesWeights>(code, words, steps[s].of(t), tokens,
+                                                  kKeepsProducts ? products[s] : sums[s]);
       }
     };
     auto add_products = [&](int t, const Steps(&steps)[kWarpStrips]) __attribute__((always_inline)) {
@@ -561,29 +631,20 @@ struct HopperKernel {
     }
   }
 
-  // Call consume with the narrowest products that hold the tokens.  Their widths have to be known at compile time, and
-  // deciding outside the loop over the stages leaves nothing in it that the compiler takes for divergence.
-  template <int kColumns0, int kColumns1>
-  __device__ __forceinline__ static void choose_columns(const GroupedGemm& gemm, const Pipeline& pipeline,
-                                                        const Launch& launch, const Piece& piece, const WorkItem& work,
-                                                        int count0, int count1, Slot& slot) {
-    constexpr int kStep = Tile::kWidthStep;
-    if constexpr (kColumns1 == 0 && kColumns0 < Tile::kPartTokens)
-      if (count0 > kColumns0)
-        return choose_columns<kColumns0 + kStep, 0>(gemm, pipeline, launch, piece, work, count0, count1, slot);
-    if constexpr (kColumns1 < Tile::kPartTokens)
-      if (count1 > kColumns1)
-        return choose_columns<kColumns0, kColumns1 + kStep>(gemm, pipeline, launch, piece, work, count0, count1, slot);
-    consume_wgmma<kColumns0, kColumns1>(gemm, pipeline, launch, piece, work, slot);
-  }
-  template <int kTiles>
-  __device__ __forceinline__ static void choose_tiles(const GroupedGemm& gemm, const Pipeline& pipeline,
-                                                      const Launch& launch, const Piece& piece, const WorkItem& work,
-                                                      int count, Slot& slot) {
-    if constexpr (8 * kTiles < Tile::kTokens)
-      if (count > 8 * kTiles)
-        return choose_tiles<kTiles + Tile::kWidthStep / 8>(gemm, pipeline, launch, piece, work, count, slot);
-    consume_mma<kTiles>(gemm, pipeline, launch, piece, work, count, slot);
+  // Calls consume with the narrowest products that hold the parts' tokens.  Their widths have to be known at compile
+  // time, and deciding outside the loop over the stages leaves nothing in it that the compiler takes for divergence.
+  template <int kTiles0, int kTiles1>
+  __device__ __forceinline__ static void consume_parts(const GroupedGemm& gemm, const Pipeline& pipeline,
+                                                       const Launch& launch, const Piece& piece, const WorkItem& work,
+                                                       int count0, int count1, Slot& slot) {
+    constexpr int kStep = Tile::kWidthStep / 8, kMost = Tile::kPartTokens / 8;
+    if constexpr (kTiles1 == 0 && kTiles0 < kMost)
+      if (count0 > 8 * kTiles0)
+        return consume_parts<kTiles0 + kStep, 0>(gemm, pipeline, launch, piece, work, count0, count1, slot);
+    if constexpr (kTiles1 < kMost)
+      if (count1 > 8 * kTiles1)
+        return consume_parts<kTiles0, kTiles1 + kStep>(gemm, pipeline, launch, piece, work, count0, count1, slot);
+    consume<kTiles0, kTiles1>(gemm, pipeline, launch, piece, work, slot);
   }
 
   __device__ __forceinline__ static void consume_all(const GroupedGemm& gemm, const Pipeline& pipeline,
@@ -593,10 +654,14 @@ struct HopperKernel {
     for (Piece piece; walk.next(launch, piece);) {
       const WorkItem work = launch.work(gemm, piece);
       const int count0 = uniform(work.group.count[0]), count1 = uniform(work.group.count[1]);
-      if constexpr (Tile::kWgmma)
-        choose_columns<Tile::kWidthStep, 0>(gemm, pipeline, launch, piece, work, count0, count1, slot);
-      else
-        choose_tiles<Tile::kWidthStep / 8>(gemm, pipeline, launch, piece, work, count0 + count1, slot);
+      if constexpr (!Tile::kWgmma) {
+        if (uniform(joined(work.group))) {
+          if (count0 + count1 <= 8) consume_joined<1>(gemm, pipeline, launch, piece, work, slot);
+          else consume_joined<Tile::kJoinedTokens / 8>(gemm, pipeline, launch, piece, work, slot);
+          continue;
+        }
+      }
+      consume_parts<Tile::kWidthStep / 8, 0>(gemm, pipeline, launch, piece, work, count0, count1, slot);
     }
   }
 
