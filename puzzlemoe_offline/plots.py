@@ -45,7 +45,7 @@ def _comparison_panel(axes: Axes, rows: list[Row], text: str) -> None:
             axes.annotate(row.name, point, (offset, -3), textcoords="offset points", ha=side, size=8)
     # Rises span orders of magnitude, and the smallest may be below zero.
     axes.set_yscale("symlog", linthresh=0.1)
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.axhline(0, color="grey", linewidth=1, linestyle="--")
     axes.set(xlabel="bits per expert weight", ylabel="perplexity over dense, %", title=f"{text}, dense {base:.2f}")
     axes.grid(alpha=0.3, which="both")
