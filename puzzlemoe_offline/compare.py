@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 
 from puzzlemoe_offline.baselines import METHODS
+from puzzlemoe_offline.baselines.dropping import remaining
 from puzzlemoe_offline.baselines.merge_three import MergeThree
 from puzzlemoe_offline.baselines.method import BaselineError, Method
 from puzzlemoe_offline.baselines.write import write_baseline
@@ -28,7 +29,19 @@ from puzzlemoe_offline.recipe import NAMED, Recipe
 from puzzlemoe_offline.version import VERSION
 from puzzlemoe_vllm.format.codes import UnencodableWeight
 
-Contender = Recipe | Method
+
+@dataclass(frozen=True)
+class MergeMoe:
+    """MergeMoE on any model.  sparsity: share of every layer's experts that goes by merging."""
+
+    sparsity: float
+
+    def recipe(self, checkpoint: Checkpoint) -> Recipe:
+        """The recipe for a model, whose number of experts decides that of clusters."""
+        return Recipe(method="mergemoe", experts=remaining(checkpoint.experts, self.sparsity))
+
+
+Contender = Recipe | MergeMoe | Method
 
 RECIPES: dict[str, Recipe] = {
     name: Recipe.model_validate(fields)
@@ -46,8 +59,14 @@ RECIPES: dict[str, Recipe] = {
 }
 """By the name that the table shows; partners are random in all but `default`."""
 
-CONTENDERS: dict[str, Contender] = {**RECIPES, **METHODS}
-"""What `puzzlemoe compare` runs, by the name that --only takes."""
+CONTENDERS: dict[str, Contender] = {
+    **RECIPES,
+    "mergemoe-50": MergeMoe(0.5),
+    "mergemoe-25": MergeMoe(0.25),
+    **METHODS,
+}
+"""What `puzzlemoe compare` runs, by the name that --only takes; the number after mergemoe, as after drop and hc-smoe,
+is the percentage of experts that goes."""
 
 TAU_SWEEP = {f"tau {tenth / 10}": RECIPES["paper"].model_copy(update={"tau": tenth / 10}) for tenth in range(11)}
 """The paper's rule from sharing only equal magnitudes to sharing all (Fig. 5)."""
@@ -115,6 +134,8 @@ class Comparison:
 
     def _write(self, contender: Contender, out: Path, weights: int) -> float:
         """Writes a contender's model; returns the bits per weight of its experts."""
+        if isinstance(contender, MergeMoe):
+            contender = contender.recipe(self.checkpoint)
         if isinstance(contender, Recipe):
             job = Job(self.checkpoint, str(self.checkpoint.folder), None, contender, self.calibration, self.device)
             report = compress(job, out, False, lambda layer, record: None)

@@ -13,8 +13,9 @@ from torch import Tensor
 from puzzlemoe_offline.checkpoint import Checkpoint
 from puzzlemoe_offline.layerwise import LayerExperts, LayerwiseModel, batch_size
 
-LOGIT_TOKENS = 256
-"""Tokens whose logits are in memory at once: few enough that a CPU's cache holds much of them."""
+LOGIT_TOKENS = {"cpu": 256, "cuda": 2048}
+"""Tokens whose logits are in memory at once: few enough that a CPU's cache holds much of them, enough to keep a GPU
+busy."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ def perplexity(
         layer.advance(states, size, device)
         on_layer(index)
     inputs, targets = states[:, :-1].reshape(-1, states.shape[-1]), windows[:, 1:].reshape(-1)
-    total = 0.0
-    for start in range(0, len(targets), LOGIT_TOKENS):
-        logits = model.logits(inputs[start : start + LOGIT_TOKENS].to(device))
-        total += float(F.cross_entropy(logits, targets[start : start + LOGIT_TOKENS].to(device), reduction="sum"))
+    total, at_once = 0.0, LOGIT_TOKENS[model.device.type]
+    for some, following in zip(inputs.split(at_once), targets.split(at_once), strict=True):
+        logits = model.logits(some.to(device))
+        total += float(F.cross_entropy(logits, following.to(device), reduction="sum"))
     count, length = windows.shape
     return Perplexity(math.exp(total / len(targets)), count, length, len(targets))

@@ -103,7 +103,7 @@ class LayerwiseModel:
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         with init_empty_weights(include_buffers=False):
-            self.model = _build(checkpoint).to(self.dtype).eval()
+            self.model = _build(checkpoint, self.dtype).eval()
         self.model.model.rotary_emb.to(self.device)
         self.arguments: dict[int, list[dict[str, Any]]] = {}
 
@@ -182,9 +182,10 @@ class DecoderLayer:
             states[start : start + size] = self(states[start : start + size].to(device)).cpu()
 
 
-def _build(checkpoint: Checkpoint) -> PreTrainedModel:
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """In `dtype` from the start, as transformers loads a model: casting it later would round its rotary frequencies."""
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     if config["model_type"] == "deepseek":
-        return DeepseekForCausalLM(deepseek_config(config))
+        return DeepseekForCausalLM._from_config(deepseek_config(config), dtype=dtype)
     native = CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    return AutoModelForCausalLM.from_config(native, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_config(native, dtype=dtype, attn_implementation="sdpa")

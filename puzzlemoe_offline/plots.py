@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from puzzlemoe_offline.compare import RECIPES, Row
+from puzzlemoe_offline.baselines import METHODS
+from puzzlemoe_offline.compare import Row
 from puzzlemoe_offline.distribution import Distribution, similar_share
 from puzzlemoe_vllm.format.codes import EXPONENT_OFFSET
 
@@ -32,7 +33,7 @@ def _comparison_panel(axes: Axes, rows: list[Row], text: str) -> None:
     base = rows[0].mean(text)
     for label, marker, ours in (("recipes", "o", True), ("baselines", "s", False)):
         for row in rows[1:]:
-            if (row.name in RECIPES) != ours:
+            if (row.name not in METHODS) != ours:
                 continue
             rise, spread = 100 * (row.mean(text) / base - 1), 100 * row.spread(text) / base
             colour = "tab:blue" if ours else "tab:orange"
@@ -44,7 +45,7 @@ def _comparison_panel(axes: Axes, rows: list[Row], text: str) -> None:
             axes.annotate(row.name, point, (offset, -3), textcoords="offset points", ha=side, size=8)
     # Rises span orders of magnitude, and the smallest may be below zero.
     axes.set_yscale("symlog", linthresh=0.1)
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.axhline(0, color="grey", linewidth=1, linestyle="--")
     axes.set(xlabel="bits per expert weight", ylabel="perplexity over dense, %", title=f"{text}, dense {base:.2f}")
     axes.grid(alpha=0.3, which="both")

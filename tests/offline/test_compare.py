@@ -41,7 +41,7 @@ def compare(monkeypatch, source: Path, output: Path, *words: object) -> int:
 
 def test_the_table_and_its_files(source, tmp_path, monkeypatch, capsys):
     output = tmp_path / "result.json"
-    only = ["angle8", "int8", "drop-50", "paper-3"]
+    only = ["angle8", "mergemoe-50", "mergemoe-25", "int8", "drop-50", "paper-3"]
     assert compare(monkeypatch, source, output, *(word for name in only for word in ("--only", name))) == 0
     result = json.loads(output.read_text())
     rows = {row["name"]: row for row in result["rows"]}
@@ -50,6 +50,8 @@ def test_the_table_and_its_files(source, tmp_path, monkeypatch, capsys):
     assert {name: row["bits_per_weight"] for name, row in rows.items()} == pytest.approx(
         # angle8 has groups of 32 columns for all; int8's are 128 for gate and up, 32 for down.
         {"dense": 16, "angle8": 4 + 16 / 32 / 2, "int8": 8 + 24 * (2 / 128 + 1 / 32) / 3, "drop-50": 8, "paper-3": 6.5}
+        # MergeMoE leaves 4 or 6 of 8 experts, in bf16.
+        | {"mergemoe-50": 8, "mergemoe-25": 12}
     )
     for row in rows.values():
         assert row["expert_bytes"] == pytest.approx(row["bits_per_weight"] * weights / 8, abs=1)
@@ -89,11 +91,15 @@ def test_the_tau_sweep_runs_the_papers_rule_at_each_threshold(source, tmp_path, 
 
 
 def test_what_does_not_fit_a_model_is_said_and_the_rest_runs(source, tmp_path, monkeypatch):
-    hungry = build("mixtral", tmp_path / "hungry", num_experts_per_tok=5)
+    small = build("mixtral", tmp_path / "small", num_local_experts=2)
     (tmp_path / "text.txt").write_text(TEXT * 40)
-    assert compare(monkeypatch, hungry, tmp_path / "r.json", "--only", "drop-50", "--only", "int3") == 0
+    only = ["mergemoe-25", "mergemoe-50", "drop-50", "int3"]
+    assert compare(monkeypatch, small, tmp_path / "r.json", *(word for name in only for word in ("--only", name))) == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
-    assert "every token needs 5" in rows["drop-50"]["refused"]
+    assert "every token needs 2" in rows["drop-50"]["refused"]
+    # A quarter of two experts is none.
+    assert "has 2 experts per layer; choose 1 to 1" in rows["mergemoe-25"]["refused"]
+    assert rows["mergemoe-50"]["refused"] is None and rows["mergemoe-50"]["bits_per_weight"] == 8
     assert rows["int3"]["refused"] is None and rows["int3"]["perplexity"]["text"]
 
 

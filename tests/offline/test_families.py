@@ -101,6 +101,14 @@ def test_the_layerwise_runner_computes_what_transformers_computes(family, tmp_pa
     assert torch.allclose(layerwise_logits(source, tokens), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_model_in_bf16_keeps_its_rotary_frequencies_in_float32(family, tmp_path):
+    # Only a CPU computes in float32; the meta device stands for a GPU here.
+    model = LayerwiseModel(Checkpoint(build(family, tmp_path)), "meta").model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.model.rotary_emb.buffers()} == {torch.float32}
+
+
 def test_deepseek_moe_packs_and_unpacks_to_the_same_model(tmp_path):
     source = build("deepseek", tmp_path / "source")
     report = pack(source, tmp_path / "packed")
