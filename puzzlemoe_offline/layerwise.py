@@ -103,7 +103,9 @@ class LayerwiseModel:
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         with init_empty_weights(include_buffers=False):
-            self.model = _build(checkpoint).to(self.dtype).eval()
+            self.model = _build(checkpoint).eval()
+        # Parameters get their dtype as they are loaded; the buffers are the rotary embedding's frequencies, which bf16
+        # would shift by whole turns at distant positions.
         self.model.model.rotary_emb.to(self.device)
         self.arguments: dict[int, list[dict[str, Any]]] = {}
 
@@ -152,7 +154,7 @@ class LayerwiseModel:
         for name, parameter in list(module.named_parameters()):
             if parameter.device.type == "meta":
                 value = self.checkpoint.tensor(self._on_disk(f"{prefix}.{name}"))
-                set_module_tensor_to_device(module, name, self.device, value=value.to(self.dtype))
+                set_module_tensor_to_device(module, name, self.device, value=value, dtype=self.dtype)
 
     def _on_disk(self, name: str) -> str:
         layer = self.checkpoint.layer_of(name)

@@ -101,6 +101,15 @@ def test_the_layerwise_runner_computes_what_transformers_computes(family, tmp_pa
     assert torch.allclose(layerwise_logits(source, tokens), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary_frequencies_stay_float32_on_a_gpu(family, tmp_path):
+    # Any device that is no CPU stands for a GPU, where weights are bf16.
+    model = LayerwiseModel(Checkpoint(build(family, tmp_path)), "meta")
+    assert model.dtype == torch.bfloat16
+    buffers = dict(model.model.named_buffers())
+    assert buffers and all(buffer.dtype == torch.float32 for buffer in buffers.values())
+
+
 def test_deepseek_moe_packs_and_unpacks_to_the_same_model(tmp_path):
     source = build("deepseek", tmp_path / "source")
     report = pack(source, tmp_path / "packed")
