@@ -90,11 +90,10 @@ class Checkpoint:
         self._files = _open_files(folder)
         self._where = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
         self.layers = int(self.config["num_hidden_layers"])
-        self.experts = int(self.config.get(self.family.experts) or 0)
+        key = self.family.experts_key(self.config)
+        self.experts = int(self.config.get(key) or 0)
         if self.experts < 2:
-            raise CheckpointError(
-                f"{folder / 'config.json'}: {self.family.experts} is {self.experts}, nothing to merge"
-            )
+            raise CheckpointError(f"{folder / 'config.json'}: {key} is {self.experts}, nothing to merge")
         for layer, centres in (self.quantization.clusters if self.quantization else {}).items():
             if len(centres) != self.experts:
                 raise CheckpointError(

@@ -49,7 +49,7 @@ def write_baseline(
         on_layer(index)
     rest = {name: checkpoint.tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
     folder.write_shard(checkpoint.layers, rest, {}, None)
-    config = packed_dtype_config(checkpoint.config) | {checkpoint.family.experts: kept}
+    config = packed_dtype_config(checkpoint.config) | {checkpoint.family.experts_key(checkpoint.config): kept}
     card = f"{checkpoint.folder.name} with its experts changed, for comparison: {method}.\n"
     folder.finish(config, checkpoint.folder, {CARD: card})
 
