@@ -25,6 +25,7 @@ from puzzlemoe_offline.compress import Job, compress
 from puzzlemoe_offline.evaluate import perplexity, windows_of
 from puzzlemoe_offline.families import UnsupportedModel
 from puzzlemoe_offline.inspection import inspect
+from puzzlemoe_offline.layerwise import check_whole
 from puzzlemoe_offline.output import OutputError
 from puzzlemoe_offline.plan import make_plan
 from puzzlemoe_offline.recipe import (
@@ -170,7 +171,7 @@ def compress_command(
     )
     folder = locate(source, revision)
     checkpoint = Checkpoint(folder)
-    checkpoint.check_complete()
+    check_whole(checkpoint)
     data: Calibration | None = None
     if chosen.saliency == "wanda":
         data = calibration_of(folder, calibration, samples, sequence_length, seed)
@@ -216,7 +217,7 @@ def inspect_command(
     )
     if facts["provenance"]:
         console.print(facts["provenance"])
-    console.print("every expert tensor is present, well-formed and finite")
+    console.print("every tensor is present and well-formed, those of experts are finite")
 
 
 @app.command("unpack")
@@ -244,7 +245,7 @@ def perplexity_command(
     """Perplexity of a packed or dense model on a text, in non-overlapping windows as is usual for WikiText-2."""
     folder = locate(model)
     checkpoint = Checkpoint(folder)
-    checkpoint.check_complete()
+    check_whole(checkpoint)
     windows = windows_of(tokenizer_of(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
     if engine is Engine.vllm:
         if device:

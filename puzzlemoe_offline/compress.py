@@ -17,7 +17,14 @@ from torch import Tensor
 from puzzlemoe_offline.calibrate import FEW_TOKENS, Calibration, ExpertStatistics, SampledTokens
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, Expert
 from puzzlemoe_offline.families import expert_groups
-from puzzlemoe_offline.layerwise import DecoderLayer, LayerExperts, LayerwiseModel, StreamedExperts, batch_size
+from puzzlemoe_offline.layerwise import (
+    DecoderLayer,
+    LayerExperts,
+    LayerwiseModel,
+    StreamedExperts,
+    batch_size,
+    check_whole,
+)
 from puzzlemoe_offline.merge_error import merge_errors
 from puzzlemoe_offline.mergemoe import ClusteredLayer, LayerMerger
 from puzzlemoe_offline.output import ModelFolder, packed_dtype_config
@@ -90,7 +97,7 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
     checkpoint = job.checkpoint
     if checkpoint.quantization:
         raise CheckpointError(f"{checkpoint.folder} is packed already; start from the 16-bit original")
-    checkpoint.check_complete()
+    check_whole(checkpoint)
     job.group_size()
     job.check_experts()
     folder = ModelFolder(out, checkpoint.layers + 1)
@@ -103,7 +110,7 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
         record["seconds"]["write"] = time.perf_counter() - began
         records.append(record)
         on_layer(layer, record)
-    rest = {name: checkpoint.tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
+    rest = {name: checkpoint.plain_tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
     folder.write_shard(checkpoint.layers, rest, {}, None)
     report = build_report(job, records)
     config = packed_dtype_config(checkpoint.config) | {"quantization_config": _quantization(job, records)}
@@ -312,15 +319,13 @@ def plain_tensors(checkpoint: Checkpoint, layer: int, order: list[int] | None = 
     """The layer's tensors other than routed experts.
 
     order: the source ids of the experts to come, which the router's rows follow; None leaves the router as it is.
-    Raises CheckpointError naming a tensor that is not finite.
+    Raises CheckpointError as `Checkpoint.plain_tensor` does.
     """
     tensors: dict[str, Tensor] = {}
     for name in checkpoint.names:
         if checkpoint.layer_of(name) != layer or checkpoint.is_expert(name):
             continue
-        tensor = checkpoint.tensor(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} in {checkpoint.file_of(name)} holds NaN or infinite values: fetch it again")
+        tensor = checkpoint.plain_tensor(name)
         if order is not None and name.startswith(f"{checkpoint.block(layer)}.gate."):
             tensor = tensor[order]
         tensors[_family_name(checkpoint, layer, name)] = tensor

@@ -14,8 +14,9 @@ class UnsupportedModel(ValueError):
 class Family:
     """How a family names its MoE layers on disk and in config.json.
 
-    block: the MoE block's name inside a decoder layer; gate, up, down: an expert's projections; experts: the config.json
-    keys that may hold the expert count, the family's own first; intermediate: the key of an expert's intermediate size.
+    block: the MoE block's name inside a decoder layer; gate, up, down: an expert's projections.
+    experts: the config.json keys that may hold the expert count, the family's own first; intermediate: the key of an
+    expert's intermediate size.
     """
 
     title: str

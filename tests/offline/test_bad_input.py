@@ -63,7 +63,7 @@ def packed(source, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", [EXPERT, "model.layers.1.mlp.gate.weight"])
+@pytest.mark.parametrize("name", [EXPERT, "model.layers.1.mlp.gate.weight", "model.embed_tokens.weight"])
 def test_nan_in_the_source(source, tmp_path, name, value):
     edit_tensor(source, name, set_one(value))
     with pytest.raises(CheckpointError, match=f"{name}.*NaN or infinite"):
@@ -78,11 +78,69 @@ def test_a_weight_that_no_word_holds(source, tmp_path):
         run(source, tmp_path / "out")
 
 
-def test_a_missing_tensor(source, tmp_path):
-    edit_tensor(source, EXPERT, lambda tensor: None)
-    with pytest.raises(CheckpointError, match=f"tensor {EXPERT} is missing"):
+# Of each kind: an expert's, a router's, one that no calibration pass reads, one of a layer without calibration.
+@pytest.mark.parametrize(
+    "name",
+    [EXPERT, "model.layers.1.mlp.gate.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"],
+)
+def test_a_missing_tensor(source, tmp_path, name):
+    edit_tensor(source, name, lambda tensor: None)
+    with pytest.raises(CheckpointError, match=f"tensor {name} is missing"):
         run(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_without_its_experts(source, tmp_path):
+    path = source / "model.safetensors"
+    save_file({name: t for name, t in load_file(path).items() if ".1.mlp.experts." not in name}, path)
+    with pytest.raises(CheckpointError, match=r"layer 1 has no expert tensors"):
+        run(source, tmp_path / "out")
+
+
+def test_a_tensor_that_only_the_index_has(source):
+    weight_map = dict.fromkeys([*load_file(source / "model.safetensors"), "model.ghost"], "model.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"model\.ghost is missing, but .*index\.json names it"):
+        Checkpoint(source)
+
+
+def test_experts_that_the_config_does_not_know(source, tmp_path):
+    edit_config(source, num_experts=6)
+    with pytest.raises(CheckpointError, match=r"gate\.weight: shape \(8, 128\), config.json says \(6, 128\)"):
+        run(source, tmp_path / "out")
+    path = source / "model.safetensors"
+    shorter = {name: t[:6].clone() if name.endswith(".mlp.gate.weight") else t for name, t in load_file(path).items()}
+    save_file(shorter, path)
+    with pytest.raises(CheckpointError, match=r"experts\.6\.down_proj\.weight is none of the tensors .* 6 experts"):
+        run(source, tmp_path / "out")
+
+
+def test_an_expert_with_a_bias(source, tmp_path):
+    path, name = source / "model.safetensors", EXPERT.replace("weight", "bias")
+    save_file(load_file(path) | {name: torch.ones(128)}, path)
+    with pytest.raises(CheckpointError, match=f"{name} is none of the tensors"):
+        run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "moe_intermediate_size", "num_experts"])
+@pytest.mark.parametrize("value", [None, "two"])
+def test_a_size_that_is_missing_or_no_number(source, tmp_path, key, value):
+    edit_config(source, **{key: value})
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key} is {value!r}, expected a positive number"):
+        run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b'"text"', b"[]", b"\xff\xfe{", b'{"a'])
+def test_a_config_that_is_no_json_object(source, content):
+    (source / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config\.json is not"):
+        Checkpoint(source)
+
+
+def test_an_index_without_files(source):
+    (source / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"index\.json has no weight_map"):
+        Checkpoint(source)
 
 
 def test_a_misshapen_tensor(source, tmp_path):
@@ -95,6 +153,13 @@ def test_a_quantized_source(source):
     edit_tensor(source, EXPERT, lambda tensor: tensor.to(torch.int8))
     with pytest.raises(CheckpointError, match=f"{EXPERT}: dtype torch.int8"):
         Checkpoint(source).expert(1, 5)
+    attention = "model.layers.0.self_attn.q_proj.weight"
+    edit_tensor(source, attention, lambda tensor: tensor.to(torch.float8_e4m3fn))
+    with pytest.raises(CheckpointError, match=f"{attention}: dtype torch.float8_e4m3fn is quantized"):
+        Checkpoint(source).plain_tensor(attention)
+    edit_config(source, quantization_config=["fp8"])
+    with pytest.raises(CheckpointError, match=r"quantization_config is \['fp8'\], expected a JSON object"):
+        Checkpoint(source)
     edit_config(source, quantization_config={"quant_method": "fp8"})
     with pytest.raises(CheckpointError, match="already quantized with 'fp8'; start from the 16-bit original"):
         Checkpoint(source)
@@ -148,9 +213,19 @@ def test_damage_that_inspect_finds(packed):
     edit_tensor(packed, name, lambda words: words.view(torch.bfloat16))
     with pytest.raises(CheckpointError, match=f"{name}: dtype torch.bfloat16, mask16 words are torch.int16"):
         inspect(Checkpoint(packed))
-    edit_tensor(packed, name, lambda words: None)
-    with pytest.raises(CheckpointError, match="is missing"):
-        inspect(Checkpoint(packed))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.mlp.experts.2.up_proj.puzzle", "model.layers.0.mlp.experts.0.gate_proj.puzzle", "lm_head.weight"],
+)
+def test_a_missing_tensor_that_inspect_finds(packed, tmp_path, name):
+    # The index goes too: with it, opening the folder already fails.
+    (packed / "model.safetensors.index.json").unlink()
+    edit_tensor(packed, name, lambda tensor: None)
+    for read in (inspect, lambda checkpoint: unpack(checkpoint, tmp_path / "unpacked")):
+        with pytest.raises(CheckpointError, match=f"{name} is missing"):
+            read(Checkpoint(packed))
 
 
 def test_an_output_folder_in_use(source, packed):
