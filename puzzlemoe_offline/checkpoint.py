@@ -52,7 +52,18 @@ def locate(source: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"{source}: no such folder, and the hub could not be reached ({error})") from None
 
 
-SMALL_FILES = ("*.json", "*.jinja", "*.py", "*.model", "*.txt", "LICENSE*", "NOTICE*", "*.tiktoken")
+SMALL_FILES = (
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.py",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "*.tiktoken",
+)
+"""What a model folder holds beside its weights: configuration, tokenizer, chat templates, licence."""
 
 
 PROJECTIONS = ("gate", "up", "down")

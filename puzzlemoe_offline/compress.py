@@ -122,6 +122,8 @@ def _run(
     job: Job, folder: ModelFolder, start: int
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Any], Tensor | None]]:
     """Yields (layer, tensors to write, record, hidden states after it) from layer `start` on."""
+    if start == job.checkpoint.layers:
+        return
     if job.calibration is None:
         experts = LayerExperts(job.checkpoint, job.device)
         for layer in range(start, job.checkpoint.layers):

@@ -1,11 +1,15 @@
 """Input that cannot be used: one error that names the file or tensor, and nothing half-done is left that loads."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from puzzlemoe_offline.calibrate import CalibrationError, load_calibration
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, locate
@@ -233,9 +237,42 @@ def test_an_output_folder_in_use(source, packed):
         run(source, packed)
 
 
-def test_calibration_text_that_cannot_be_used(example, tmp_path):
-    from transformers import AutoTokenizer
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Writing beyond that many bytes of a file fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
+
+def test_an_output_folder_that_cannot_be_written(source, packed, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "out"):
+        with pytest.raises(OutputError, match=f"{out} cannot be written .*Not a directory"):
+            run(source, out)
+    with files_up_to(20_000), pytest.raises(OutputError, match=r"cannot be written .*File too large.*--resume"):
+        run(source, tmp_path / "out")
+    with pytest.raises(OutputError, match="unfinished run: name a new folder, empty this one or,"):
+        unpack(Checkpoint(packed), tmp_path / "out")
+
+
+def test_small_files_of_the_source(source, tmp_path):
+    (source / "LICENSES").mkdir()
+    (source / "LICENSE").write_text("free")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    run(source, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+    assert not (tmp_path / "out" / "LICENSES").exists()
+    ours, theirs = (AutoTokenizer.from_pretrained(folder).chat_template for folder in (tmp_path / "out", source))
+    assert ours == theirs and set(ours) == {"default", "tools"}
+
+
+def test_calibration_text_that_cannot_be_used(example, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(example / "model")
     short = tmp_path / "short.txt"
     short.write_text("too short")
@@ -250,8 +287,6 @@ def test_calibration_text_that_cannot_be_used(example, tmp_path):
 
 
 def test_jsonl_and_text_give_the_same_windows(example, tmp_path):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(example / "model")
     text = (example / "calibration.txt").read_text()[:20_000]
     plain, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
@@ -263,8 +298,6 @@ def test_jsonl_and_text_give_the_same_windows(example, tmp_path):
 
 
 def test_the_seed_chooses_one_window_from_each_part_of_a_file(example):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(example / "model")
     text = str(example / "calibration.txt")
     drawn = [load_calibration(text, tokenizer, 4, 128, seed).tokens for seed in (0, 0, 1)]
