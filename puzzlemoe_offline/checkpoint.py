@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -46,6 +52,11 @@ def locate(source: str, revision: str | None = None) -> Path:
         return folder
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", *SMALL_FILES]))
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{source}: the hub gives this model only to those who accepted its terms on its page: do that, then "
+            "`hf auth login`"
+        ) from None
     except (HFValidationError, RepositoryNotFoundError):
         raise CheckpointError(f"{source}: neither a folder here nor a model id on the hub") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

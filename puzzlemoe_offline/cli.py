@@ -14,6 +14,7 @@ from typing import Annotated, Any
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -182,7 +183,7 @@ def compress_command(
     with layer_progress("compressing", checkpoint.layers) as advance:
         report = compress(job, out, resume, lambda layer, record: advance())
     console.print(summary(report))
-    console.print(f"packed model written to {out}; serve it with: vllm serve {out}")
+    console.print(f"packed model written to {out}; serve it with: vllm serve {out}", markup=False, soft_wrap=True)
 
 
 @app.command("inspect")
@@ -202,7 +203,7 @@ def inspect_command(
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table(title=model)
+    table = Table(title=escape(model))
     table.add_column("part")
     table.add_column("GB", justify="right")
     for part, size in facts["bytes"].items():
@@ -228,7 +229,7 @@ def unpack_command(
     checkpoint = Checkpoint(locate(model))
     with layer_progress("unpacking", checkpoint.layers) as advance:
         unpack(checkpoint, out, lambda layer: advance())
-    console.print(f"dense model written to {out}")
+    console.print(f"dense model written to {out}", markup=False, soft_wrap=True)
 
 
 @app.command("perplexity")
@@ -246,7 +247,11 @@ def perplexity_command(
     folder = locate(model)
     checkpoint = Checkpoint(folder)
     check_whole(checkpoint)
-    windows = windows_of(tokenizer_of(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
+    tokenizer = tokenizer_of(folder)
+    try:
+        windows = windows_of(tokenizer(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
+    except ValueError as error:
+        raise CheckpointError(f"--text {text}: {error}; give a plain text file in UTF-8") from None
     if engine is Engine.vllm:
         if device:
             raise CheckpointError("--device is for --engine layerwise; vLLM runs where its build runs: drop it")
@@ -284,7 +289,7 @@ def _mergemoe_recipe(context: typer.Context, method: Method, experts: int | None
 
 def _plan_table(job: Job) -> Table:
     plan = make_plan(job)
-    table = Table(title=f"{job.source}: plan (memory and time are estimates)", show_header=False)
+    table = Table(title=f"{escape(job.source)}: plan (memory and time are estimates)", show_header=False)
     rows: list[tuple[str, Any]] = [
         ("expert weights", f"{plan.experts_before / GB:.3f} GB -> {plan.experts_after / GB:.3f} GB"),
         ("other weights", f"{plan.other / GB:.3f} GB, unchanged"),
@@ -303,7 +308,8 @@ def main() -> None:
     try:
         app()
     except EXPECTED_ERRORS as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False)
+        # Not wrapped, and brackets are no markup: the text holds paths.
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

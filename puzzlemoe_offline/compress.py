@@ -68,9 +68,17 @@ class Job:
             + (f"use --group-size {fitting[0]}" if fitting else "use --code angle16, which has no groups")
         )
 
-    def check_experts(self) -> None:
-        """Raises CheckpointError when the model cannot be merged into the recipe's number of experts."""
+    def check(self) -> None:
+        """Raises CheckpointError when the model is packed already, or its experts do not fit the recipe."""
+        if self.checkpoint.quantization:
+            raise CheckpointError(f"{self.checkpoint.folder} is packed already; start from the 16-bit original")
+        self.group_size()
         count, total = self.recipe.experts, self.checkpoint.experts
+        if count is None and self.recipe.sparsity == 0.25 and total < 4:
+            raise CheckpointError(
+                f"--sparsity 0.25: half of the {total} experts per layer of {self.checkpoint.folder} are no pair; "
+                "use --sparsity 0.5"
+            )
         if count is not None and not 1 <= count < total:
             raise CheckpointError(
                 f"--experts {count}: {self.checkpoint.folder} has {total} experts per layer; choose 1 to {total - 1}"
@@ -95,11 +103,8 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
     Raises CheckpointError, OutputError or UnencodableWeight; finished layers stay and `resume` goes on from there.
     """
     checkpoint = job.checkpoint
-    if checkpoint.quantization:
-        raise CheckpointError(f"{checkpoint.folder} is packed already; start from the 16-bit original")
+    job.check()
     check_whole(checkpoint)
-    job.group_size()
-    job.check_experts()
     folder = ModelFolder(out, checkpoint.layers + 1)
     records = [entry["record"] for entry in folder.start(job.fingerprint(), resume)][: checkpoint.layers]
     for layer, record in enumerate(records):

@@ -63,7 +63,8 @@ def family_of(config: dict[str, Any]) -> Family:
 
 
 def expert_groups(config: dict[str, Any]) -> int:
-    """Number of expert groups that the router picks from (group-limited routing), 1 without groups."""
-    if config.get("topk_method") in (None, "greedy"):
-        return 1
+    """Number of expert groups that the router picks from (group-limited routing), 1 without groups.
+
+    Whatever topk_method says: vLLM heeds n_group alone.
+    """
     return int(config.get("n_group") or 1)

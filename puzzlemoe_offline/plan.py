@@ -37,7 +37,7 @@ class Plan:
 def make_plan(job: Job) -> Plan:
     """Sizes from the headers, memory from the shapes, time from half a second of measuring this machine."""
     checkpoint, recipe = job.checkpoint, job.recipe
-    job.check_experts()
+    job.check()
     expert = expert_bytes(job)
     layer_experts = expert * checkpoint.experts
     share = 1 - recipe.sparsity * (2 - get_code(recipe.code).bits_per_pair(job.group_size()) / 16)

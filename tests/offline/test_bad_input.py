@@ -6,18 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from puzzlemoe_offline.calibrate import CalibrationError, load_calibration
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, locate
+from puzzlemoe_offline.cli import main
 from puzzlemoe_offline.compress import Job, compress
 from puzzlemoe_offline.families import UnsupportedModel
 from puzzlemoe_offline.inspection import inspect
 from puzzlemoe_offline.output import OutputError
+from puzzlemoe_offline.plan import make_plan
 from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.terminal import tokenizer_of
 from puzzlemoe_offline.unpack import unpack
 from puzzlemoe_vllm.format.codes import UnencodableWeight
 from puzzlemoe_vllm.format.layout import LayoutError
@@ -198,9 +203,38 @@ def test_a_name_that_is_neither_folder_nor_hub_id():
         locate("./no/such/folder/anywhere")
 
 
+def test_a_gated_model_is_told_from_a_missing_one(monkeypatch):
+    def gated(*_, **__):
+        raise GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "https://hub")))
+
+    monkeypatch.setattr("puzzlemoe_offline.checkpoint.snapshot_download", gated)
+    with pytest.raises(CheckpointError, match=r"owner/model: .*accepted its terms.*hf auth login"):
+        locate("owner/model")
+
+
+def test_too_few_experts_for_a_quarter(tmp_path):
+    source = build("mixtral", tmp_path / "source", num_local_experts=3)
+    recipe = Recipe(saliency="magnitude", sparsity=0.25)
+    with pytest.raises(CheckpointError, match=r"--sparsity 0.25: half of the 3 experts .* use --sparsity 0.5"):
+        compress(Job(Checkpoint(source), "source", None, recipe, None, "cpu"), tmp_path / "out", False, print)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+def test_a_model_without_tokenizer(tmp_path, family):
+    source = build(family, tmp_path)
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"its tokenizer (has no vocabulary|could not be loaded)") as caught:
+        tokenizer_of(source)
+    assert "\n" not in str(caught.value)
+
+
 def test_packing_twice_and_unpacking_a_dense_model(packed, source, tmp_path):
     with pytest.raises(CheckpointError, match="packed already"):
         run(packed, tmp_path / "twice")
+    job = Job(Checkpoint(packed), "packed", None, Recipe(saliency="magnitude"), None, "cpu")
+    with pytest.raises(CheckpointError, match="packed already"):
+        make_plan(job)
     with pytest.raises(CheckpointError, match="not a packed model"):
         unpack(Checkpoint(source), tmp_path / "unpacked")
 
@@ -282,8 +316,29 @@ def test_calibration_text_that_cannot_be_used(example, tmp_path):
     broken.write_text('{"text": "fine"}\n{"body": "no text"}\n')
     with pytest.raises(CalibrationError, match=r'broken\.jsonl:2: expected a JSON object with a "text" field'):
         load_calibration(str(broken), tokenizer, 4, 128)
+    broken.write_text('{"text": 5}\n')
+    with pytest.raises(CalibrationError, match=r'broken\.jsonl:1: expected .* "text" field that is a string'):
+        load_calibration(str(broken), tokenizer, 4, 128)
+    for latin in (tmp_path / "latin.txt", tmp_path / "latin.jsonl"):
+        latin.write_bytes(b'{"text": "\xe9"}\n')
+        with pytest.raises(CalibrationError, match=rf"{latin.name}: 'utf-8' codec .*; give text in UTF-8"):
+            load_calibration(str(latin), tokenizer, 4, 128)
     with pytest.raises(CalibrationError, match=r"missing\.txt: not a file"):
         load_calibration(str(tmp_path / "missing.txt"), tokenizer, 4, 128)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xe9"])
+def test_a_text_that_cannot_be_scored(source, tmp_path, content, capsys, monkeypatch):
+    folder = tmp_path / "[a]" / ("long-" * 30)
+    folder.mkdir(parents=True)
+    text = folder / "text.txt"
+    text.write_bytes(content)
+    monkeypatch.setattr("sys.argv", ["puzzlemoe", "perplexity", str(source), "--text", str(text)])
+    with pytest.raises(SystemExit):
+        main()
+    # One line, though it is longer than a terminal's, with the path as it is.
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --text {text}: ") and line.endswith("; give a plain text file in UTF-8")
 
 
 def test_jsonl_and_text_give_the_same_windows(example, tmp_path):
