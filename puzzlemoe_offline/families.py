@@ -54,11 +54,13 @@ FAMILIES = {
 
 
 def family_of(config: dict[str, Any]) -> Family:
-    """The family of a config.json.  Raises UnsupportedModel, listing the families."""
+    """The family of a config.json.  Raises UnsupportedModel, listing the families, or for experts without SiLU."""
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         known = ", ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
         raise UnsupportedModel(f"model_type {model_type!r} is not supported; supported families: {known}")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not supported: experts must be SiLU-gated")
     return FAMILIES[model_type]
 
 

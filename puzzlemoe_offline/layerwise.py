@@ -99,12 +99,20 @@ class LayerwiseModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str):
-        """Raises CheckpointError when the checkpoint lacks a tensor of the model, or has one of another shape."""
+        """Raises CheckpointError when the checkpoint lacks a tensor of the model, or has one of another shape, or when
+        transformers does not know what config.json says."""
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        with init_empty_weights(include_buffers=False):
-            self.model = _build(checkpoint).eval()
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = _build(checkpoint).eval()
+        except Exception as error:  # transformers raises whatever its configurations and layers raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'}: transformers makes no model of it ({reason}): copy it again, or "
+                "install a later transformers"
+            ) from None
         # Parameters get their dtype as they are loaded; the buffers are the rotary embedding's frequencies, which bf16
         # would shift by whole turns at distant positions.
         self.model.model.rotary_emb.to(self.device)
@@ -113,7 +121,16 @@ class LayerwiseModel:
 
     @torch.inference_mode()
     def embed(self, batch: Tensor) -> Tensor:
-        """Token ids [B, T] -> hidden states [B, T, H]; also learns every layer's arguments for a batch of this size."""
+        """Token ids [B, T] -> hidden states [B, T, H]; also learns every layer's arguments for a batch of this size.
+
+        Raises CheckpointError for a token that the embedding does not have.
+        """
+        rows = self.model.config.vocab_size
+        if int(batch.max()) >= rows:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: its tokenizer gives token {int(batch.max())}, but the embedding has {rows} "
+                "rows: the tokenizer belongs to another model"
+            )
         self._load(self.model.model.embed_tokens, "model.embed_tokens")
         layers = self.model.model.layers
         recorders = [_Recorder(layer) for layer in layers]

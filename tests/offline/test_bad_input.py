@@ -19,6 +19,7 @@ from puzzlemoe_offline.cli import main
 from puzzlemoe_offline.compress import Job, compress
 from puzzlemoe_offline.families import UnsupportedModel
 from puzzlemoe_offline.inspection import inspect
+from puzzlemoe_offline.layerwise import LayerwiseModel
 from puzzlemoe_offline.output import OutputError
 from puzzlemoe_offline.plan import make_plan
 from puzzlemoe_offline.recipe import Recipe
@@ -178,6 +179,25 @@ def test_an_unknown_family_lists_the_known_ones(source):
     edit_config(source, model_type="llama")
     with pytest.raises(UnsupportedModel, match=r"'llama' is not supported.*Mixtral.*Qwen3-MoE.*DeepSeek-V2.*OLMoE"):
         Checkpoint(source)
+
+
+def test_experts_without_silu(source):
+    edit_config(source, hidden_act="gelu")
+    with pytest.raises(UnsupportedModel, match="hidden_act 'gelu' is not supported"):
+        Checkpoint(source)
+
+
+@pytest.mark.parametrize("changes", [{"rope_scaling": {"rope_type": "none", "factor": 2}}, {"rms_norm_eps": "small"}])
+def test_a_config_that_transformers_does_not_know(source, tmp_path, changes):
+    edit_config(source, **changes)
+    with pytest.raises(CheckpointError, match=r"config\.json: transformers makes no model of it \(\w+:") as caught:
+        run(source, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_of_another_model(source):
+    with pytest.raises(CheckpointError, match="token 300, but the embedding has 257 rows"):
+        LayerwiseModel(Checkpoint(source), "cpu").embed(torch.tensor([[5, 300]]))
 
 
 def test_a_truncated_shard(source):
