@@ -72,15 +72,25 @@ def load_calibration(
 
 
 def _file_texts(path: Path) -> Iterator[str]:
-    if path.suffix != ".jsonl":
-        yield path.read_text(encoding="utf-8")
-        return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise CalibrationError(f'{path}:{number}: expected a JSON object with a "text" field') from None
+    try:
+        if path.suffix != ".jsonl":
+            yield path.read_text(encoding="utf-8")
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                yield _text_field(line, f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path}: {error}; give text in UTF-8") from None
+
+
+def _text_field(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise CalibrationError(f'{where}: expected a JSON object with a "text" field that is a string')
+    return text
 
 
 def _hub_texts(dataset: str) -> Iterator[str]:

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -46,13 +52,29 @@ def locate(source: str, revision: str | None = None) -> Path:
         return folder
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", *SMALL_FILES]))
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{source}: the hub gives this model only to those who accepted its terms on its page: do that, then "
+            "`hf auth login`"
+        ) from None
     except (HFValidationError, RepositoryNotFoundError):
         raise CheckpointError(f"{source}: neither a folder here nor a model id on the hub") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{source}: no such folder, and the hub could not be reached ({error})") from None
 
 
-SMALL_FILES = ("*.json", "*.jinja", "*.py", "*.model", "*.txt", "LICENSE*", "NOTICE*", "*.tiktoken")
+SMALL_FILES = (
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.py",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "*.tiktoken",
+)
+"""What a model folder holds beside its weights: configuration, tokenizer, chat templates, licence."""
 
 
 PROJECTIONS = ("gate", "up", "down")
@@ -89,19 +111,18 @@ class Checkpoint:
         self.quantization = self._quantization()
         self._files = _open_files(folder)
         self._where = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
-        self.layers = int(self.config["num_hidden_layers"])
-        self.experts = int(self.config.get(self.family.experts) or 0)
+        self.layers = self._size("num_hidden_layers")
+        key = self.family.experts_key(self.config)
+        self.experts = self._size(key)
         if self.experts < 2:
-            raise CheckpointError(
-                f"{folder / 'config.json'}: {self.family.experts} is {self.experts}, nothing to merge"
-            )
+            raise CheckpointError(f"{folder / 'config.json'}: {key} is {self.experts}, nothing to merge")
         for layer, centres in (self.quantization.clusters if self.quantization else {}).items():
             if len(centres) != self.experts:
                 raise CheckpointError(
                     f"{folder / 'config.json'}: quantization_config has clusters of {len(centres)} experts in layer "
                     f"{layer}, the model has {self.experts}: copy it again"
                 )
-        self._blocks = {layer: block for layer in range(self.layers) if (block := self._find_block(layer))}
+        self._blocks = self._find_blocks()
         if not self._blocks:
             raise CheckpointError(f"{folder}: no expert tensors found for model_type {self.config['model_type']!r}")
 
@@ -110,25 +131,31 @@ class Checkpoint:
         if raw is None:
             return None
         where = f"{self.folder / 'config.json'}: quantization_config"
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{where} is {raw!r}, expected a JSON object: copy it again")
         if raw.get("quant_method") != QUANT_METHOD:
             raise CheckpointError(
                 f"{where}: already quantized with {raw.get('quant_method')!r}; start from the 16-bit original"
             )
         return parse_config(raw, where)
 
-    def _find_block(self, layer: int) -> str | None:
-        """Name of the layer's MoE block on disk; None for a layer without experts."""
-        for block in dict.fromkeys((self.family.block, "mlp")):
-            name = f"model.layers.{layer}.{block}"
-            if f"{name}.experts.gate_up_proj" in self._where or any(
-                key in self._where
-                for key in (
-                    words_name(f"{name}.experts", 0, self.family.gate),
-                    *(weight_name(f"{name}.experts", expert, self.family.gate) for expert in range(self.experts)),
-                )
-            ):
-                return name
-        return None
+    def _size(self, key: str) -> int:
+        """A size that config.json holds."""
+        size = self.config.get(key)
+        if not isinstance(size, int) or size < 1:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: {key} is {size!r}, expected a positive number: copy it again"
+            )
+        return size
+
+    def _find_blocks(self) -> dict[int, str]:
+        """Name on disk of the MoE block of every layer that has tensors of routed experts."""
+        blocks = {}
+        for name in self._where:
+            match = re.match(r"(model\.layers\.(\d+)\.(\w+))\.experts\.", name)
+            if match and match[3] in (self.family.block, "mlp") and int(match[2]) < self.layers:
+                blocks[int(match[2])] = match[1]
+        return blocks
 
     @property
     def names(self) -> list[str]:
@@ -186,6 +213,16 @@ class Checkpoint:
         """A tensor as stored.  Raises CheckpointError when it is missing."""
         self._require(name)
         return self._files[self._where[name]].get_tensor(name)
+
+    def plain_tensor(self, name: str) -> Tensor:
+        """A tensor that belongs to no merged expert, as stored.  Raises CheckpointError when it is missing, is not
+        finite, or has less than 16 bits."""
+        tensor = self.tensor(name)
+        if tensor.is_floating_point() and tensor.itemsize < 2:
+            raise CheckpointError(f"{name}: dtype {tensor.dtype} is quantized; start from the 16-bit original")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name} in {self.file_of(name)} holds NaN or infinite values: fetch it again")
+        return tensor
 
     def expert(self, layer: int, expert: int) -> Expert:
         """The reconstructed bf16 weights of one routed expert.
@@ -248,36 +285,63 @@ class Checkpoint:
         return grid
 
     def _check_shape(self, name: str, shape: tuple[int, ...], index: int) -> None:
-        hidden, intermediate = self.expert_sizes
-        expected = (hidden, intermediate) if index == 2 else (intermediate, hidden)
-        if self.quantization and name.endswith(f".{WORDS}"):
-            expected = get_code(self.quantization.code).words_shape(*expected)
-        elif self.quantization and self.quantization.group_size and name.endswith(f".{GRID}"):
-            expected = (expected[0], expected[1] // self.quantization.group_size)
-        if shape != expected:
+        if shape != (expected := self._expected_shape(name, index)):
             raise CheckpointError(f"{name}: shape {shape}, config.json says {expected}")
 
+    def _expected_shape(self, name: str, index: int) -> tuple[int, ...]:
+        """Of a tensor of one gate (0), up (1) or down (2) projection: weights, words or steps."""
+        hidden, intermediate = self.expert_sizes
+        rows, columns = (hidden, intermediate) if index == 2 else (intermediate, hidden)
+        if self.quantization and name.endswith(f".{WORDS}"):
+            return get_code(self.quantization.code).words_shape(rows, columns)
+        if self.quantization and self.quantization.group_size and name.endswith(f".{GRID}"):
+            return rows, columns // self.quantization.group_size
+        return rows, columns
+
     def check_complete(self) -> None:
-        """Every expert tensor is there, with the right shape and dtype; headers only.  Raises CheckpointError."""
-        has_grid = self.quantization is not None and self.quantization.group_size is not None
+        """Every tensor of a router or a routed expert is there, with the right shape, and no tensor of an expert that
+        config.json does not know; headers only.  Raises CheckpointError."""
+        known = set()
         for layer in self.moe_layers:
-            experts = f"{self.block(layer)}.experts"
-            merged = self.merged(layer)
-            if f"{experts}.gate_up_proj" in self._where:
-                self._require(f"{experts}.down_proj")
-                continue
-            for index, projection in enumerate(self.family.projections):
-                for expert in range(self.experts):
-                    paired = expert < merged
-                    if (paired and expert % 2) or self.centre(layer, expert) != expert:
-                        continue
-                    names = [(words_name if paired else weight_name)(experts, expert, projection)]
-                    if paired and has_grid:
+            for name, shape in self._expert_shapes(layer).items():
+                self.check_tensor(name, shape)
+                known.add(name)
+            self.check_tensor(f"{self.block(layer)}.gate.weight", (self.experts, self.expert_sizes[0]))
+        for name in self.names:
+            if self.is_expert(name) and self.layer_of(name) is not None and name not in known:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is none of the tensors that {self.config['model_type']} has with "
+                    f"{self.experts} experts: config.json belongs to another model, or the model is no plain one"
+                )
+
+    def _expert_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that the layer's routed experts are stored in, by name."""
+        experts, merged = f"{self.block(layer)}.experts", self.merged(layer)
+        hidden, intermediate = self.expert_sizes
+        if f"{experts}.gate_up_proj" in self._where:
+            return {
+                f"{experts}.gate_up_proj": (self.experts, 2 * intermediate, hidden),
+                f"{experts}.down_proj": (self.experts, hidden, intermediate),
+            }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for index, projection in enumerate(self.family.projections):
+            for expert in range(self.experts):
+                if expert >= merged:
+                    if self.centre(layer, expert) == expert:
+                        name = weight_name(experts, expert, projection)
+                        shapes[name] = self._expected_shape(name, index)
+                elif expert % 2 == 0:
+                    names = [words_name(experts, expert, projection)]
+                    if self.quantization and self.quantization.group_size:
                         names.append(grid_name(experts, expert, projection))
-                    for name in names:
-                        self._require(name)
-                        self._check_shape(name, self.shape(name), index)
-        self._require(f"{self.block(self.moe_layers[0])}.gate.weight")
+                    shapes |= {name: self._expected_shape(name, index) for name in names}
+        return shapes
+
+    def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError when a tensor is missing or has another shape; headers only."""
+        self._require(name)
+        if self.shape(name) != shape:
+            raise CheckpointError(f"{name}: shape {self.shape(name)}, config.json says {shape}")
 
     def _require(self, name: str) -> None:
         if name not in self._where:
@@ -299,7 +363,12 @@ class Checkpoint:
     @property
     def expert_sizes(self) -> tuple[int, int]:
         """Hidden and intermediate size of the routed experts."""
-        return int(self.config["hidden_size"]), int(self.config[self.family.intermediate])
+        return self._size("hidden_size"), self._size(self.family.intermediate)
+
+    @property
+    def experts_per_token(self) -> int:
+        """Routed experts that the router chooses for a token."""
+        return self._size("num_experts_per_tok")
 
     def fingerprint(self) -> str:
         """Digest of config.json and of every file's name, size and tensor table; weights are not read."""
@@ -314,21 +383,30 @@ class Checkpoint:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: not a model folder, or an unfinished one") from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): copy it again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object: copy it again")
+    return data
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """File by tensor name."""
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map of file names: copy it again")
+    return weight_map
 
 
 def _open_files(folder: Path) -> dict[str, Any]:
-    """Handles of the safetensors files that make up the model; every file that the index names must open."""
+    """Handles of the safetensors files that make up the model; every file and tensor that the index names must be
+    there."""
     index = folder / INDEX
-    files = (
-        sorted(set(_read_json(index)["weight_map"].values()))
-        if index.exists()
-        else sorted(path.name for path in folder.glob("*.safetensors"))
-    )
+    weight_map = _read_index(index) if index.exists() else {}
+    files = sorted(set(weight_map.values()) if index.exists() else {path.name for path in folder.glob("*.safetensors")})
     if not files:
         raise CheckpointError(f"{folder}: no *.safetensors files; convert other weight formats to safetensors first")
     handles = {}
@@ -340,4 +418,8 @@ def _open_files(folder: Path) -> dict[str, Any]:
             handles[file] = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged or cut short ({error}): copy or download it again") from None
+    held = {file: set(handle.keys()) for file, handle in handles.items()}
+    for name, file in weight_map.items():
+        if name not in held[file]:
+            raise CheckpointError(f"{folder / file}: tensor {name} is missing, but {INDEX} names it: copy it again")
     return handles

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +26,7 @@ from puzzlemoe_offline.compress import Job, compress
 from puzzlemoe_offline.evaluate import perplexity, windows_of
 from puzzlemoe_offline.families import UnsupportedModel
 from puzzlemoe_offline.inspection import inspect
+from puzzlemoe_offline.layerwise import check_whole
 from puzzlemoe_offline.output import OutputError
 from puzzlemoe_offline.plan import make_plan
 from puzzlemoe_offline.recipe import (
@@ -170,7 +172,7 @@ def compress_command(
     )
     folder = locate(source, revision)
     checkpoint = Checkpoint(folder)
-    checkpoint.check_complete()
+    check_whole(checkpoint)
     data: Calibration | None = None
     if chosen.saliency == "wanda":
         data = calibration_of(folder, calibration, samples, sequence_length, seed)
@@ -181,7 +183,7 @@ def compress_command(
     with layer_progress("compressing", checkpoint.layers) as advance:
         report = compress(job, out, resume, lambda layer, record: advance())
     console.print(summary(report))
-    console.print(f"packed model written to {out}; serve it with: vllm serve {out}")
+    console.print(f"packed model written to {out}; serve it with: vllm serve {out}", markup=False, soft_wrap=True)
 
 
 @app.command("inspect")
@@ -201,7 +203,7 @@ def inspect_command(
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table(title=model)
+    table = Table(title=escape(model))
     table.add_column("part")
     table.add_column("GB", justify="right")
     for part, size in facts["bytes"].items():
@@ -216,7 +218,7 @@ def inspect_command(
     )
     if facts["provenance"]:
         console.print(facts["provenance"])
-    console.print("every expert tensor is present, well-formed and finite")
+    console.print("every tensor is present and well-formed, those of experts are finite")
 
 
 @app.command("unpack")
@@ -227,7 +229,7 @@ def unpack_command(
     checkpoint = Checkpoint(locate(model))
     with layer_progress("unpacking", checkpoint.layers) as advance:
         unpack(checkpoint, out, lambda layer: advance())
-    console.print(f"dense model written to {out}")
+    console.print(f"dense model written to {out}", markup=False, soft_wrap=True)
 
 
 @app.command("perplexity")
@@ -244,8 +246,12 @@ def perplexity_command(
     """Perplexity of a packed or dense model on a text, in non-overlapping windows as is usual for WikiText-2."""
     folder = locate(model)
     checkpoint = Checkpoint(folder)
-    checkpoint.check_complete()
-    windows = windows_of(tokenizer_of(folder)(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
+    check_whole(checkpoint)
+    tokenizer = tokenizer_of(folder)
+    try:
+        windows = windows_of(tokenizer(text.read_text(encoding="utf-8"))["input_ids"], sequence_length)
+    except ValueError as error:
+        raise CheckpointError(f"--text {text}: {error}; give a plain text file in UTF-8") from None
     if engine is Engine.vllm:
         if device:
             raise CheckpointError("--device is for --engine layerwise; vLLM runs where its build runs: drop it")
@@ -283,7 +289,7 @@ def _mergemoe_recipe(context: typer.Context, method: Method, experts: int | None
 
 def _plan_table(job: Job) -> Table:
     plan = make_plan(job)
-    table = Table(title=f"{job.source}: plan (memory and time are estimates)", show_header=False)
+    table = Table(title=f"{escape(job.source)}: plan (memory and time are estimates)", show_header=False)
     rows: list[tuple[str, Any]] = [
         ("expert weights", f"{plan.experts_before / GB:.3f} GB -> {plan.experts_after / GB:.3f} GB"),
         ("other weights", f"{plan.other / GB:.3f} GB, unchanged"),
@@ -302,7 +308,8 @@ def main() -> None:
     try:
         app()
     except EXPECTED_ERRORS as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False)
+        # Not wrapped, and brackets are no markup: the text holds paths.
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

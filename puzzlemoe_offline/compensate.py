@@ -66,7 +66,9 @@ def inverse_factor(inputs: ProjectionInputs) -> Tensor:
     """Upper triangular U, float32 [K, K], with U'U the inverse of the damped moments per token^`BALANCE`."""
     assert inputs.moments is not None
     moments = inputs.moments.float() / inputs.tokens**BALANCE
-    moments.diagonal().add_(DAMPING * moments.diagonal().mean())
+    mean = moments.diagonal().mean()
+    # An expert whose inputs are all zero: the down projection of one whose gate or up projection is.
+    moments.diagonal().add_(torch.where(mean > 0, DAMPING * mean, 1.0))
     # With rows and columns in reverse the lower factor becomes an upper one, R R' = moments; its inverse is U.
     upper = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
     return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)

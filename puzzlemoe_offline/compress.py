@@ -17,7 +17,14 @@ from torch import Tensor
 from puzzlemoe_offline.calibrate import FEW_TOKENS, Calibration, ExpertStatistics, SampledTokens
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, Expert
 from puzzlemoe_offline.families import expert_groups
-from puzzlemoe_offline.layerwise import DecoderLayer, LayerExperts, LayerwiseModel, StreamedExperts, batch_size
+from puzzlemoe_offline.layerwise import (
+    DecoderLayer,
+    LayerExperts,
+    LayerwiseModel,
+    StreamedExperts,
+    batch_size,
+    check_whole,
+)
 from puzzlemoe_offline.merge_error import merge_errors
 from puzzlemoe_offline.mergemoe import ClusteredLayer, LayerMerger
 from puzzlemoe_offline.output import ModelFolder, packed_dtype_config
@@ -61,9 +68,17 @@ class Job:
             + (f"use --group-size {fitting[0]}" if fitting else "use --code angle16, which has no groups")
         )
 
-    def check_experts(self) -> None:
-        """Raises CheckpointError when the model cannot be merged into the recipe's number of experts."""
+    def check(self) -> None:
+        """Raises CheckpointError when the model is packed already, or its experts do not fit the recipe."""
+        if self.checkpoint.quantization:
+            raise CheckpointError(f"{self.checkpoint.folder} is packed already; start from the 16-bit original")
+        self.group_size()
         count, total = self.recipe.experts, self.checkpoint.experts
+        if count is None and self.recipe.sparsity == 0.25 and total < 4:
+            raise CheckpointError(
+                f"--sparsity 0.25: half of the {total} experts per layer of {self.checkpoint.folder} are no pair; "
+                "use --sparsity 0.5"
+            )
         if count is not None and not 1 <= count < total:
             raise CheckpointError(
                 f"--experts {count}: {self.checkpoint.folder} has {total} experts per layer; choose 1 to {total - 1}"
@@ -88,11 +103,8 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
     Raises CheckpointError, OutputError or UnencodableWeight; finished layers stay and `resume` goes on from there.
     """
     checkpoint = job.checkpoint
-    if checkpoint.quantization:
-        raise CheckpointError(f"{checkpoint.folder} is packed already; start from the 16-bit original")
-    checkpoint.check_complete()
-    job.group_size()
-    job.check_experts()
+    job.check()
+    check_whole(checkpoint)
     folder = ModelFolder(out, checkpoint.layers + 1)
     records = [entry["record"] for entry in folder.start(job.fingerprint(), resume)][: checkpoint.layers]
     for layer, record in enumerate(records):
@@ -103,7 +115,7 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
         record["seconds"]["write"] = time.perf_counter() - began
         records.append(record)
         on_layer(layer, record)
-    rest = {name: checkpoint.tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
+    rest = {name: checkpoint.plain_tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
     folder.write_shard(checkpoint.layers, rest, {}, None)
     report = build_report(job, records)
     config = packed_dtype_config(checkpoint.config) | {"quantization_config": _quantization(job, records)}
@@ -115,6 +127,8 @@ def _run(
     job: Job, folder: ModelFolder, start: int
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Any], Tensor | None]]:
     """Yields (layer, tensors to write, record, hidden states after it) from layer `start` on."""
+    if start == job.checkpoint.layers:
+        return
     if job.calibration is None:
         experts = LayerExperts(job.checkpoint, job.device)
         for layer in range(start, job.checkpoint.layers):
@@ -312,15 +326,13 @@ def plain_tensors(checkpoint: Checkpoint, layer: int, order: list[int] | None = 
     """The layer's tensors other than routed experts.
 
     order: the source ids of the experts to come, which the router's rows follow; None leaves the router as it is.
-    Raises CheckpointError naming a tensor that is not finite.
+    Raises CheckpointError as `Checkpoint.plain_tensor` does.
     """
     tensors: dict[str, Tensor] = {}
     for name in checkpoint.names:
         if checkpoint.layer_of(name) != layer or checkpoint.is_expert(name):
             continue
-        tensor = checkpoint.tensor(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} in {checkpoint.file_of(name)} holds NaN or infinite values: fetch it again")
+        tensor = checkpoint.plain_tensor(name)
         if order is not None and name.startswith(f"{checkpoint.block(layer)}.gate."):
             tensor = tensor[order]
         tensors[_family_name(checkpoint, layer, name)] = tensor

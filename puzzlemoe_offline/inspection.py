@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from puzzlemoe_offline.checkpoint import Checkpoint
+from puzzlemoe_offline.layerwise import check_whole
 from puzzlemoe_vllm.format.layout import GRID, WORDS
 
 
@@ -14,7 +15,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises CheckpointError naming the first tensor that is missing, misshapen, of a wrong dtype, or not finite.
     """
-    checkpoint.check_complete()
+    check_whole(checkpoint)
     for layer in checkpoint.moe_layers:
         for expert in range(checkpoint.experts):
             checkpoint.expert(layer, expert)
@@ -27,7 +28,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         "layers": checkpoint.layers,
         "moe_layers": len(checkpoint.moe_layers),
         "experts_per_layer": checkpoint.experts,
-        "experts_per_token": checkpoint.config.get("num_experts_per_tok"),
+        "experts_per_token": checkpoint.experts_per_token,
         "pairs": sum(packed.merged_experts.values()) // 2 if packed else 0,
         "clusters": sum(len(set(centres)) for centres in packed.clusters.values()) if packed else 0,
         "bytes": dict(sorted(sizes.items())),

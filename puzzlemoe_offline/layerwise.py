@@ -13,7 +13,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from puzzlemoe_offline.checkpoint import Checkpoint, Expert
+from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, Expert
 from puzzlemoe_offline.deepseek_moe import DeepseekForCausalLM, deepseek_config
 
 BATCH_TOKENS = 8192
@@ -99,17 +99,36 @@ class LayerwiseModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str):
+        """Raises CheckpointError when the checkpoint lacks a tensor of the model, or has one of another shape, or when
+        transformers does not know what config.json says."""
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        with init_empty_weights(include_buffers=False):
-            self.model = _build(checkpoint, self.dtype).eval()
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = _build(checkpoint, self.dtype).eval()
+        except Exception as error:  # transformers raises whatever its configurations and layers raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'}: transformers makes no model of it ({reason}): copy it again, or "
+                "install a later transformers"
+            ) from None
         self.model.model.rotary_emb.to(self.device)
+        self._check_tensors()
         self.arguments: dict[int, list[dict[str, Any]]] = {}
 
     @torch.inference_mode()
     def embed(self, batch: Tensor) -> Tensor:
-        """Token ids [B, T] -> hidden states [B, T, H]; also learns every layer's arguments for a batch of this size."""
+        """Token ids [B, T] -> hidden states [B, T, H]; also learns every layer's arguments for a batch of this size.
+
+        Raises CheckpointError for a token that the embedding does not have.
+        """
+        rows = self.model.config.vocab_size
+        if int(batch.max()) >= rows:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: its tokenizer gives token {int(batch.max())}, but the embedding has {rows} "
+                "rows: the tokenizer belongs to another model"
+            )
         self._load(self.model.model.embed_tokens, "model.embed_tokens")
         layers = self.model.model.layers
         recorders = [_Recorder(layer) for layer in layers]
@@ -142,23 +161,49 @@ class LayerwiseModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [M, H] after the last layer -> float32 logits [M, vocabulary]."""
-        head = "lm_head" if "lm_head.weight" in self.checkpoint.names else "model.embed_tokens"
+        head = "model.embed_tokens" if self._shares_embedding() else "lm_head"
         self._load(self.model.model.norm, "model.norm")
         self._load(self.model.lm_head, head)
         return self.model.lm_head(self.model.model.norm(hidden)).float()
+
+    def _shares_embedding(self) -> bool:
+        """Whether the head is the embedding, and has no tensor of its own."""
+        return bool(self.model.config.tie_word_embeddings) and "lm_head.weight" not in self.checkpoint.names
+
+    def _check_tensors(self) -> None:
+        """Every tensor outside routed experts is there; `Checkpoint.check_complete` checks those."""
+        for index, layer in enumerate(self.model.model.layers):
+            if hasattr(layer.mlp, "experts") and index not in self.checkpoint.moe_layers:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: layer {index} has no expert tensors, but config.json says that it has "
+                    "experts: the download or the copy is incomplete"
+                )
+        for name, parameter in self.model.named_parameters():
+            if ".mlp.experts." in name or (name == "lm_head.weight" and self._shares_embedding()):
+                continue
+            self.checkpoint.check_tensor(self._on_disk(name), tuple(parameter.shape))
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         """Fills a module's parameters that have no weights yet from the tensors below `prefix`."""
         for name, parameter in list(module.named_parameters()):
             if parameter.device.type == "meta":
                 value = self.checkpoint.tensor(self._on_disk(f"{prefix}.{name}"))
-                set_module_tensor_to_device(module, name, self.device, value=value.to(self.dtype))
+                set_module_tensor_to_device(module, name, self.device, value=value, dtype=self.dtype)
 
     def _on_disk(self, name: str) -> str:
         layer = self.checkpoint.layer_of(name)
         if layer in self.checkpoint.moe_layers:
             return name.replace(f"model.layers.{layer}.mlp.", self.checkpoint.block(layer) + ".", 1)
         return name
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Every tensor of the model is there, with the right shape; headers only.  Raises CheckpointError.
+
+    vLLM does not miss what a quantized checkpoint lacks: it would serve whatever its memory held.
+    """
+    checkpoint.check_complete()
+    LayerwiseModel(checkpoint, "cpu")
 
 
 class DecoderLayer:

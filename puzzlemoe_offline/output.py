@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,7 +28,8 @@ class OutputError(ValueError):
 
 
 class ModelFolder:
-    """An output folder in the making: `shards` numbered safetensors files."""
+    """An output folder in the making: `shards` numbered safetensors files.  Every method raises OutputError when the
+    folder cannot be written."""
 
     def __init__(self, folder: Path, shards: int):
         self.folder, self.shards = folder, shards
@@ -37,20 +41,22 @@ class ModelFolder:
         Raises OutputError when the folder holds something else, or an unfinished run that `resume` does not match.
         """
         state = self.work / "run.json"
-        if not state.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise OutputError(f"{self.folder} is not empty: name a new folder or empty this one")
-            self.work.mkdir(parents=True, exist_ok=True)
-            _write_json(state, {"fingerprint": fingerprint})
-            return []
+        with self._writing():
+            if not state.exists():
+                if self.folder.exists() and any(self.folder.iterdir()):
+                    raise OutputError(f"{self.folder} is not empty: name a new folder or empty this one")
+                self.work.mkdir(parents=True, exist_ok=True)
+                _write_json(state, {"fingerprint": fingerprint})
+                return []
         if not resume:
             raise OutputError(
-                f"{self.folder} holds an unfinished run: name a new folder, or go on with `puzzlemoe compress --resume`"
+                f"{self.folder} holds an unfinished run: name a new folder, empty this one or, if it was "
+                "`puzzlemoe compress`, go on with --resume"
             )
         if json.loads(state.read_text())["fingerprint"] != fingerprint:
             raise OutputError(
-                f"{self.folder} holds an unfinished run of another source, recipe or calibration: "
-                "repeat that run's options, or name a new folder"
+                f"{self.folder} holds an unfinished run of another source, recipe or calibration, or on another device "
+                "or by another version of this tool: repeat that run's options, or name a new folder"
             )
         records: list[dict[str, Any]] = []
         while (path := self._record(len(records))).exists():
@@ -67,14 +73,16 @@ class ModelFolder:
         """Writes a shard, what the next shard needs to go on (`state`), and its record: only then is it finished."""
         target = self.folder / self.shard_name(number)
         partial = self.work / target.name
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-        partial.chmod(0o666 & ~_umask())
-        os.replace(partial, target)
-        if state is not None:
-            save_file({"state": state}, self._state(number))
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-        _write_json(self._record(number), {"tensors": sizes, "record": record})
-        self._state(number - 1).unlink(missing_ok=True)
+        with self._writing():
+            save_file(contiguous, partial, metadata={"format": "pt"})
+            partial.chmod(0o666 & ~_umask())
+            os.replace(partial, target)
+            if state is not None:
+                save_file({"state": state}, self._state(number))
+            _write_json(self._record(number), {"tensors": sizes, "record": record})
+            self._state(number - 1).unlink(missing_ok=True)
 
     def state_after(self, number: int) -> Tensor | None:
         """The `state` that was written with shard `number`."""
@@ -83,21 +91,34 @@ class ModelFolder:
 
     def finish(self, config: dict[str, Any], source: Path, files: dict[str, str]) -> None:
         """Copies the source's small files, writes `files`, then index and config.json, and drops the work folder."""
-        for pattern in SMALL_FILES:
-            for path in source.glob(pattern):
-                if path.name not in ("config.json", INDEX, *files):
-                    shutil.copyfile(path, self.folder / path.name)
-        for name, text in files.items():
-            (self.folder / name).write_text(text, encoding="utf-8")
-        weight_map: dict[str, str] = {}
-        total = 0
-        for number in range(self.shards):
-            sizes = json.loads(self._record(number).read_text())["tensors"]
-            weight_map |= dict.fromkeys(sizes, self.shard_name(number))
-            total += sum(sizes.values())
-        _write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(self.folder / "config.json", config)
-        shutil.rmtree(self.work)
+        with self._writing():
+            for pattern in SMALL_FILES:
+                for path in source.glob(pattern):
+                    if path.is_file() and path.name not in ("config.json", INDEX, *files):
+                        target = self.folder / path.relative_to(source)
+                        target.parent.mkdir(exist_ok=True)
+                        shutil.copyfile(path, target)
+            for name, text in files.items():
+                (self.folder / name).write_text(text, encoding="utf-8")
+            weight_map: dict[str, str] = {}
+            total = 0
+            for number in range(self.shards):
+                sizes = json.loads(self._record(number).read_text())["tensors"]
+                weight_map |= dict.fromkeys(sizes, self.shard_name(number))
+                total += sum(sizes.values())
+            _write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            _write_json(self.folder / "config.json", config)
+            shutil.rmtree(self.work)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{self.folder} cannot be written ({error}): make room or name another folder; "
+                "`puzzlemoe compress --resume` goes on after the last whole layer"
+            ) from None
 
     def _record(self, number: int) -> Path:
         return self.work / f"shard-{number:05d}.json"

@@ -37,7 +37,7 @@ class Plan:
 def make_plan(job: Job) -> Plan:
     """Sizes from the headers, memory from the shapes, time from half a second of measuring this machine."""
     checkpoint, recipe = job.checkpoint, job.recipe
-    job.check_experts()
+    job.check()
     expert = expert_bytes(job)
     layer_experts = expert * checkpoint.experts
     share = 1 - recipe.sparsity * (2 - get_code(recipe.code).bits_per_pair(job.group_size()) / 16)
@@ -77,10 +77,10 @@ def make_plan(job: Job) -> Plan:
 def _seconds(job: Job, tokens: int, expert_total: int, other: int) -> float:
     """Matrix products of the calibration tokens plus merging every expert, at this machine's measured rates."""
     checkpoint = job.checkpoint
-    active = expert_total / checkpoint.experts * int(checkpoint.config["num_experts_per_tok"])
+    active = expert_total / checkpoint.experts * checkpoint.experts_per_token
     products = 2 * tokens * (active + other) / 2
     if job.recipe.compensate:
-        chosen = tokens * int(checkpoint.config["num_experts_per_tok"]) * len(checkpoint.moe_layers)
+        chosen = tokens * checkpoint.experts_per_token * len(checkpoint.moe_layers)
         products += 2 * chosen * sum(size**2 for size in checkpoint.expert_sizes)
     if job.recipe.experts:
         return _clustering_products(job, products, tokens) / _product_rate(job.device)
@@ -97,7 +97,7 @@ def _clustering_products(job: Job, products: float, tokens: int) -> float:
     assert clusters is not None
     hidden, intermediate = checkpoint.expert_sizes
     layers = len(checkpoint.moe_layers)
-    chosen = tokens * int(checkpoint.config["num_experts_per_tok"]) * layers
+    chosen = tokens * checkpoint.experts_per_token * layers
     members = 3 * hidden * intermediate * checkpoint.experts / clusters
     solution = layers * clusters * (intermediate**3 / 3 + 2 * hidden * intermediate**2)
     return 2 * products + 2 * chosen * (members + intermediate * (hidden + intermediate)) + solution

@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -51,16 +52,22 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     """A model folder's tokenizer.  Raises CheckpointError when it cannot be loaded."""
     # A checkpoint's own code is never run; a tokenizer that needs it cannot be used here.
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer could not be loaded ({error})") from None
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: its tokenizer could not be loaded ({reason})") from None
+    # Where there are no tokenizer files, transformers may make up a tokenizer that knows special tokens only.
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):
+        raise CheckpointError(f"{folder}: its tokenizer has no vocabulary: the download or the copy is incomplete")
+    return tokenizer
 
 
 def calibration_of(folder: Path, source: str, samples: int, sequence_length: int, seed: int = 0) -> Calibration:
     """Calibration windows for the model in `folder`; says so on stderr when the source has fewer than asked for."""
     data = load_calibration(source, tokenizer_of(folder), samples, sequence_length, seed)
     if len(data.tokens) < samples:
-        errors.print(f"[yellow]{source} gives {len(data.tokens)} windows of {sequence_length}, not {samples}")
+        windows = len(data.tokens)
+        errors.print(f"[yellow]{escape(source)} gives {windows} windows of {sequence_length}, not {samples}")
     return data
 
 

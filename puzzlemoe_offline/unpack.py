@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.layerwise import check_whole
 from puzzlemoe_offline.output import ModelFolder, packed_dtype_config
 from puzzlemoe_offline.report import CARD, REPORT
 from puzzlemoe_vllm.format.layout import weight_name
@@ -21,13 +22,13 @@ def unpack(checkpoint: Checkpoint, out: Path, on_layer: Callable[[int], None] = 
     """
     if checkpoint.quantization is None:
         raise CheckpointError(f"{checkpoint.folder} is not a packed model: its config.json has no quantization_config")
-    checkpoint.check_complete()
+    check_whole(checkpoint)
     folder = ModelFolder(out, checkpoint.layers + 1)
     folder.start(checkpoint.fingerprint(), resume=False)
     for layer in range(checkpoint.layers):
         folder.write_shard(layer, _layer_tensors(checkpoint, layer), {}, None)
         on_layer(layer)
-    rest = {name: checkpoint.tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
+    rest = {name: checkpoint.plain_tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
     folder.write_shard(checkpoint.layers, rest, {}, None)
     card = f"Dense bf16 weights reconstructed from the PuzzleMoE model {checkpoint.folder.name}.\n"
     folder.finish(packed_dtype_config(checkpoint.config), checkpoint.folder, {CARD: card})
@@ -36,7 +37,7 @@ def unpack(checkpoint: Checkpoint, out: Path, on_layer: Callable[[int], None] = 
 
 def _layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
     names = [name for name in checkpoint.names if checkpoint.layer_of(name) == layer and not checkpoint.is_expert(name)]
-    tensors = {name: checkpoint.tensor(name) for name in names}
+    tensors = {name: checkpoint.plain_tensor(name) for name in names}
     if layer in checkpoint.moe_layers:
         experts = f"{checkpoint.block(layer)}.experts"
         for number in range(checkpoint.experts):

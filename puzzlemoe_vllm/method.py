@@ -64,7 +64,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Parameters of this rank's pairs and dense experts.
 
-        Raises ValueError for an activation, bias, per-rank size or backend that does not serve.
+        Raises ValueError for an activation, bias, per-rank size, backend, load format or LoRA that does not serve.
         """
         self._check_supported(layer, hidden_size, intermediate_size_per_partition)
         backend_for(torch.empty(0).device.type)  # a choice that cannot serve fails before anything is loaded
@@ -89,7 +89,9 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         layer.register_buffer("puzzle_map", self._expert_map(layer, local, pair_rows, dense_rows), persistent=False)
         centres = None if self.centres is None else torch.tensor(self.centres, dtype=torch.int32)
         layer.register_buffer("puzzle_centres", centres, persistent=False)
-        load_format = get_current_vllm_config().load_config.load_format
+        config = get_current_vllm_config()
+        self._check_lora(config.lora_config)
+        load_format = config.load_config.load_format
         if load_format in STORED_AFTER_LOADING:
             raise ValueError(f"puzzlemoe cannot load {load_format!r} weights: serve the packed folder itself")
         self._check_loaded = load_format != "dummy"
@@ -114,6 +116,15 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
                 f"{self.prefix}: hidden size {hidden} and per-rank intermediate size {intermediate} must be multiples "
                 f"of the group size {self.group_size}, whose columns share a step: {advice}"
                 "lower --tensor-parallel-size or use --enable-expert-parallel"
+            )
+
+    def _check_lora(self, lora: Any) -> None:
+        """vLLM itself would say something about modular kernels."""
+        targets = getattr(lora, "target_modules", None)
+        if lora is not None and (targets is None or "experts" in targets):
+            raise ValueError(
+                f"{self.prefix}: puzzlemoe does not serve LoRA adapters of experts: name the modules that yours adapt, "
+                "as in --lora-target-modules q_proj k_proj v_proj o_proj, or drop --enable-lora"
             )
 
     def _local_experts(self, layer: Any, total: int) -> list[int]:

@@ -6,6 +6,8 @@ import ctypes
 import importlib.util
 import itertools
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,16 @@ def test_build_without_nvcc_says_what_to_do(build, tmp_path, monkeypatch):
     monkeypatch.delenv("NVCC", raising=False)
     with pytest.raises(FileNotFoundError, match="CUDA toolkit"):
         build.build_library(tmp_path / "library.so")
+
+
+def test_a_source_distribution_holds_what_the_library_is_built_from(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=CUDA.parent, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        held = {Path(*Path(name).parts[1:]) for name in files.getnames()}
+    sources = {path.relative_to(CUDA.parent) for path in CUDA.glob("*.*")}
+    assert len(sources) > 5 and sources <= held
 
 
 @pytest.fixture(scope="module")

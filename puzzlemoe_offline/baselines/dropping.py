@@ -33,7 +33,7 @@ class DropExperts:
                 f"{checkpoint.folder}: its router picks from {groups} groups of experts, which dropping would leave "
                 "uneven; use --method hc-smoe, which keeps the router"
             )
-        kept, needed = remaining(checkpoint.experts, self.sparsity), int(checkpoint.config["num_experts_per_tok"])
+        kept, needed = remaining(checkpoint.experts, self.sparsity), checkpoint.experts_per_token
         if kept < needed:
             raise BaselineError(
                 f"{checkpoint.folder}: dropping would leave {kept} of {checkpoint.experts} experts, and every token "

@@ -13,7 +13,7 @@ from puzzlemoe_offline.baselines.method import BaselineError, Method, NewLayer, 
 from puzzlemoe_offline.calibrate import Calibration, ExpertStatistics
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.compress import dense_tensors, plain_tensors
-from puzzlemoe_offline.layerwise import DecoderLayer, LayerExperts, LayerwiseModel, batch_size
+from puzzlemoe_offline.layerwise import DecoderLayer, LayerExperts, LayerwiseModel, batch_size, check_whole
 from puzzlemoe_offline.output import ModelFolder, packed_dtype_config
 from puzzlemoe_offline.report import CARD
 
@@ -37,7 +37,7 @@ def write_baseline(
         raise CheckpointError(f"{checkpoint.folder} is packed already; start from the 16-bit original")
     if calibration is None and method.needs != "nothing":
         raise BaselineError("this method needs calibration text: give one with --calibration FILE")
-    checkpoint.check_complete()
+    check_whole(checkpoint)
     method.check(checkpoint)
     folder = ModelFolder(out, checkpoint.layers + 1)
     folder.start(checkpoint.fingerprint(), resume=False)
@@ -47,9 +47,9 @@ def write_baseline(
         folder.write_shard(index, _tensors(checkpoint, index, new), {}, None)
         kept = len(new.order) if new else kept
         on_layer(index)
-    rest = {name: checkpoint.tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
+    rest = {name: checkpoint.plain_tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
     folder.write_shard(checkpoint.layers, rest, {}, None)
-    config = packed_dtype_config(checkpoint.config) | {checkpoint.family.experts: kept}
+    config = packed_dtype_config(checkpoint.config) | {checkpoint.family.experts_key(checkpoint.config): kept}
     card = f"{checkpoint.folder.name} with its experts changed, for comparison: {method}.\n"
     folder.finish(config, checkpoint.folder, {CARD: card})
 

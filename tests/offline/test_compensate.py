@@ -85,6 +85,19 @@ def test_without_correlation_there_is_nothing_to_push(name):
     assert 0.98 < errors[1] / errors[0] < 1.001
 
 
+@pytest.mark.parametrize("name", list(CODES))
+def test_an_expert_whose_inputs_are_zero_is_left_uncompensated(name):
+    torch.manual_seed(4)
+    weights = tuple(torch.randn(32, 128).bfloat16() for _ in (0, 1))
+    inputs = observed(correlated(400, 128)), observed(torch.zeros(400, 128))
+    assert torch.equal(inverse_factor(inputs[1]), torch.eye(128))
+    group = 64 if get_code(name).has_grid else None
+    packed = fit_compensated(get_code(name), weights, inputs, group)
+    for position, weight in enumerate(weights):
+        decoded = get_code(name).decode(packed.words, position, packed.grid).float()
+        assert (decoded - weight.float()).norm() < 0.8 * weight.float().norm()
+
+
 def test_an_expert_with_fewer_tokens_than_columns_stays_stable():
     """Rank-deficient moments: the pushed weights must not grow from column to column."""
     torch.manual_seed(3)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.cli import app
 from puzzlemoe_offline.inspection import inspect
+from puzzlemoe_offline.output import ModelFolder
 
 OPTIONS = ["--recipe", "paper", "--samples", "8", "--sequence-length", "128", "--seed", "3"]
 
@@ -142,6 +143,20 @@ def test_a_killed_run_resumes_to_the_same_bytes(packed, example, tmp_path):
     assert whole.keys() == pieced.keys()
     assert all(torch.equal(whole[name], pieced[name]) for name in whole)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in packed.iterdir())
+
+
+def test_a_run_that_ends_after_its_last_layer_resumes_too(packed, example, tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ["compress", example / "model", tmp_path / "out", "--calibration", example / "calibration.txt", *OPTIONS]
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelFolder, "finish", killed)
+        assert CliRunner().invoke(app, list(map(str, words))).exit_code != 0
+    done = CliRunner().invoke(app, [*map(str, words), "--resume"])
+    assert done.exit_code == 0, done.exception
+    whole, pieced = tensors_of(packed), tensors_of(tmp_path / "out")
+    assert whole.keys() == pieced.keys() and all(torch.equal(whole[name], pieced[name]) for name in whole)
 
 
 def test_magnitude_saliency_needs_no_calibration(example, tmp_path):

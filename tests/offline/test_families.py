@@ -132,6 +132,20 @@ def test_fused_expert_tensors_pack_to_the_same_bytes(family, tmp_path):
     assert [r.get("order") for r in reports[0]["layers"]] == [r.get("order") for r in reports[1]["layers"]]
 
 
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_model_that_transformers_saved_again_is_read(family, tmp_path):
+    source, saved = build(family, tmp_path / "source"), tmp_path / "saved"
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(saved)
+    ours, again = Checkpoint(source), Checkpoint(saved)
+    again.check_complete()
+    assert again.moe_layers == ours.moe_layers and again.experts == ours.experts
+    assert all(
+        torch.equal(one, other)
+        for layer in ours.moe_layers
+        for one, other in zip(ours.expert(layer, 5).matrices, again.expert(layer, 5).matrices, strict=True)
+    )
+
+
 def test_an_expert_that_saw_few_tokens_is_counted_and_merged_by_magnitude(tmp_path):
     source = build("qwen3_moe", tmp_path / "source", num_experts=64)
     report = pack(source, tmp_path / "packed")

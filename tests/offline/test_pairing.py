@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from puzzlemoe_offline.families import expert_groups
 from puzzlemoe_offline.pairing import LayerPairing, pair_experts, shared_choices
 
 
@@ -106,3 +107,10 @@ def test_the_expectation_of_random_partners_is_the_mean_over_them(groups, sparsi
     assert sum(shared_choices(pairing, together, groups)[0] for pairing in drawn) / 400 == pytest.approx(
         expected, rel=0.05
     )
+
+
+@pytest.mark.parametrize("topk_method", [None, "greedy", "group_limited_greedy"])
+def test_groups_are_those_that_vllm_heeds(topk_method):
+    assert expert_groups({"topk_method": topk_method, "n_group": 8}) == 8
+    assert expert_groups({"topk_method": topk_method, "n_group": None}) == 1
+    assert expert_groups({}) == 1

@@ -90,6 +90,15 @@ def test_float16(engine, models):
     assert "torch.float16 is not supported" in error and "bfloat16" in error
 
 
+def test_lora_on_experts(engine, models):
+    model, options = models("mixtral").packed, {"enable_lora": True, "max_lora_rank": 8}
+    for targets in (None, ["q_proj", "experts"]):
+        error = engine.refuses(model, lora_target_modules=targets, **options)
+        assert "does not serve LoRA adapters of experts" in error and "--lora-target-modules q_proj" in error
+    adapted = engine.generate(model, enforce_eager=True, lora_target_modules=["q_proj"], **options)
+    assert adapted == engine.generate(model, enforce_eager=True)
+
+
 def test_quantization_flag_on_an_unpacked_model(engine, models):
     error = engine.refuses(models("mixtral").unpacked, quantization="puzzlemoe")
     assert "Cannot find the config file for puzzlemoe" in error
