@@ -6,13 +6,12 @@ python benchmarks/readme_tables.py
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TOKENS = (1, 4, 8, 32, 128, 256, 1024, 4096, 16384)
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
 
 
 def load(name: str) -> Any:
@@ -40,41 +39,39 @@ def accuracy() -> None:
 
 
 def kernels() -> None:
-    """Microseconds per layer for two models, with the ratio to bf16 and the rate at which needed bytes were read."""
+    """Microseconds per layer for two models, each with bf16's time over it, and how much of a device copy's bandwidth
+    the needed words were read at."""
     result = load("kernels-h100.json")
     for model in ("Mixtral-8x7B", "Qwen3-30B-A3B"):
-        print(f"| {model}, tokens | ours | vLLM bf16 | ratio | vLLM fp8 | vLLM int4 | ours, TB/s of needed words |")
-        print("|---|---|---|---|---|---|---|")
+        print(f"| {model}, tokens | vLLM bf16 | mask16 | angle8 | vLLM fp8 | vLLM int4 | mask16, angle8 of the floor |")
+        print("|---" * 7 + "|")
         for point in result["points"]:
             if point["model"] != model or point["routing"] != "random" or point["tokens"] not in TOKENS:
                 continue
-            times = point["microseconds"]
-            ours, bf16 = times["puzzlemoe mask16"], times["vllm bf16"]
-            rate = point["floors"]["puzzlemoe mask16"] * result["copy_bandwidth"] / ours / 1e12
-            print(
-                f"| {point['tokens']} | {ours:.0f} | {bf16:.0f} | {bf16 / ours:.2f} | {times['vllm fp8']:.0f} | "
-                f"{times['vllm int4 marlin']:.0f} | {rate:.2f} |"
-            )
+            times, floors = point["microseconds"], point["floors"]
+            bf16 = times["vllm bf16"]
+            names = ("puzzlemoe mask16", "puzzlemoe angle8", "vllm fp8", "vllm int4 marlin")
+            cells = [f"{times[name]:.0f} ({bf16 / times[name]:.2f}x)" for name in names]
+            shares = ", ".join(f"{100 * floors[name] / times[name]:.0f}%" for name in names[:2])
+            print(f"| {point['tokens']} | {bf16:.0f} | {' | '.join(cells)} | {shares} |")
         print()
 
 
-def tuning() -> None:
-    """Microseconds per layer of the fastest CUDA kernel, by code, as `kernels.py --tune` printed them."""
-    fastest: dict[tuple[str, str, int], float] = {}
-    for line in (RESULTS / "tune-h100.txt").read_text().splitlines():
-        if found := re.match(r"(\w+) (\S+) +(\d+) tokens, .* per expert: (.*)", line):
-            code, model, tokens, times = found.groups()
-            fastest[code, model, int(tokens)] = min(map(float, times.split()[1::2]))
-    models = ("Mixtral-8x7B", "Qwen3-30B-A3B")
-    print("| tokens | " + " | ".join(f"{model}, {code}" for model in models for code in ("mask16", "angle8")) + " |")
-    print("|---" * 5 + "|")
-    for tokens in TOKENS:
-        cells = [f"{fastest[code, model, tokens]:.0f}" for model in models for code in ("mask16", "angle8")]
-        print(f"| {tokens} | " + " | ".join(cells) + " |")
-
-
 def serving() -> None:
-    """Mixtral on one card."""
+    """Qwen3 against bf16 in one run; Mixtral on one card."""
+    rows = load("serving-qwen3-30b-a3b-h100.json")
+    batches = [f"decode, batch {row['batch']}" for row in rows[0]["rows"]]
+    print(f"| Qwen3-30B-A3B | weights | KV cache | {' | '.join(batches)} | prefill |")
+    print("|---" * (4 + len(batches)) + "|")
+    for result in rows:
+        steps = []
+        for row, base in zip(result["rows"], rows[0]["rows"], strict=True):
+            ratio = base["decode_step_ms"] / row["decode_step_ms"]
+            steps.append(f"{row['decode_step_ms']:.1f} ms" + (f" ({ratio:.2f}x)" if result is not rows[0] else ""))
+        print(
+            f"| {result['weights']} | {result['weight_bytes'] / 1e9:.1f} GB | {result['kv_cache_tokens']:,} tokens | "
+            f"{' | '.join(steps)} | {result['rows'][-1]['prefill_tokens_per_second']:,.0f} tokens/s |"
+        )
     for result in load("serving-mixtral-8x7b-h100.json"):
         weights, cache = result["weight_bytes"] / 1e9, result["kv_cache_tokens"]
         print(f"{weights:.1f} GB of weights, KV cache for {cache:,} tokens;")
@@ -94,6 +91,6 @@ def compression() -> None:
 
 
 if __name__ == "__main__":
-    for table in (accuracy, kernels, tuning, serving, compression):
+    for table in (accuracy, kernels, serving, compression):
         table()
         print()

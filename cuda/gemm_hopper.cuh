@@ -2,7 +2,8 @@
 // only barriers of the stages connect them.  Weights are the A operand, in registers; tokens are the B operand.
 //
 // With many tokens wgmma multiplies, reading tokens from shared memory.  With few, decoding is what takes time, and
-// mma.sync lets it run on where wgmma's registers would have to be waited for.
+// mma.sync lets it run on where wgmma's registers would have to be waited for; up to 16 tokens of a pair are multiplied
+// without taking its words apart by position (JoinedProduct).
 #pragma once
 #define PM_HOPPER
 #include <type_traits>
@@ -14,7 +15,7 @@ struct HopperTile {
   static constexpr bool kWgmma = kWgmma_;           // else mma.sync
   static constexpr int kPartTokens = kPartTokens_;  // tokens of each of the two parts
   static constexpr int kWidthStep = kWidthStep_;    // widths that products come in, up to kPartTokens
-  static constexpr int kWarpStrips = kWarpStrips_;  // of 16 rows that a warp multiplies
+  static constexpr int kWarpStrips = kWarpStrips_;  // of 16 rows that a warp multiplies; two are slower so far
   static constexpr bool kCuts = kCuts_;             // may cut an item's depth between blocks
   static constexpr int kBlocks = kBlocks_;          // that share a multiprocessor, 1 or 2
   // Of a thread that copies and of one that multiplies; together what the compiler gives all threads alike.

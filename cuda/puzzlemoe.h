@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PM_ABI_VERSION 2
+#define PM_ABI_VERSION 3
 #define PM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus

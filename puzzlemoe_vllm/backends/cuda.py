@@ -18,7 +18,7 @@ from torch import Tensor
 from puzzlemoe_vllm.backends import ExpertWeights
 from puzzlemoe_vllm.format.codes import GridCode, get_code, word_table
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DECODERS = {"mask16": 0, "angle16": 1, "angle8": 2, "angle6": 3, "mask6": 3}
 """The library's decoder of each code."""
 
@@ -145,7 +145,8 @@ def tile(matrix: Tensor, gate_up: bool) -> Tensor:
 
 
 def blocks(tiles: Tensor) -> Tensor:
-    """Tiles [N/16, K/16, ...] in the order in which the kernels read them: blocks of 8 strips x 4 tiles (cuda/words.cuh).
+    """Tiles [N/16, K/16, ...] in the order in which the kernels read them, by blocks of 8 strips x 4 tiles: see
+    cuda/words.cuh.
 
     Returns a copy of the same size, one-dimensional.
     """
