@@ -34,9 +34,10 @@ def draw(results: dict, target: Path) -> None:
         axis.set_xlabel("tokens")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("speed over vLLM bf16")
-    axes[0][0].legend(fontsize="small")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize="small", frameon=False)
     figure.suptitle(f"One MoE layer, random routing, {results['machine']['device']}")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(target, dpi=120)
 
 
