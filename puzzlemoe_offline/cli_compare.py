@@ -58,7 +58,9 @@ def baseline_command(
         write_baseline(checkpoint, chosen, data, usable(device), out, lambda layer: advance())
     console.print(
         f"dense model written to {out}; {method} itself would store {chosen.bits_per_weight(checkpoint):.3f} bits per "
-        "expert weight"
+        "expert weight",
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -100,11 +102,12 @@ def compare_command(
     # On a large model this takes hours: what is measured is written at once.
     for row in comparison.rows(contenders, seeds):
         rows.append(row)
-        errors.print(f"{row.name}: " + (row.refused or ", ".join(f"{name} {row.mean(name):.3f}" for name in texts)))
+        scores = ", ".join(f"{name} {row.mean(name):.3f}" for name in texts)
+        errors.print(f"{row.name}: {row.refused or scores}", markup=False, soft_wrap=True)
         output.write_text(json.dumps(results(comparison, rows, seeds), indent=2) + "\n", encoding="utf-8")
         _draw(rows, tau_sweep, folder.resolve().name, figure)
     console.print(_table(rows, list(texts)))
-    console.print(f"written: {output} and {figure}")
+    console.print(f"written: {output} and {figure}", markup=False, soft_wrap=True)
 
 
 def draw_distribution(checkpoint: Checkpoint, folder: Path) -> None:
@@ -117,7 +120,7 @@ def draw_distribution(checkpoint: Checkpoint, folder: Path) -> None:
     name = checkpoint.folder.resolve().name
     draw_exponents(found, name, folder / "exponents.png")
     draw_similarity(found, name, folder / "similarity.png")
-    errors.print(f"written: {folder / 'exponents.png'} and {folder / 'similarity.png'}")
+    errors.print(f"written: {folder / 'exponents.png'} and {folder / 'similarity.png'}", markup=False, soft_wrap=True)
 
 
 def _check_output(output: Path) -> None:

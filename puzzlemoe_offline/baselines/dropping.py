@@ -31,13 +31,13 @@ class DropExperts:
         if (groups := expert_groups(checkpoint.config)) > 1:
             raise BaselineError(
                 f"{checkpoint.folder}: its router picks from {groups} groups of experts, which dropping would leave "
-                "uneven; use --method hc-smoe, which keeps the router"
+                "uneven; use --method hc-smoe-50 or hc-smoe-25, which keep the router"
             )
         kept, needed = remaining(checkpoint.experts, self.sparsity), checkpoint.experts_per_token
         if kept < needed:
             raise BaselineError(
                 f"{checkpoint.folder}: dropping would leave {kept} of {checkpoint.experts} experts, and every token "
-                f"needs {needed}; use a smaller --sparsity, or --method hc-smoe, which keeps the router"
+                f"needs {needed}; use --method drop-25, or hc-smoe-50 or hc-smoe-25, which keep the router"
             )
 
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:
