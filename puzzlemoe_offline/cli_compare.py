@@ -102,8 +102,8 @@ def compare_command(
     # On a large model this takes hours: what is measured is written at once.
     for row in comparison.rows(contenders, seeds):
         rows.append(row)
-        scores = ", ".join(f"{name} {row.mean(name):.3f}" for name in texts)
-        errors.print(f"{row.name}: {row.refused or scores}", markup=False, soft_wrap=True)
+        said = row.refused or ", ".join(f"{name} {row.mean(name):.3f}" for name in texts)
+        errors.print(f"{row.name}: {said}", markup=False, soft_wrap=True)
         output.write_text(json.dumps(results(comparison, rows, seeds), indent=2) + "\n", encoding="utf-8")
         _draw(rows, tau_sweep, folder.resolve().name, figure)
     console.print(_table(rows, list(texts)))
