@@ -298,8 +298,8 @@ struct HopperKernel {
   }
 
   // Stores a warpgroup's sums, kTiles tiles from the kFirst on, 32 tokens of one strip of each warp at a time, through
-  // shared memory: there its four warps' rows meet and leave as whole lines of a token.  sorted_row(token) gives the row
-  // in expert order, below 0 beyond the last.
+  // shared memory: there its four warps' rows meet and leave as whole lines of a token.  sorted_row(token) gives the
+  // row in expert order, below 0 beyond the last.
   template <int kFirst, int kTiles, int kAllTiles, class SortedRow>
   __device__ __forceinline__ static void store(const GroupedGemm& gemm, const Pipeline& pipeline, int first_strip,
                                                float scale, const float (&sums)[Tile::kWarpStrips][kAllTiles][4],
@@ -396,7 +396,8 @@ struct HopperKernel {
       }
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
-        mma_m16n8k16(into[j], j < kTiles0 ? a0 : a1, tokens.values[j / 2][j % 2 * 2], tokens.values[j / 2][j % 2 * 2 + 1]);
+        mma_m16n8k16(into[j], j < kTiles0 ? a0 : a1, tokens.values[j / 2][j % 2 * 2],
+                     tokens.values[j / 2][j % 2 * 2 + 1]);
     }
   };
 
@@ -558,7 +559,8 @@ struct HopperKernel {
       const Steps steps(pipeline, slot, 0, group_shift);
       Words words[Tile::kDepthTiles];
 #pragma unroll
-      for (int t = 0; t < Tile::kDepthTiles; ++t) words[t] = code.load(tile_at(pipeline, slot, 0, t, Tile::kDepthTiles), lane);
+      for (int t = 0; t < Tile::kDepthTiles; ++t)
+        words[t] = code.load(tile_at(pipeline, slot, 0, t, Tile::kDepthTiles), lane);
 #pragma unroll
       for (int t = 0; t < Tile::kDepthTiles; ++t) {
         multiply_tile(words[t], steps.of(t), t);
@@ -614,7 +616,8 @@ struct HopperKernel {
 
   // Adds the sums that the next dealers up to the last have left, in their order.
   template <int kTiles>
-  __device__ static void add_sums(const GroupedGemm& gemm, int last_dealer, float (&sums)[Tile::kWarpStrips][kTiles][4]) {
+  __device__ static void add_sums(const GroupedGemm& gemm, int last_dealer,
+                                  float (&sums)[Tile::kWarpStrips][kTiles][4]) {
     for (int dealer = own_dealer() + 1; dealer <= last_dealer; ++dealer) {
       if (threadIdx.x % 128 == 0) {
         while (!load_acquire(left_flag(gemm, dealer))) {

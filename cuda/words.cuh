@@ -1,9 +1,9 @@
 // Kernel order of weights, and how a lane turns one load of a pair into the weights of either expert.
 //
-// A [N, K] matrix is cut into 16 x 16 tiles; a strip is 16 rows of it.  Blocks of 8 strips x 4 tiles (what is left at the
-// edges) follow one another along the depth, then along the rows; in a block, the tiles of each strip follow one another.
-// So a stage of 128 rows x 64 columns is one run of memory.  Of a tile's 256 elements, lane 4g + c of a warp holds the
-// eight that are its registers of an m16k16 A operand (mma and wgmma agree on it):
+// A [N, K] matrix is cut into 16 x 16 tiles; a strip is 16 rows of it.  Blocks of 8 strips x 4 tiles (what is left at
+// the edges) follow one another along the depth, then along the rows; in a block, the tiles of each strip follow one
+// another.  So a stage of 128 rows x 64 columns is one run of memory.  Of a tile's 256 elements, lane 4g + c of a warp
+// holds the eight that are its registers of an m16k16 A operand (mma and wgmma agree on it):
 //   row g, columns 2c 2c+1 | row g+8, 2c 2c+1 | row g, 2c+8 2c+9 | row g+8, 2c+8 2c+9.
 // In the gate-and-up matrix, strip s holds gate rows 8s..8s+7 as its rows 0..7 and up rows 8s..8s+7 as its rows
 // 8..15, so that a gate and its up value meet in one thread's accumulators.

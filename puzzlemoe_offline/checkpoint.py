@@ -224,6 +224,10 @@ class Checkpoint:
             raise CheckpointError(f"{name} in {self.file_of(name)} holds NaN or infinite values: fetch it again")
         return tensor
 
+    def tensors_outside_layers(self) -> dict[str, Tensor]:
+        """Embedding, last norm and head by name, as `plain_tensor` gives them."""
+        return {name: self.plain_tensor(name) for name in self.names if self.layer_of(name) is None}
+
     def expert(self, layer: int, expert: int) -> Expert:
         """The reconstructed bf16 weights of one routed expert.
 

@@ -115,8 +115,7 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
         record["seconds"]["write"] = time.perf_counter() - began
         records.append(record)
         on_layer(layer, record)
-    rest = {name: checkpoint.plain_tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
-    folder.write_shard(checkpoint.layers, rest, {}, None)
+    folder.write_shard(checkpoint.layers, checkpoint.tensors_outside_layers(), {}, None)
     report = build_report(job, records)
     config = packed_dtype_config(checkpoint.config) | {"quantization_config": _quantization(job, records)}
     folder.finish(config, checkpoint.folder, {REPORT: json.dumps(report, indent=2) + "\n", CARD: model_card(report)})

@@ -117,7 +117,7 @@ class ModelFolder:
         except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"{self.folder} cannot be written ({error}): make room or name another folder; "
-                "`puzzlemoe compress --resume` goes on after the last whole layer"
+                "if it was `puzzlemoe compress`, --resume goes on after the last whole layer"
             ) from None
 
     def _record(self, number: int) -> Path:

@@ -28,8 +28,7 @@ def unpack(checkpoint: Checkpoint, out: Path, on_layer: Callable[[int], None] = 
     for layer in range(checkpoint.layers):
         folder.write_shard(layer, _layer_tensors(checkpoint, layer), {}, None)
         on_layer(layer)
-    rest = {name: checkpoint.plain_tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
-    folder.write_shard(checkpoint.layers, rest, {}, None)
+    folder.write_shard(checkpoint.layers, checkpoint.tensors_outside_layers(), {}, None)
     card = f"Dense bf16 weights reconstructed from the PuzzleMoE model {checkpoint.folder.name}.\n"
     folder.finish(packed_dtype_config(checkpoint.config), checkpoint.folder, {CARD: card})
     (out / REPORT).unlink(missing_ok=True)

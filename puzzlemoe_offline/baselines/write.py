@@ -47,8 +47,7 @@ def write_baseline(
         folder.write_shard(index, _tensors(checkpoint, index, new), {}, None)
         kept = len(new.order) if new else kept
         on_layer(index)
-    rest = {name: checkpoint.plain_tensor(name) for name in checkpoint.names if checkpoint.layer_of(name) is None}
-    folder.write_shard(checkpoint.layers, rest, {}, None)
+    folder.write_shard(checkpoint.layers, checkpoint.tensors_outside_layers(), {}, None)
     config = packed_dtype_config(checkpoint.config) | {checkpoint.family.experts_key(checkpoint.config): kept}
     card = f"{checkpoint.folder.name} with its experts changed, for comparison: {method}.\n"
     folder.finish(config, checkpoint.folder, {CARD: card})
