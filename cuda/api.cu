@@ -50,8 +50,8 @@ struct Workspace {
     slots = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.hidden);
     routing.arrivals = scratch.take<int>(kMaxArrivals);
     // Where rows are in no fixed order, a token's sums must not depend on where its item is cut.
-    const bool cuts = kernel.piece_floats > 0 && routing.in_fixed_order();
-    partials = cuts ? scratch.take<float4>(kMaxBlocks * int64_t(kernel.piece_floats) / 4) : nullptr;
+    const bool cuts = kernel.partial_floats > 0 && routing.in_fixed_order();
+    partials = cuts ? scratch.take<float4>(kernel.partial_floats / 4) : nullptr;
     bytes = scratch.used;
   }
 };

@@ -13,7 +13,7 @@ struct MmaTile {
   static constexpr int kDepthWarps = kDepthWarps_;  // warps that share a row and split a stage's depth
   static constexpr int kWarpStrips = kWarpStrips_;  // 16-row strips per warp
   static constexpr int kDepth = kDepth_;            // columns per stage
-  static constexpr int kMostStages = kStages_;
+  static constexpr int kMostStages = kStages_, kTableStride = 128;
 
   static constexpr int kWarps = kRowWarps * kDepthWarps, kThreads = 32 * kWarps;
   static constexpr int kStrips = kRowWarps * kWarpStrips;
@@ -140,7 +140,7 @@ struct MmaKernel {
                                   int depth_tiles, int group_shift, Accumulators& sums) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row_warp = warp % Tile::kRowWarps, depth_warp = warp / Tile::kRowWarps;
-    const uint32_t tokens = shared_address(stage + kWeightBytes);
+    const uint32_t words_at = shared_address(stage), tokens = words_at + kWeightBytes;
 #pragma unroll
     for (int t = 0; t < Tile::kDepthTiles; t += Tile::kDepthWarps) {
       const int tile = t + depth_warp;
@@ -149,10 +149,11 @@ struct MmaKernel {
 #pragma unroll
       for (int s = 0; s < Tile::kWarpStrips; ++s) {
         const int strip = row_warp * Tile::kWarpStrips + s;
-        const uint8_t* words = stage + strip * kStripBytes + tile * Code::kTileBytes;
+        const auto entries =
+            code.look_up(code.load(words_at + strip * kStripBytes + tile * Code::kTileBytes, lane));
         const bool two = group.count[1] > 0;
-        if (two) code.template decode<true>(code.load(words, lane), a[s][0], a[s][1]);
-        else code.template decode<false>(code.load(words, lane), a[s][0], a[s][1]);
+        if (two) code.template take_apart<true>(entries, a[s][0], a[s][1]);
+        else code.template take_apart<false>(entries, a[s][0], a[s][1]);
         if constexpr (Code::kHasSteps) {
           const uint32_t steps = reinterpret_cast<const uint32_t*>(stage + kWeightBytes + Tile::kTokenBytes)[
               ((tile >> group_shift) * Tile::kStrips + strip) * (kStripStepBytes / 4) + lane / 4];
@@ -212,7 +213,7 @@ struct MmaKernel {
 
   __device__ __forceinline__ static void run(const GroupedGemm& gemm) {
     extern __shared__ __align__(128) uint8_t shared_memory[];
-    const uint32_t table = fill_table<Code>(gemm, shared_memory);
+    const uint32_t table = fill_table<Code>(gemm, shared_address(shared_memory));
     uint8_t* shared = shared_memory + kTableBytes;
     wait_for_previous_kernel();
     let_next_kernel_start();

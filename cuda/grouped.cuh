@@ -35,7 +35,7 @@ struct GroupedGemm {
   const int* sorted_slots;          // (token, k) slot of every row in expert order
   const TokenGroup* groups;
   const int *first_group, *end_group;  // the launch's groups
-  float4* partials;                 // [kMaxBlocks] sums of pieces of items; null: cut none
+  float4* partials;                 // by block, sums of pieces of items; null: cut none
   int* arrivals;                    // [kMaxArrivals], zero before and after: whether a warpgroup's sums are there
   int topk, pairs;
   int rows, depth;                  // of a unit's weight matrix
@@ -44,13 +44,18 @@ struct GroupedGemm {
   __device__ int step_groups() const { return (depth / 16) >> group_shift; }
 };
 
-// Fills a code's table in shared memory with all threads, a copy for every lane, and returns the address of this
-// lane's.  The caller synchronises.
+// Fills a code's table in shared memory with all threads, a copy for every lane, and returns this lane's place in it.
+// The caller synchronises.
 template <class Code>
-__device__ inline uint32_t fill_table(const GroupedGemm& gemm, uint8_t* shared) {
-  for (int i = threadIdx.x; i < Code::kTableEntries * 32; i += blockDim.x)
-    reinterpret_cast<uint32_t*>(shared)[i] = gemm.table[i / 32];
-  return shared_address(shared) + threadIdx.x % 32 * 4;
+__device__ inline uint32_t fill_table(const GroupedGemm& gemm, uint32_t table) {
+  const int lane = threadIdx.x % 32;
+  for (int first = threadIdx.x / 32 * 32; first < Code::kTableEntries; first += blockDim.x) {
+    const uint32_t entry = gemm.table[first + lane];
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+      store_shared_4(table + (first + i) * Code::kStride + lane * 4, __shfl_sync(~0u, entry, i));
+  }
+  return table + threadIdx.x % 32 * 4;
 }
 
 constexpr int kStripStepBytes = 32;  // steps of a strip's 16 rows, in one group
@@ -59,8 +64,9 @@ constexpr int kMinGroupTiles = 2;
 // Tells the compiler that all lanes of the warp hold the same value.
 __device__ inline int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
-constexpr int kMaxBlocks = 512;  // of a launch that cuts items
-constexpr int kMaxArrivals = 2 * kMaxBlocks;
+constexpr int kMaxMultiprocessors = 256;  // of a device that a launch makes use of
+constexpr int kMaxWarpgroups = 4;         // on each of them, that leave sums
+constexpr int kMaxArrivals = kMaxWarpgroups * kMaxMultiprocessors;
 
 // The items of a launch are its groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row
 // tiles, then the next band, so that a band's words and the unit's tokens stay in the L2 cache between its groups.

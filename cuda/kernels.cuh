@@ -11,7 +11,7 @@ constexpr int kMaxDevices = 64;
 struct Kernel {
   const char* name;
   int part_tokens;
-  int piece_floats;  // of the sums of a piece of an item, 0: cuts none
+  int partial_floats;  // of the sums of pieces of items, 0: cuts none
   int min_capability;  // 10 * major + minor
   int max_capability;
   // Launches one of the two products on as many blocks as the device holds at once.
@@ -37,7 +37,7 @@ cudaError_t resident_blocks(Function kernel, int threads, int shared_bytes, std:
   if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes);
   if (!error && per_multiprocessor == 0) error = cudaErrorLaunchOutOfResources;
-  if (!error) known[device] = blocks = std::min(multiprocessors * per_multiprocessor, kMaxBlocks);
+  if (!error) known[device] = blocks = std::min(multiprocessors, kMaxMultiprocessors) * per_multiprocessor;
   return error;
 }
 
@@ -83,8 +83,8 @@ cudaError_t launch(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t
   switch (code) {
     case PM_CODE_MASK16: return launch_code<Gemm, Mask16, Tile>(gate_up, gemm, stream);
     case PM_CODE_ANGLE16: return launch_code<Gemm, Angle16, Tile>(gate_up, gemm, stream);
-    case PM_CODE_TABLE8: return launch_code<Gemm, TableWords<8>, Tile>(gate_up, gemm, stream);
-    case PM_CODE_TABLE6: return launch_code<Gemm, TableWords<6>, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TABLE8: return launch_code<Gemm, TableWords<8, Tile::kTableStride>, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TABLE6: return launch_code<Gemm, TableWords<6, Tile::kTableStride>, Tile>(gate_up, gemm, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -7,6 +7,10 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, which the compiler then keeps in a register: else it computes it anew from the thread's number where
+// registers are few, which takes longer.
+__device__ inline uint32_t kept(uint32_t value) { return __shfl_sync(~0u, value, threadIdx.x % 32); }
+
 __device__ inline void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
@@ -14,6 +18,34 @@ __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;"
 template <int kPending>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// What other threads may have written, after the barrier that says so.
+__device__ inline uint4 load_shared_16(uint32_t shared) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(shared)
+               : "memory");
+  return value;
+}
+__device__ inline uint2 load_shared_8(uint32_t shared) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(shared) : "memory");
+  return value;
+}
+__device__ inline uint32_t load_shared_4(uint32_t shared) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
+  return value;
+}
+__device__ inline uint16_t load_shared_2(uint32_t shared) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(shared) : "memory");
+  return value;
+}
+__device__ inline void store_shared_4(uint32_t shared, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }
 
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
@@ -43,8 +75,12 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
 }
 
 // Publishes what this thread and those it synchronised with have written, to whoever reads the value by load_acquire.
-__device__ inline void store_release(int* address, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+// Without a branch, which would make what follows divergent.
+__device__ inline void store_release_if(bool condition, int* address, int value) {
+  asm volatile(
+      "{\n.reg .pred stores;\nsetp.ne.s32 stores, %2, 0;\n"
+      "@stores st.release.gpu.global.s32 [%0], %1;\n}" ::"l"(address), "r"(value), "r"(int(condition))
+      : "memory");
 }
 __device__ inline int load_acquire(const int* address) {
   int value;
@@ -128,8 +164,9 @@ __device__ inline void wgmma_wait() {
 }
 
 // Descriptor of a K-major bf16 B operand in 128-byte rows, 128-byte swizzle, eight rows every 1024 bytes.
-__device__ inline uint64_t wgmma_descriptor(uint32_t shared) {
-  return uint64_t((shared & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(64) << 32 | uint64_t(1) << 62;
+// place: in shared memory, in units of 16 bytes.
+__device__ inline uint64_t wgmma_descriptor(uint32_t place) {
+  return uint64_t(1 << 30 | 64) << 32 | (place + (1 << 16));
 }
 
 // d[64 x kColumns] += a[64 x 16] b[16 x kColumns]; a in registers, accumulators four per 8 columns.

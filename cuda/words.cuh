@@ -12,8 +12,9 @@
 //
 // A code is a class, made for the positions of the two parts of a token group, with
 //   kTileBytes, Words: of a tile and of one lane's share of it, which load() reads from shared memory;
-//   decode(): a lane's A registers of part 0 and, if kTwo, of part 1;
-//   kHasSteps: whether weights are what decode() gives times the step of their row and group;
+//   Entries: what look_up() makes of words, for both positions;
+//   take_apart(): of entries, a lane's A registers of part 0 and, if kTwo, of part 1;
+//   kHasSteps: whether weights are what take_apart() gives times the step of their row and group;
 //   kTableEntries: of the table in shared memory that it looks words up in, 0 for none;
 //   kReadsDense: whether it also decodes the bf16 weights of dense experts, which are stored as its own tiles are;
 //   scale(): what the sums are multiplied by in the end.
@@ -39,11 +40,13 @@ __device__ inline void multiply_by_steps(uint32_t (&a)[4], uint32_t steps) {
 
 // What codes with a 16-bit word per pair share.
 struct WordPerPair {
-  static constexpr int kTileBytes = 512, kTableEntries = 0;
+  static constexpr int kTileBytes = 512, kTableEntries = 0, kStride = 0;
   static constexpr bool kHasSteps = false;
   using Words = uint4;
+  using Entries = Words;
 
-  __device__ static Words load(const uint8_t* tile, int lane) { return reinterpret_cast<const uint4*>(tile)[lane]; }
+  __device__ static Words load(uint32_t tile, int lane) { return load_shared_16(tile + lane * 16); }
+  __device__ static Entries look_up(const Words& words) { return words; }
 };
 
 // Pair word in kernel order: [15] sign 0, [14] mask 0, [13] sign 1, [12] mask 1, [11:7] exponent - 112, [6:0] mantissa.
@@ -65,7 +68,7 @@ class Mask16 : public WordPerPair {
   __device__ static float scale(bool dense) { return dense ? 1.0f : 1.0f / 65536.0f; }
 
   template <bool kTwo>
-  __device__ void decode(const Words& words, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
+  __device__ void take_apart(const Entries& words, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
     const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -91,7 +94,7 @@ class Angle16 : public WordPerPair {
   __device__ static float scale(bool) { return 1.0f; }
 
   template <bool kTwo>
-  __device__ void decode(const Words& words, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
+  __device__ void take_apart(const Entries& words, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
     const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -126,59 +129,74 @@ class Angle16 : public WordPerPair {
 //
 // A lane's share of a tile is its eight words as one little-endian number; of six-bit words, the lanes' lower 32 bits
 // come first, then their upper 16.
-template <int kBits>
+//
+// kStride: bytes from an entry to the next.  128 leaves no gaps; with 256, and the table at a multiple of 64 KiB, the
+// place of an eight-bit word is one byte permute.
+template <int kBits, int kStride_>
 class TableWords {
  public:
-  static constexpr int kTileBytes = 32 * kBits, kTableEntries = 1 << kBits;
+  static constexpr int kTileBytes = 32 * kBits, kTableEntries = 1 << kBits, kStride = kStride_;
   static constexpr bool kHasSteps = true, kReadsDense = false;
   struct Words {
     uint32_t low, high;
   };
+  struct Entries {
+    uint32_t of[8];
+  };
 
-  // table: of this lane, in shared memory; entries are 128 bytes apart.
+  // table: this lane's place in entry 0.
   __device__ TableWords(bool, int position0, int position1, uint32_t table)
       : table_(table), half0_(half(position0)), half1_(half(position1)) {}
 
   __device__ static float scale(bool) { return 1.0f; }
 
-  __device__ static Words load(const uint8_t* tile, int lane) {
+  __device__ static Words load(uint32_t tile, int lane) {
     if constexpr (kBits == 8) {
-      const uint2 both = reinterpret_cast<const uint2*>(tile)[lane];
+      const uint2 both = load_shared_8(tile + lane * 8);
       return {both.x, both.y};
     } else {
-      return {reinterpret_cast<const uint32_t*>(tile)[lane], reinterpret_cast<const uint16_t*>(tile + 128)[lane]};
+      return {load_shared_4(tile + lane * 4), load_shared_2(tile + 128 + lane * 2)};
     }
   }
 
-  __device__ void look_up(const Words& words, uint32_t (&pairs)[8]) const {
+  __device__ Entries look_up(const Words& words) const {
+    Entries entries;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) pairs[i] = look_up(word(words, i));
+    for (int i = 0; i < 8; ++i) entries.of[i] = entry(place(words, i));
+    return entries;
   }
 
   template <bool kTwo>
-  __device__ void decode(const Words& words, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
+  __device__ void take_apart(const Entries& entries, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint32_t even = look_up(word(words, 2 * j)), odd = look_up(word(words, 2 * j + 1));
-      a0[j] = __byte_perm(even, odd, half0_);
-      if (kTwo) a1[j] = __byte_perm(even, odd, half1_);
+      a0[j] = __byte_perm(entries.of[2 * j], entries.of[2 * j + 1], half0_);
+      if (kTwo) a1[j] = __byte_perm(entries.of[2 * j], entries.of[2 * j + 1], half1_);
     }
   }
 
  private:
-  static_assert(kBits == 8 || kBits == 6);
+  static_assert((kBits == 8 || kBits == 6) && (kStride == 128 || kStride == 256));
 
   __device__ static uint32_t half(int position) { return position ? 0x7632 : 0x5410; }
 
-  __device__ static uint32_t word(const Words& words, int i) {
-    if constexpr (kBits == 8) return __byte_perm(i < 4 ? words.low : words.high, 0, 0x4440 | i % 4);
-    return (i < 6 ? __funnelshift_r(words.low, words.high, 6 * i) : words.high >> (6 * i - 32)) & 63;
+  // Of word i in the table.
+  __device__ uint32_t place(const Words& words, int i) const {
+    if constexpr (kBits == 8) {
+      const uint32_t four = i < 4 ? words.low : words.high;
+      if constexpr (kStride == 256) return __byte_perm(four, table_, 0x7604 | i % 4 << 4);
+      return table_ + __byte_perm(four, 0, 0x4440 | i % 4) * kStride;
+    } else {
+      const uint32_t shifted = i < 6 ? __funnelshift_r(words.low, words.high, 6 * i) : words.high >> (6 * i - 32);
+      return table_ + (shifted & 63) * kStride;
+    }
   }
 
-  __device__ uint32_t look_up(uint32_t word) const {
-    uint32_t entry;
-    asm("ld.shared.u32 %0, [%1];" : "=r"(entry) : "r"(table_ + word * 128));
-    return entry;
+  // No "memory" here: the table never changes.
+  __device__ static uint32_t entry(uint32_t place) {
+    uint32_t value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(place));
+    return value;
   }
 
   uint32_t table_, half0_, half1_;
@@ -187,12 +205,13 @@ class TableWords {
 // The two weights of each of a lane's words, position 0 in the low half; the code must have been made for positions 0
 // and 1.
 template <class Code>
-__device__ inline void decode_pairs(const Code& code, const typename Code::Words& words, uint32_t (&pairs)[8]) {
+__device__ inline void take_pairs(const Code& code, const typename Code::Entries& entries, uint32_t (&pairs)[8]) {
   if constexpr (Code::kTableEntries > 0) {
-    code.look_up(words, pairs);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) pairs[i] = entries.of[i];
   } else {
     uint32_t first[4], second[4];
-    code.template decode<true>(words, first, second);
+    code.template take_apart<true>(entries, first, second);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       pairs[2 * j] = __byte_perm(first[j], second[j], 0x5410);

@@ -179,8 +179,8 @@ def test_no_register_is_written_while_a_product_reads_it(library):
     cuobjdump = sass.find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("cuobjdump is not installed")
-    kernels = {name: code for name, code in sass.functions(cuobjdump, library).items() if "HopperTileILb1" in name}
-    assert len(kernels) == 2 * 2 * len(set(cuda.DECODERS.values()))  # products, tiles, decoders
+    kernels = {name: code for name, code in sass.functions(cuobjdump, library).items() if "Wgmma" in name}
+    assert len(kernels) == 2 * 3 * len(set(cuda.DECODERS.values()))  # products, tiles, decoders
     for name, code in kernels.items():
         assert any(instruction.opcode.startswith("HGMMA") for instruction in code), name
         assert not sass.overwritten_operands(code), name
