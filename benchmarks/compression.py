@@ -50,8 +50,8 @@ MODELS: dict[str, dict[str, Any]] = {
 VOCABULARY = 1024
 
 
-def write_layer(name: str, folder: Path) -> None:
-    """A one-layer checkpoint with random bf16 weights."""
+def write_layer(name: str, folder: Path, device: str) -> None:
+    """A one-layer checkpoint with random bf16 weights, drawn on `device`."""
     config = MODELS[name] | {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config))
     mixtral = config["model_type"] == "mixtral"
@@ -65,7 +65,7 @@ def write_layer(name: str, folder: Path) -> None:
     layer = "model.layers.0"
 
     def random(rows: int, columns: int) -> torch.Tensor:
-        return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(std=columns**-0.5)
+        return torch.empty(rows, columns, dtype=torch.bfloat16, device=device).normal_(std=columns**-0.5).cpu()
 
     tensors = {
         "model.embed_tokens.weight": random(VOCABULARY, hidden),
@@ -99,7 +99,7 @@ def measure(name: str, recipe: Recipe, device: str, tokens: int) -> dict[str, An
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "source")
         source.mkdir()
-        write_layer(name, source)
+        write_layer(name, source, device)
         checkpoint = Checkpoint(source)
         sequence = min(tokens, 2048)
         calibration = Calibration(torch.randint(0, VOCABULARY, (tokens // sequence, sequence)), "random tokens")

@@ -74,18 +74,20 @@ def serving() -> None:
         )
     for result in load("serving-mixtral-8x7b-h100.json"):
         weights, cache = result["weight_bytes"] / 1e9, result["kv_cache_tokens"]
-        print(f"{weights:.1f} GB of weights, KV cache for {cache:,} tokens;")
         steps = ", ".join(f"{row['decode_step_ms']:.1f} ms at batch {row['batch']}" for row in result["rows"])
-        print(f"decode step {steps}; prefill {result['rows'][-1]['prefill_tokens_per_second']:,.0f} tokens/s.")
+        print(
+            f"{result['weights']}: {weights:.1f} GB of weights, KV cache for {cache:,} tokens, decode step {steps}, "
+            f"prefill {result['rows'][-1]['prefill_tokens_per_second']:,.0f} tokens/s."
+        )
 
 
 def compression() -> None:
     """Seconds and memory of one layer."""
-    for name in ("mixtral-8x7b", "qwen3-30b-a3b"):
+    for name in ("mixtral-8x7b", "qwen3-30b-a3b", "mixtral-8x7b-angle8", "mixtral-8x7b-default"):
         result = load(f"compression-{name}-h100.json")
         seconds = result["seconds"]
         print(
-            f"{result['model']}: {seconds['calibrate']:.1f} s calibration, {seconds['merge']:.1f} s merging and "
+            f"{name}, {result['calibration_tokens']:,} tokens: {seconds['calibrate']:.1f} s calibration, {seconds['merge']:.1f} s merging and "
             f"packing, {result['peak_device_bytes'] / 1e9:.1f} GB of GPU memory at most."
         )
 
