@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from puzzlemoe_offline.calibrate import Calibration
 from puzzlemoe_offline.checkpoint import Checkpoint
 from puzzlemoe_offline.compress import Job, compress
+from puzzlemoe_offline.plan import make_plan
 from puzzlemoe_offline.recipe import Recipe, named_recipe
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -103,14 +104,14 @@ def measure(name: str, recipe: Recipe, device: str, tokens: int) -> dict[str, An
         checkpoint = Checkpoint(source)
         sequence = min(tokens, 2048)
         calibration = Calibration(torch.randint(0, VOCABULARY, (tokens // sequence, sequence)), "random tokens")
+        job = Job(checkpoint, name, None, recipe, calibration, device)
+        make_plan(job)  # as the command does, which compiles the kernels of a GPU
         before = peak_host_bytes()
         if device == "cuda":
             torch.zeros(1, device=device)
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        report = compress(
-            Job(checkpoint, name, None, recipe, calibration, device), Path(scratch, "packed"), False, lambda *_: None
-        )
+        report = compress(job, Path(scratch, "packed"), False, lambda *_: None)
         seconds = time.perf_counter() - began
     return {
         "model": name,

@@ -87,8 +87,9 @@ def compression() -> None:
         result = load(f"compression-{name}-h100.json")
         seconds = result["seconds"]
         print(
-            f"{name}, {result['calibration_tokens']:,} tokens: {seconds['calibrate']:.1f} s calibration, {seconds['merge']:.1f} s merging and "
-            f"packing, {result['peak_device_bytes'] / 1e9:.1f} GB of GPU memory at most."
+            f"{name}, {result['calibration_tokens']:,} tokens: {seconds['calibrate']:.1f} s calibration, "
+            f"{seconds['merge']:.1f} s merging and packing, "
+            f"{result['peak_device_bytes'] / 1e9:.1f} GB of GPU memory at most."
         )
 
 

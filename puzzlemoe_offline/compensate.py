@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibrate import ProjectionInputs
-from puzzlemoe_offline.fit import BALANCE, PackedMatrix, fit_angle16, fit_grid
+from puzzlemoe_offline.fit import BALANCE, STEP_SCALES, PackedMatrix, fit_angle16, fit_grid
 from puzzlemoe_offline.merge import merge_least_squares
 from puzzlemoe_vllm.format.codes import Angle16, GridCode, Mask16, PairCode
 
@@ -40,26 +40,16 @@ def fit_compensated(
     importance /= importance.mean()
     # Columns are the outer dimension from here on, so that each is contiguous.
     left = torch.stack([weight.float().T for weight in weights])
-    coder = ColumnsWithSteps(code, group, left) if isinstance(code, GridCode) else Columns(code)
+    coder = coder_of(code, group, left)
     words = []
     for start in range(0, left.shape[1], BLOCK):
         block, scale = left[:, start : start + BLOCK].clone(), importance[:, start : start + BLOCK]
         factor = factors[:, start : start + BLOCK]
-        inner = factor[:, :, start : start + BLOCK]
-        errors = torch.empty_like(block)
-        coder.begin(block, scale)
-        for column in range(block.shape[1]):
-            error = errors[:, column]
-            torch.sub(block[:, column], coder.code(column), out=error)
-            error /= inner[:, column, column, None]
-            block[:, column + 1 :].baddbmm_(inner[:, column, column + 1 :, None], error[:, None], alpha=-1)
+        errors = coder.code_block(block, scale, factor[:, :, start : start + BLOCK])
         words.append(coder.words())
         later = slice(start + BLOCK, None)
         left[:, later].baddbmm_(factor[:, :, later].mT, errors, alpha=-1)
-    stacked = torch.cat(words).T
-    if not isinstance(coder, ColumnsWithSteps):
-        return PackedMatrix(stacked)
-    return PackedMatrix(coder.grid_code.pack(stacked), torch.stack(coder.steps, dim=1).to(torch.bfloat16))
+    return coder.packed(torch.cat(words).T)
 
 
 def inverse_factor(inputs: ProjectionInputs) -> Tensor:
@@ -74,14 +64,36 @@ def inverse_factor(inputs: ProjectionInputs) -> Tensor:
     return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
 
 
+def coder_of(code: PairCode, group: int | None, matrix: Tensor) -> Columns | ColumnsWithSteps | ColumnsInKernel:
+    """What codes the columns of a matrix, float32 [2, K, N]."""
+    if not isinstance(code, GridCode):
+        return Columns(code)
+    assert group is not None
+    return ColumnsInKernel(code, group) if matrix.is_cuda else ColumnsWithSteps(code, group, matrix)
+
+
 class Columns:
     """Codes the columns of one block after another, for the codes without steps."""
 
     def __init__(self, pair_code: PairCode):
         self.pair_code = pair_code
 
+    def code_block(self, block: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+        """Errors [2, B, N], each over its column's diagonal element of the factor, of columns [2, B, N].
+
+        Each changes until it is coded.  scale: weights of the squared errors [2, B]; factor: [2, B, B].
+        """
+        errors = torch.empty_like(block)
+        self.begin(block, scale)
+        for column in range(block.shape[1]):
+            error = errors[:, column]
+            torch.sub(block[:, column], self.code(column), out=error)
+            error /= factor[:, column, column, None]
+            block[:, column + 1 :].baddbmm_(factor[:, column, column + 1 :, None], error[:, None], alpha=-1)
+        return errors
+
     def begin(self, block: Tensor, scale: Tensor) -> None:
-        """A block of columns [2, B, N], each changing until it is coded, and weights of its squared errors [2, B]."""
+        """A block of columns and its scale, as `code_block` has them."""
         self.block, self.scale = block, scale
         self.coded: list[Tensor] = []
 
@@ -101,14 +113,17 @@ class Columns:
         """Words [B, N] of the block's columns."""
         return torch.stack(self.coded)
 
+    def packed(self, words: Tensor) -> PackedMatrix:
+        """What all blocks' words [N, K] are stored as."""
+        return PackedMatrix(words)
 
-class ColumnsWithSteps:
-    """The same for codes with steps; what does not depend on earlier columns is computed for a whole block, because on
-    a GPU the time is the number of operations per column."""
 
-    def __init__(self, grid_code: GridCode, group: int | None, matrix: Tensor):
+class ColumnsWithSteps(Columns):
+    """The same for codes with steps; what does not depend on earlier columns is computed for a whole block."""
+
+    def __init__(self, grid_code: GridCode, group: int, matrix: Tensor):
         """matrix: [2, K, N] of the columns to come, for its device and shape."""
-        assert group is not None
+        super().__init__(grid_code)
         self.grid_code, self.group = grid_code, group
         self.magnitudes = grid_code.magnitudes.to(matrix.device).T.contiguous()
         self.steps: list[Tensor] = []
@@ -142,3 +157,31 @@ class ColumnsWithSteps:
         negative = torch.signbit(self.block).int()
         index = self.index[: self.block.shape[1]]
         return self.grid_code.words.to(index.device)[index, negative[0], negative[1]]
+
+    def packed(self, words: Tensor) -> PackedMatrix:
+        """As in `Columns`."""
+        return PackedMatrix(self.grid_code.pack(words), torch.stack(self.steps, dim=1).to(torch.bfloat16))
+
+
+class ColumnsInKernel:
+    """The same on a GPU, a block at a time."""
+
+    def __init__(self, grid_code: GridCode, group: int):
+        self.grid_code, self.group = grid_code, group
+        self.steps: list[Tensor] = []
+
+    def code_block(self, block: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+        """As in `Columns`, but leaves the block as it is."""
+        from puzzlemoe_offline.fit_kernels import code_columns
+
+        self.coded, steps, errors = code_columns(self.grid_code, block, scale, factor, self.group, STEP_SCALES)
+        self.steps.append(steps)
+        return errors
+
+    def words(self) -> Tensor:
+        """As in `Columns`."""
+        return self.coded
+
+    def packed(self, words: Tensor) -> PackedMatrix:
+        """As in `Columns`."""
+        return PackedMatrix(self.grid_code.pack(words), torch.cat(self.steps).T.to(torch.bfloat16))

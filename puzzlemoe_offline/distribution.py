@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.checkpoint import PROJECTIONS, Checkpoint, CheckpointError, Expert
-from puzzlemoe_offline.pack import ENTRIES
+from puzzlemoe_offline.pack import rows_at_once
 from puzzlemoe_vllm.format.codes import EXPONENT_OFFSET
 
 RATIO_BINS = 1000
@@ -37,7 +37,7 @@ def ratio_counts(weight0: Tensor, weight1: Tensor) -> Tensor:
     Bin i counts ratios of at least i / RATIO_BINS and, but for the last, below (i + 1) / RATIO_BINS; 0/0 counts as 0.
     """
     counts = torch.zeros(RATIO_BINS, dtype=torch.int64)
-    rows = max(1, ENTRIES // weight0.shape[1])
+    rows = rows_at_once(weight0)
     for block0, block1 in zip(weight0.split(rows), weight1.split(rows), strict=True):
         magnitude0, magnitude1 = block0.float().abs(), block1.float().abs()
         ratio = ((magnitude0 - magnitude1).abs() / (magnitude0 + magnitude1)).nan_to_num(nan=0.0)

@@ -28,8 +28,8 @@ STEP_SCALES = (0.85, 0.95, 1.05, 1.15)
 """A group's step is the best of these multiples of the best step for normally distributed weights, then fitted to the
 words that it gave.  Trying more multiples lowers the error more than fitting words and step by turns does."""
 
-SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Floats of scores of candidate words in memory at once: the cache of a CPU, 256 MB of a GPU."""
+SCORES = 1 << 20
+"""Floats of scores of candidate words in memory at once: the cache of a CPU.  A GPU's kernel keeps none."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,14 @@ def fit_grid(
     Of the steps of `STEP_SCALES` the one with the least error stays, and is replaced by the least-squares step of the
     words that it gave.
     """
-    pair = torch.stack([weight.float().abs().unflatten(1, (-1, group)) for weight in weights])
-    if not bool(torch.isfinite(pair).all()):
+    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
         raise UnencodableWeight("a weight is NaN or infinite")
+    if weights[0].is_cuda:
+        from puzzlemoe_offline.fit_kernels import fit_groups
+
+        fitted, steps = fit_groups(code, weights, importances, group, STEP_SCALES)
+        return PackedMatrix(code.pack(fitted), steps.to(torch.bfloat16))
+    pair = torch.stack([weight.float().abs().unflatten(1, (-1, group)) for weight in weights])
     scale = torch.stack(importances)[:, None].unflatten(2, (-1, group))
     magnitudes, words = code.magnitudes.to(pair.device), code.words.to(pair.device)
     energy = (scale * pair.square()).sum(dim=(0, 3))
@@ -168,7 +173,7 @@ def nearest(magnitudes: Tensor, pair: Tensor, step: Tensor, scale: Tensor) -> tu
     scaled = pair / step.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     index = torch.empty(pair.shape[1:], dtype=torch.uint8, device=pair.device)
     score = torch.empty(pair.shape[1:], device=pair.device)
-    rows = max(1, SCORES[pair.device.type] // (len(magnitudes) * pair[0, 0].numel()))
+    rows = max(1, SCORES // (len(magnitudes) * pair[0, 0].numel()))
     for first in range(0, pair.shape[1], rows):
         block = scaled[:, first : first + rows]
         features = torch.cat([scale * block, scale.expand_as(block)]).flatten(1)

@@ -15,8 +15,8 @@ from puzzlemoe_offline.pairing import LayerPairing
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_vllm.format.codes import PairCode, UnencodableWeight, get_code
 
-ENTRIES = 1 << 20
-"""Entries merged at a time: bounds the float32 scratch memory, and lets it stay in a CPU's cache."""
+ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}
+"""Entries merged at a time: bounds the float32 scratch memory, lets it stay in a CPU's cache, and keeps a GPU busy."""
 
 
 @dataclass
@@ -75,6 +75,11 @@ def pack_pair(
     return packed[0], packed[1], packed[2]
 
 
+def rows_at_once(weight: Tensor) -> int:
+    """Rows of a matrix [N, K] that `ENTRIES` allows."""
+    return max(1, ENTRIES[weight.device.type] // weight.shape[1])
+
+
 def pack_matrix(
     weights: tuple[Tensor, Tensor],
     inputs: tuple[ProjectionInputs, ProjectionInputs],
@@ -85,7 +90,7 @@ def pack_matrix(
 ) -> PackedMatrix:
     """Two matrices [N, K] as words, on the CPU; what they lose is added to `losses`."""
     code = get_code(recipe.code)
-    rows = max(1, ENTRIES // weights[0].shape[1])
+    rows = rows_at_once(weights[0])
     blocks = list(zip(weights[0].split(rows), weights[1].split(rows), strict=True))
     if recipe.compensate and inputs[0].moments is not None:
         packed = fit_compensated(code, weights, inputs, group)

@@ -16,7 +16,7 @@ from puzzlemoe_offline.baselines.method import Needs, NewLayer, SourceLayer
 from puzzlemoe_offline.calibrate import FEW_TOKENS
 from puzzlemoe_offline.checkpoint import PROJECTIONS, Checkpoint, Expert
 from puzzlemoe_offline.merge import similar
-from puzzlemoe_offline.pack import ENTRIES
+from puzzlemoe_offline.pack import rows_at_once
 
 WORD_BITS = {1: 16, 2: 16, 3: 18}
 """Bits of an entry of a group, by the number of its experts."""
@@ -54,7 +54,7 @@ def merge_group(weights: Tensor, norms: Tensor, tau: float) -> Tensor:
 
 def merge_in_blocks(weights: list[Tensor], norms: Tensor, tau: float) -> list[Tensor]:
     """`merge_group` on a block of rows at a time, which bounds the float32 scratch memory; bf16."""
-    rows = max(1, ENTRIES // weights[0].shape[1])
+    rows = rows_at_once(weights[0])
     blocks = zip(*(weight.split(rows) for weight in weights), strict=True)
     merged = [merge_group(torch.stack(block), norms, tau).to(torch.bfloat16) for block in blocks]
     return list(torch.cat(merged, dim=1))

@@ -1,0 +1,276 @@
+"""The fits of codes with steps as Triton kernels, for a GPU.
+
+They are those of fit.py and compensate.py but for the order in which sums are taken.  There a matrix of scores, of
+every candidate for every pair of weights, goes through memory, and a column of compensation is a dozen operations; here
+both stay in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from puzzlemoe_vllm.format.codes import GridCode
+
+ROWS = 16
+"""Of the matrices that one program fits."""
+
+WARPS = 8
+"""Of a program: with four, its registers do not suffice."""
+
+
+def fit_groups(
+    code: GridCode,
+    weights: tuple[Tensor, Tensor],
+    importances: tuple[Tensor, Tensor],
+    group: int,
+    multiples: tuple[float, ...],
+) -> tuple[Tensor, Tensor]:
+    """Words uint8 [N, K], one a column, and steps float32 [N, K / group] of two matrices [N, K] of equal strides.
+
+    importances: float32 [K] twice; multiples: of the step that suits normal weights, to choose from.
+    """
+    rows, columns = weights[0].shape
+    device = weights[0].device
+    words = torch.empty(rows, columns, dtype=torch.uint8, device=device)
+    steps = torch.empty(rows, columns // group, device=device)
+    assert weights[0].stride() == weights[1].stride()
+    fit_groups_kernel[(triton.cdiv(rows, ROWS), columns // group)](
+        *weights,
+        *weights[0].stride(),
+        importances[0].contiguous(),
+        importances[1].contiguous(),
+        *_tables(code, multiples, device),
+        words,
+        steps,
+        rows,
+        columns,
+        **_constants(code, multiples, group),
+    )
+    return words, steps
+
+
+def code_columns(
+    code: GridCode, block: Tensor, scale: Tensor, factor: Tensor, group: int, multiples: tuple[float, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes the columns of a block one after another, as `fit_compensated` does: words uint8 [B, N], steps float32
+    [B / group, N] and errors float32 [2, B, N], each over its column's diagonal element of the factor.
+
+    block: [2, B, N] with B up to 128, rows contiguous, left as it is; scale: weights of squared errors [2, B]; factor:
+    [2, B, B].
+    """
+    _, columns, rows = block.shape
+    words = torch.empty(columns, rows, dtype=torch.uint8, device=block.device)
+    steps = torch.empty(columns // group, rows, device=block.device)
+    errors = torch.empty(2, columns, rows, device=block.device)
+    code_columns_kernel[(triton.cdiv(rows, ROWS),)](
+        block,
+        *block.stride()[:2],
+        scale.contiguous(),
+        factor.contiguous(),
+        *_tables(code, multiples, block.device),
+        words,
+        steps,
+        errors,
+        rows,
+        columns,
+        BLOCK=128,
+        **_constants(code, multiples, group),
+    )
+    return words, steps, errors
+
+
+def _tables(code: GridCode, multiples: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The candidates [C, 2], their words [C, 2, 2] and the multiples, on a device."""
+    return code.magnitudes.to(device), code.words.to(device), torch.tensor(multiples, device=device)
+
+
+def _constants(code: GridCode, multiples: tuple[float, ...], group: int) -> dict[str, Any]:
+    return {
+        "unit_step": code.unit_step,
+        "CANDIDATES": len(code.magnitudes),
+        "MULTIPLES": len(multiples),
+        "GROUP": group,
+        "ROWS": ROWS,
+        "num_warps": WARPS,
+    }
+
+
+@triton.jit
+def round_to_bf16(value):
+    """To the nearest bf16, ties to even, as float32."""
+    bits = value.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse(step):
+    return 1.0 / tl.maximum(step, 1.1754943508222875e-38)
+
+
+@triton.jit
+def nearest(value0, value1, scale0, scale1, candidates, CANDIDATES: tl.constexpr):
+    """Of absolute values over their step, the candidates with the least weighted error, and half that error less what
+    does not depend on the candidate; all broadcast to one shape."""
+    linear0, linear1 = scale0 * value0, scale1 * value1
+    least = linear0 * 0.0 + float("inf")
+    index = (linear0 * 0.0).to(tl.int32)
+    for candidate in range(CANDIDATES):
+        level0, level1 = tl.load(candidates + 2 * candidate), tl.load(candidates + 2 * candidate + 1)
+        constant = (scale0 * level0 * level0 + scale1 * level1 * level1) * 0.5
+        score = constant - linear0 * level0 - linear1 * level1
+        better = score < least
+        least = tl.where(better, score, least)
+        index = tl.where(better, candidate, index)
+    return index, least
+
+
+@triton.jit
+def fit_steps(
+    value0, value1, scale0, scale1, candidates, multiples, unit_step, CANDIDATES: tl.constexpr, MULTIPLES: tl.constexpr
+):
+    """Candidates [K, N] and steps [1, N] of absolute values [K, N].  scales: [K, 1], zero for other groups' columns."""
+    energy = tl.sum(scale0 * value0 * value0 + scale1 * value1 * value1, axis=0)[None, :]
+    typical = tl.sqrt(energy / tl.sum(scale0 + scale1, axis=0)[None, :]) * unit_step
+    least = energy * 0.0 + float("inf")
+    best = (value0 * 0.0).to(tl.int32)
+    for multiple in range(MULTIPLES):
+        step = typical * tl.load(multiples + multiple)
+        over = inverse(step)
+        tried, score = nearest(value0 * over, value1 * over, scale0, scale1, candidates, CANDIDATES)
+        error = energy + 2.0 * step * step * tl.sum(score, axis=0)[None, :]
+        better = error < least
+        least = tl.where(better, error, least)
+        best = tl.where(better, tried, best)
+    level0, level1 = tl.load(candidates + 2 * best), tl.load(candidates + 2 * best + 1)
+    product = tl.sum(scale0 * level0 * value0 + scale1 * level1 * value1, axis=0)
+    square = tl.sum(scale0 * level0 * level0 + scale1 * level1 * level1, axis=0)
+    return best, (product / square)[None, :]
+
+
+@triton.jit
+def negative(value):
+    """Its sign bit."""
+    return (value.to(tl.int32, bitcast=True) >> 31) & 1
+
+
+@triton.jit
+def word_of(index, value0, value1, words):
+    """The words of candidates, by the signs of the weights."""
+    return tl.load(words + index * 4 + negative(value0) * 2 + negative(value1))
+
+
+@triton.jit
+def coded(index, value, step, levels):
+    """What the words of candidates decode to at one position, for weights of these signs."""
+    level = tl.load(levels + 2 * index) * step
+    return round_to_bf16(tl.where(negative(value) != 0, -level, level))
+
+
+@triton.jit
+def fit_groups_kernel(
+    weights0,
+    weights1,
+    row_stride,
+    column_stride,
+    scales0,
+    scales1,
+    candidates,
+    words,
+    multiples,
+    words_out,
+    steps_out,
+    rows,
+    columns,
+    unit_step,
+    CANDIDATES: tl.constexpr,
+    MULTIPLES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[None, :]
+    column = (tl.program_id(1) * GROUP + tl.arange(0, GROUP))[:, None]
+    inside = (row < rows) & (column < columns)
+    place = row * row_stride + column * column_stride
+    value0 = tl.load(weights0 + place, mask=inside, other=1.0).to(tl.float32)
+    value1 = tl.load(weights1 + place, mask=inside, other=1.0).to(tl.float32)
+    scale0, scale1 = tl.load(scales0 + column), tl.load(scales1 + column)
+    best, step = fit_steps(
+        tl.abs(value0), tl.abs(value1), scale0, scale1, candidates, multiples, unit_step, CANDIDATES, MULTIPLES
+    )
+    tl.store(words_out + row * columns + column, word_of(best, value0, value1, words), mask=inside)
+    tl.store(steps_out + row * (columns // GROUP) + tl.program_id(1), step, mask=row < rows)
+
+
+@triton.jit
+def column_of(block, here):
+    """The column [1, N] of a block [K, N] that a mask [K, 1] picks."""
+    return tl.sum(tl.where(here, block, 0.0), axis=0)[None, :]
+
+
+@triton.jit
+def code_columns_kernel(
+    block,
+    expert_stride,
+    column_stride,
+    scales,
+    factors,
+    candidates,
+    words,
+    multiples,
+    words_out,
+    steps_out,
+    errors_out,
+    rows,
+    columns,
+    unit_step,
+    BLOCK: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    MULTIPLES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[None, :]
+    column = tl.arange(0, BLOCK)[:, None]
+    inside = (row < rows) & (column < columns)
+    left0 = tl.load(block + column * column_stride + row, mask=inside, other=1.0)
+    left1 = tl.load(block + expert_stride + column * column_stride + row, mask=inside, other=1.0)
+    scale0 = tl.load(scales + column, mask=column < columns, other=0.0)
+    scale1 = tl.load(scales + columns + column, mask=column < columns, other=0.0)
+    factors1 = factors + columns * columns
+    for group in range(columns // GROUP):
+        own = column // GROUP == group
+        own0, own1 = tl.where(own, scale0, 0.0), tl.where(own, scale1, 0.0)
+        _best, exact = fit_steps(
+            tl.abs(left0), tl.abs(left1), own0, own1, candidates, multiples, unit_step, CANDIDATES, MULTIPLES
+        )
+        step = round_to_bf16(exact)
+        tl.store(steps_out + group * rows + row, step, mask=row < rows)
+        over = inverse(step)
+        for place in range(group * GROUP, group * GROUP + GROUP):
+            here = column == place
+            value0, value1 = column_of(left0, here), column_of(left1, here)
+            index, _score = nearest(
+                tl.abs(value0) * over,
+                tl.abs(value1) * over,
+                column_of(scale0, here),
+                column_of(scale1, here),
+                candidates,
+                CANDIDATES,
+            )
+            tl.store(words_out + place * rows + row, word_of(index, value0, value1, words), mask=row < rows)
+            later = (column > place) & (column < columns)
+            factor = factors + place * columns + column
+            factor1 = factors1 + place * columns + column
+            error0 = value0 - coded(index, value0, step, candidates)
+            error1 = value1 - coded(index, value1, step, candidates + 1)
+            error0 /= tl.load(factors + place * columns + place)
+            error1 /= tl.load(factors1 + place * columns + place)
+            left0 -= tl.load(factor, mask=later, other=0.0) * error0
+            left1 -= tl.load(factor1, mask=later, other=0.0) * error1
+            tl.store(errors_out + place * rows + row, error0, mask=row < rows)
+            tl.store(errors_out + columns * rows + place * rows + row, error1, mask=row < rows)

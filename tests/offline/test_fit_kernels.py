@@ -1,0 +1,126 @@
+"""The fits' kernels against the fits in torch: compiled where a GPU is, else under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from puzzlemoe_offline import compensate
+from puzzlemoe_offline.calibrate import ProjectionInputs
+from puzzlemoe_offline.fit import STEP_SCALES, PackedMatrix, fit_grid
+from puzzlemoe_vllm.format.codes import CODES, get_code
+
+triton = pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
+GRID_CODES = [name for name, code in CODES.items() if code.has_grid]
+runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU: test_under_the_interpreter runs it")
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run here themselves")
+def test_under_the_interpreter():
+    # A process of its own: the interpreter must be chosen before anything imports triton.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_they_compile(capability):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from puzzlemoe_offline import fit_kernels
+
+    pointers = {"words": "*u8", "words_out": "*u8", "weights0": "*bf16", "weights1": "*bf16"}
+    numbers = {"rows": "i32", "columns": "i32", "row_stride": "i32", "column_stride": "i32", "expert_stride": "i32"}
+    constants = fit_kernels._constants(get_code("angle8"), STEP_SCALES, 128) | {"BLOCK": 128}
+    options = {"num_warps": constants.pop("num_warps")}
+    types = pointers | numbers | {"unit_step": "fp32"} | dict.fromkeys(constants, "constexpr")
+    for kernel in (fit_kernels.fit_groups_kernel, fit_kernels.code_columns_kernel):
+        names = kernel.arg_names
+        signature = {name: types.get(name, "*fp32") for name in names}
+        values = {(names.index(name),): value for name, value in constants.items() if name in names}
+        made = triton.compile(ASTSource(kernel, signature, values), GPUTarget("cuda", capability, 32), options)
+        assert made.asm["cubin"]
+
+
+def random_weights(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Of different sizes, some of them zero and minus zero."""
+    weights = torch.randn(rows, columns).bfloat16(), 3 * torch.randn(rows, columns).bfloat16()
+    for weight in weights:
+        weight[torch.rand(rows, columns) < 0.05] = 0.0
+        weight[torch.rand(rows, columns) < 0.05] = -0.0
+    weights[0][1], weights[1][1] = 0.0, 0.0
+    return weights
+
+
+def assert_same(found: PackedMatrix, expected: PackedMatrix) -> None:
+    """Sums are taken in another order: near ties between words or steps may fall to the other side, and with
+    compensation what follows in a row with them."""
+    assert found.words.dtype == expected.words.dtype and found.grid.dtype == expected.grid.dtype
+    assert found.words.shape == expected.words.shape
+    close = torch.isclose(found.grid.cpu().float(), expected.grid.float(), rtol=2.0**-6)
+    assert close.float().mean() > 0.9
+    assert (found.words.cpu() == expected.words).float().mean() > 0.9
+
+
+@runs
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("name", GRID_CODES)
+def test_groups(name, group):
+    from puzzlemoe_offline.fit_kernels import fit_groups
+
+    torch.manual_seed(group)
+    code = get_code(name)
+    weights, scales = random_weights(19, 128), (torch.rand(128) + 0.1, torch.rand(128) + 0.1)
+    words, steps = fit_groups(
+        code, tuple(w.to(DEVICE) for w in weights), tuple(s.to(DEVICE) for s in scales), group, STEP_SCALES
+    )
+    assert_same(PackedMatrix(code.pack(words), steps.bfloat16()), fit_grid(code, weights, scales, group))
+
+
+@runs
+def test_weights_with_other_strides():
+    from puzzlemoe_offline.fit_kernels import fit_groups
+
+    code = get_code("angle6")
+    weights, scales = random_weights(64, 17), (torch.rand(64) + 0.1, torch.rand(64) + 0.1)
+    columns = tuple(weight.to(DEVICE).T for weight in weights)
+    words, steps = fit_groups(code, columns, tuple(s.to(DEVICE) for s in scales), 64, STEP_SCALES)
+    expected = fit_grid(code, tuple(weight.T for weight in weights), scales, 64)
+    assert_same(PackedMatrix(code.pack(words), steps.bfloat16()), expected)
+
+
+@runs
+@pytest.mark.parametrize(("name", "group", "columns"), [("angle8", 128, 128), ("angle6", 32, 160), ("mask6", 64, 64)])
+def test_compensation(name, group, columns, monkeypatch):
+    torch.manual_seed(columns)
+    code, weights = get_code(name), random_weights(18, columns)
+    seen = []
+    for tokens in (600, 200):
+        x = torch.randn(tokens, columns // 4) @ torch.randn(columns // 4, columns) + torch.randn(tokens, columns)
+        seen.append(ProjectionInputs(x.norm(dim=0), tokens, x.T @ x))
+    expected = compensate.fit_compensated(code, weights, (seen[0], seen[1]), group)
+    monkeypatch.setattr(compensate, "coder_of", lambda code, group, _: compensate.ColumnsInKernel(code, group))
+    moved = tuple(ProjectionInputs(s.norms.to(DEVICE), s.tokens, s.moments.to(DEVICE)) for s in seen)
+    found = compensate.fit_compensated(code, tuple(w.to(DEVICE) for w in weights), moved, group)
+    assert_same(found, expected)
+
+
+@runs
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("name", GRID_CODES)
+def test_a_gpu_gets_them(name):
+    torch.manual_seed(7)
+    code, weights = get_code(name), random_weights(300, 1024)
+    scales = torch.rand(1024) + 0.1, torch.rand(1024) + 0.1
+    found = fit_grid(code, tuple(w.cuda() for w in weights), tuple(s.cuda() for s in scales), 128)
+    assert_same(found, fit_grid(code, weights, scales, 128))
