@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType
 
 import torch
@@ -28,6 +29,9 @@ from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda, triton
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, get_code
+
+WARM_SECONDS = 0.02
+"""Of replays before those that are timed."""
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -75,8 +79,11 @@ def graph_microseconds(calls: list[Callable[[], object]]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    graph.replay()
-    torch.cuda.synchronize()
+    # A device that has been idle takes a while to raise its clocks: without this, what is timed first comes out slow.
+    began = perf_counter()
+    while perf_counter() - began < WARM_SECONDS:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     while len(times) < 5 or (sum(times) < 40 and len(times) < 30):
