@@ -15,12 +15,14 @@
 //   Entries: what look_up() makes of words, for both positions;
 //   take_apart(): of entries, a lane's A registers of part 0 and, if kTwo, of part 1;
 //   kHasSteps: whether weights are what take_apart() gives times the step of their row and group;
-//   kTableEntries: of the table in shared memory that it looks words up in, 0 for none;
+//   kTableEntries, kStride: of the table in shared memory that it looks words up in, 0 for none;
 //   kReadsDense: whether it also decodes the bf16 weights of dense experts, which are stored as its own tiles are;
 //   scale(): what the sums are multiplied by in the end.
 #pragma once
 #include <cuda_bf16.h>
 #include <cstdint>
+
+#include "ptx.cuh"
 
 constexpr int kBlockStrips = 8, kBlockTiles = 4;
 
@@ -124,8 +126,8 @@ class Angle16 : public WordPerPair {
 
 // Words of kBits that a table turns into two weights: entry w has the bf16 value of word w at position 0 in its low
 // half and at position 1 in its high half.  Every lane has a copy of the table in its own bank of shared memory, so a
-// look-up is one load without conflicts, and both experts' weights come of it.  That leaves two instructions a word for
-// the integer pipe, which arithmetic decoding would keep busier than the memory.
+// look-up is one load without conflicts, and both experts' weights come of it.  That leaves one or two instructions a
+// word for the integer pipe, which arithmetic decoding would keep busier than the memory.
 //
 // A lane's share of a tile is its eight words as one little-endian number; of six-bit words, the lanes' lower 32 bits
 // come first, then their upper 16.
