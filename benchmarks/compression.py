@@ -104,9 +104,9 @@ def measure(name: str, recipe: Recipe, device: str, tokens: int) -> dict[str, An
         checkpoint = Checkpoint(source)
         sequence = min(tokens, 2048)
         calibration = Calibration(torch.randint(0, VOCABULARY, (tokens // sequence, sequence)), "random tokens")
+        before = peak_host_bytes()
         job = Job(checkpoint, name, None, recipe, calibration, device)
         make_plan(job)  # as the command does, which compiles the kernels of a GPU
-        before = peak_host_bytes()
         if device == "cuda":
             torch.zeros(1, device=device)
             torch.cuda.reset_peak_memory_stats()

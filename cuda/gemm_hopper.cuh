@@ -60,7 +60,7 @@ struct HopperKernel {
   static constexpr int kRest = kBarriers + kStages * kBarrierBytes;
   static constexpr int kTable = kAlignsTable ? kAlignedTable : kRest;
   static constexpr int kSharedBytes = (kAlignsTable ? kRest : kRest + kTableBytes) - kSharedStart;
-  static_assert(kStages > Tile::kFenceLag && kSharedStart + kSharedBytes <= kSharedEnd);
+  static_assert(kStages > Tile::kFenceLag + 1 && kSharedStart + kSharedBytes <= kSharedEnd);
 
   // An item, or a piece of one: some stages of its depth.
   struct Piece {
@@ -423,15 +423,10 @@ struct HopperKernel {
       for (int i = 0; i < 4; ++i) tokens.values[load][i] = two_tiles[i];
     }
 
-    template <bool kScales>
-    __device__ void multiply(const Code& code, const typename Code::Entries& entries, uint32_t steps,
-                             const Tokens& tokens, float (&into)[kTiles][4]) const {
+    __device__ void multiply(const Code& code, const typename Code::Entries& entries, const Tokens& tokens,
+                             float (&into)[kTiles][4]) const {
       uint32_t a0[4], a1[4];
       code.template take_apart<(kTiles1 > 0)>(entries, a0, a1);
-      if constexpr (kScales) {
-        multiply_by_steps(a0, steps);
-        if constexpr (kTiles1 > 0) multiply_by_steps(a1, steps);
-      }
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
         mma_m16n8k16(into[j], j < kTiles0 ? a0 : a1, tokens.values[j / 2][j % 2 * 2],
@@ -471,16 +466,11 @@ struct HopperKernel {
       }
     }
 
-    template <bool kScales>
-    __device__ void multiply(const Code& code, const typename Code::Entries& entries, uint32_t steps,
-                             const Tokens& tokens, float (&into)[kTiles][4]) const {
+    __device__ void multiply(const Code& code, const typename Code::Entries& entries, const Tokens& tokens,
+                             float (&into)[kTiles][4]) const {
       uint32_t pairs[8];
       take_pairs(code, entries, pairs);
       uint32_t a[2][4] = {{pairs[0], pairs[2], pairs[1], pairs[3]}, {pairs[4], pairs[6], pairs[5], pairs[7]}};
-      if constexpr (kScales) {
-        multiply_by_steps(a[0], steps);
-        multiply_by_steps(a[1], steps);
-      }
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         mma_m16n8k16(into[j], a[0], tokens.values[j][0], tokens.values[j][1]);
@@ -494,10 +484,8 @@ struct HopperKernel {
   __device__ __forceinline__ static void multiply_mma(int depth_tiles, int group_shift, const Product product,
                                                       Slot& slot, const Code& code, float (&sums)[kTiles][4]) {
     constexpr int kLoads = (kTiles + 1) / 2;
-    // Steps multiply the products of a group, while registers can hold those beside the sums: a few tokens take fewer
-    // multiplications so than the weights would.
-    constexpr bool kKeepsProducts = Code::kHasSteps && kTiles <= 6;
-    constexpr bool kScalesWeights = Code::kHasSteps && !kKeepsProducts;
+    // Steps multiply the products of a group: so few tokens take fewer multiplications than the weights would.
+    constexpr bool kKeepsProducts = Code::kHasSteps;
     const int lane = kept(threadIdx.x % 32);
     // A load brings 16 columns of the depth for two tiles of tokens; lanes 16 and up give the addresses of the second.
     uint32_t rows[kLoads];
@@ -506,7 +494,7 @@ struct HopperKernel {
       rows[i] = (Product::row_tile(min(2 * i + lane / 16, kTiles - 1)) * 8 + lane % 8) * 128;
     const uint32_t swizzled = (lane / 8 % 2 ^ lane % 8) * 16;
     float products[kTiles][4] = {};  // of a group, if they are kept
-    auto multiply_tile = [&](int t, uint32_t tile, uint32_t steps) __attribute__((always_inline)) {
+    auto multiply_tile = [&](int t, uint32_t tile) __attribute__((always_inline)) {
       typename Product::Tokens tokens;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
@@ -515,7 +503,7 @@ struct HopperKernel {
         product.take(tokens, i, two_tiles);
       }
       const auto entries = code.look_up(code.load(tile, lane));
-      product.template multiply<kScalesWeights>(code, entries, steps, tokens, kKeepsProducts ? products : sums);
+      product.multiply(code, entries, tokens, kKeepsProducts ? products : sums);
     };
     auto add_products = [&](uint32_t steps) __attribute__((always_inline)) {
       if constexpr (!kKeepsProducts) return;
@@ -537,12 +525,12 @@ struct HopperKernel {
       if (left >= Tile::kDepthTiles && stage_has_one_step) {
 #pragma unroll
         for (int t = 0; t < Tile::kDepthTiles; ++t)
-          multiply_tile(t, own_tiles + slot.index * kStageBytes + t * Code::kTileBytes, steps.first);
+          multiply_tile(t, own_tiles + slot.index * kStageBytes + t * Code::kTileBytes);
         add_products(steps.first);
       } else {
 #pragma unroll 1
         for (int t = 0; t < min(left, Tile::kDepthTiles); ++t) {
-          multiply_tile(t, tile_at(slot, t, min(left, Tile::kDepthTiles)), steps.of(t));
+          multiply_tile(t, tile_at(slot, t, min(left, Tile::kDepthTiles)));
           add_products(steps.of(t));
         }
       }

@@ -15,7 +15,7 @@ from torch import Tensor
 from puzzlemoe_offline.calibrate import ProjectionInputs
 from puzzlemoe_offline.fit import BALANCE, STEP_SCALES, PackedMatrix, fit_angle16, fit_grid
 from puzzlemoe_offline.merge import merge_least_squares
-from puzzlemoe_vllm.format.codes import Angle16, GridCode, Mask16, PairCode
+from puzzlemoe_vllm.format.codes import Angle16, GridCode, Mask16, PairCode, UnencodableWeight
 
 DAMPING = 0.1
 """Added to the moments' diagonal, relative to its mean.  GPTQ's usual 0.01 trusts the moments of a few thousand tokens
@@ -35,6 +35,8 @@ def fit_compensated(
 
     Raises UnencodableWeight for a weight that the code cannot hold.
     """
+    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+        raise UnencodableWeight("a weight is NaN or infinite")
     factors = torch.stack([inverse_factor(seen) for seen in inputs])
     importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
     importance /= importance.mean()

@@ -1,8 +1,7 @@
 """The fits of codes with steps as Triton kernels, for a GPU.
 
-They are those of fit.py and compensate.py but for the order in which sums are taken.  There a matrix of scores, of
-every candidate for every pair of weights, goes through memory, and a column of compensation is a dozen operations; here
-both stay in registers.
+They are those of fit.py and compensate.py but for roundings.  There a matrix of scores, of every candidate for every
+pair of weights, goes through memory, and a column of compensation is a dozen operations; here both stay in registers.
 """
 
 from __future__ import annotations
@@ -117,8 +116,8 @@ def nearest(value0, value1, scale0, scale1, candidates, CANDIDATES: tl.constexpr
     """Of absolute values over their step, the candidates with the least weighted error, and half that error less what
     does not depend on the candidate; all broadcast to one shape."""
     linear0, linear1 = scale0 * value0, scale1 * value1
-    least = linear0 * 0.0 + float("inf")
-    index = (linear0 * 0.0).to(tl.int32)
+    least = tl.zeros_like(linear0) + float("inf")
+    index = tl.zeros_like(linear0).to(tl.int32)
     for candidate in range(CANDIDATES):
         level0, level1 = tl.load(candidates + 2 * candidate), tl.load(candidates + 2 * candidate + 1)
         constant = (scale0 * level0 * level0 + scale1 * level1 * level1) * 0.5
@@ -136,8 +135,8 @@ def fit_steps(
     """Candidates [K, N] and steps [1, N] of absolute values [K, N].  scales: [K, 1], zero for other groups' columns."""
     energy = tl.sum(scale0 * value0 * value0 + scale1 * value1 * value1, axis=0)[None, :]
     typical = tl.sqrt(energy / tl.sum(scale0 + scale1, axis=0)[None, :]) * unit_step
-    least = energy * 0.0 + float("inf")
-    best = (value0 * 0.0).to(tl.int32)
+    least = tl.zeros_like(energy) + float("inf")
+    best = tl.zeros_like(value0).to(tl.int32)
     for multiple in range(MULTIPLES):
         step = typical * tl.load(multiples + multiple)
         over = inverse(step)

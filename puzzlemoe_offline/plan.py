@@ -55,7 +55,7 @@ def make_plan(job: Job) -> Plan:
     )
     tokens = job.calibration.tokens.numel() if job.calibration else 0
     states = tokens * checkpoint.expert_sizes[0] * width
-    scratch = SCRATCH_BYTES_PER_ENTRY * ENTRIES[torch.device(job.device).type] + 4 * SCORES
+    scratch = SCRATCH_BYTES_PER_ENTRY * ENTRIES[torch.device(job.device).type] + (4 * SCORES if on_cpu else 0)
     embedding = max(checkpoint.nbytes(n) for n in checkpoint.names if checkpoint.layer_of(n) is None)
     if recipe.compensate:
         # float32: every expert's moments; of one pair the factors, their inverses, and a projection with its errors.
@@ -126,7 +126,7 @@ def _merge_rate(job: Job) -> float:
     def pack(rows: int) -> None:
         pack_matrix((weights[0, :rows], weights[1, :rows]), (seen, seen), job.recipe, job.group_size(), Losses(), 0)
 
-    pack(1)  # what is compiled or loaded at the first use
+    pack(16)  # compiles and loads what the first use does; strides of fewer rows would be compiled as constants
     began = time.perf_counter()
     pack(rows)
     return weights.numel() / (time.perf_counter() - began)

@@ -13,7 +13,7 @@ from torch import Tensor
 from puzzlemoe_offline import compensate
 from puzzlemoe_offline.calibrate import ProjectionInputs
 from puzzlemoe_offline.fit import STEP_SCALES, PackedMatrix, fit_grid
-from puzzlemoe_vllm.format.codes import CODES, get_code
+from puzzlemoe_vllm.format.codes import CODES, UnencodableWeight, get_code
 
 triton = pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -63,13 +63,12 @@ def random_weights(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(found: PackedMatrix, expected: PackedMatrix) -> None:
-    """Sums are taken in another order: near ties between words or steps may fall to the other side, and with
-    compensation what follows in a row with them."""
+    """But for roundings: near ties between words or steps may fall to the other side."""
     assert found.words.dtype == expected.words.dtype and found.grid.dtype == expected.grid.dtype
     assert found.words.shape == expected.words.shape
     close = torch.isclose(found.grid.cpu().float(), expected.grid.float(), rtol=2.0**-6)
-    assert close.float().mean() > 0.9
-    assert (found.words.cpu() == expected.words).float().mean() > 0.9
+    assert close.float().mean() > 0.99
+    assert (found.words.cpu() == expected.words).float().mean() > 0.99
 
 
 @runs
@@ -112,7 +111,26 @@ def test_compensation(name, group, columns, monkeypatch):
     monkeypatch.setattr(compensate, "coder_of", lambda code, group, _: compensate.ColumnsInKernel(code, group))
     moved = tuple(ProjectionInputs(s.norms.to(DEVICE), s.tokens, s.moments.to(DEVICE)) for s in seen)
     found = compensate.fit_compensated(code, tuple(w.to(DEVICE) for w in weights), moved, group)
-    assert_same(found, expected)
+    # After a near tie a row goes on differently, but as well.
+    rows = (found.words.cpu() == expected.words).all(dim=1) & (found.grid.cpu() == expected.grid).all(dim=1)
+    assert rows.float().mean() > 0.8
+    for position, (weight, inputs) in enumerate(zip(weights, seen, strict=True)):
+        lost = []
+        for packed in (found.to("cpu"), expected):
+            difference = weight.float() - code.decode(packed.words, position, packed.grid).float()
+            lost.append(float(((difference @ inputs.moments) * difference).sum()))
+        assert lost[0] == pytest.approx(lost[1], rel=0.02)
+
+
+@runs
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_no_word_holds_is_refused(value, monkeypatch):
+    monkeypatch.setattr(compensate, "coder_of", lambda code, group, _: compensate.ColumnsInKernel(code, group))
+    weights = tuple(torch.randn(4, 32, device=DEVICE).bfloat16() for _ in (0, 1))
+    weights[1][2, 3] = value
+    seen = (ProjectionInputs(torch.ones(32, device=DEVICE), 1, torch.eye(32, device=DEVICE)),) * 2
+    with pytest.raises(UnencodableWeight, match="NaN or infinite"):
+        compensate.fit_compensated(get_code("angle8"), weights, seen, 32)
 
 
 @runs
