@@ -242,8 +242,8 @@ def _angle8() -> GridCode:
 
     The CUDA kernels look a word up in `word_table`, whose entry has both positions' values: three instructions a word
     (PRMT for the byte, IMAD for the address, LDS), two where the table's place lets the PRMT make the address, and one
-    PRMT for two weights of a position, so 6 or 8 for the four weights of two words.  Byte permutes and float-bit sums instead take 13, most of them for the integer pipe, and were slower
-    on an H100.
+    PRMT for two weights of a position, so 6 or 8 for the four weights of two words.  Byte permutes and float-bit sums
+    instead take 13, most of them for the integer pipe, and were slower on an H100.
     """
     level = [18, 35, 45, 50, 55, 59, 64, 69]
     direction = [51, 54, 45, 48, 43, 31, 28, 0]
