@@ -108,7 +108,6 @@ def measure(name: str, recipe: Recipe, device: str, tokens: int) -> dict[str, An
         job = Job(checkpoint, name, None, recipe, calibration, device)
         make_plan(job)  # as the command does, which compiles the kernels of a GPU
         if device == "cuda":
-            torch.zeros(1, device=device)
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         report = compress(job, Path(scratch, "packed"), False, lambda *_: None)

@@ -57,9 +57,9 @@ struct HopperKernel {
                                                     (kStageBytes + kStepBytes + kBarrierBytes);
   static constexpr int kSteps = kAlignsTable ? kAlignedTable + kTableBytes : kSharedStart + kStages * kStageBytes;
   static constexpr int kStaging = kSteps + kStages * kStepBytes, kBarriers = kStaging + kStagingAll;
-  static constexpr int kRest = kBarriers + kStages * kBarrierBytes;
-  static constexpr int kTable = kAlignsTable ? kAlignedTable : kRest;
-  static constexpr int kSharedBytes = (kAlignsTable ? kRest : kRest + kTableBytes) - kSharedStart;
+  static constexpr int kBarriersEnd = kBarriers + kStages * kBarrierBytes;
+  static constexpr int kTable = kAlignsTable ? kAlignedTable : kBarriersEnd;
+  static constexpr int kSharedBytes = kBarriersEnd + (kAlignsTable ? 0 : kTableBytes) - kSharedStart;
   static_assert(kStages > Tile::kFenceLag + 1 && kSharedStart + kSharedBytes <= kSharedEnd);
 
   // An item, or a piece of one: some stages of its depth.

@@ -29,7 +29,7 @@ struct MmaKernel {
   static constexpr int kWeightBytes = Tile::kStrips * kStripBytes;
   static constexpr int kGroups = Code::kHasSteps ? Tile::kDepthTiles / kMinGroupTiles : 0;  // of a stage, at most
   static constexpr int kStageBytes = kWeightBytes + Tile::kTokenBytes + kGroups * Tile::kStrips * kStripStepBytes;
-  static constexpr int kTableBytes = Code::kTableEntries * 128;
+  static constexpr int kTableBytes = Code::kTableEntries * Tile::kTableStride;
   static constexpr int kSharedLimit = 99 * 1024;  // of compute capability 8.6 and 8.9
   static constexpr int kRoom = (kSharedLimit - kTableBytes - Tile::kSumBytes) / kStageBytes;
   static constexpr int kStages = kRoom < Tile::kMostStages ? kRoom : Tile::kMostStages;

@@ -55,7 +55,7 @@ __device__ inline uint32_t fill_table(const GroupedGemm& gemm, uint32_t table) {
     for (int i = 0; i < 32; ++i)
       store_shared_4(table + (first + i) * Code::kStride + lane * 4, __shfl_sync(~0u, entry, i));
   }
-  return table + threadIdx.x % 32 * 4;
+  return table + lane * 4;
 }
 
 constexpr int kStripStepBytes = 32;  // steps of a strip's 16 rows, in one group

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibrate import ProjectionInputs
-from puzzlemoe_offline.fit import BALANCE, STEP_SCALES, PackedMatrix, fit_angle16, fit_grid
+from puzzlemoe_offline.fit import BALANCE, STEP_SCALES, PackedMatrix, check_finite, fit_angle16, fit_grid
 from puzzlemoe_offline.merge import merge_least_squares
-from puzzlemoe_vllm.format.codes import Angle16, GridCode, Mask16, PairCode, UnencodableWeight
+from puzzlemoe_vllm.format.codes import Angle16, GridCode, Mask16, PairCode
 
 DAMPING = 0.1
 """Added to the moments' diagonal, relative to its mean.  GPTQ's usual 0.01 trusts the moments of a few thousand tokens
@@ -35,8 +35,7 @@ def fit_compensated(
 
     Raises UnencodableWeight for a weight that the code cannot hold.
     """
-    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
-        raise UnencodableWeight("a weight is NaN or infinite")
+    check_finite(weights)
     factors = torch.stack([inverse_factor(seen) for seen in inputs])
     importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
     importance /= importance.mean()
@@ -45,10 +44,10 @@ def fit_compensated(
     coder = coder_of(code, group, left)
     words = []
     for start in range(0, left.shape[1], BLOCK):
-        block, scale = left[:, start : start + BLOCK].clone(), importance[:, start : start + BLOCK]
+        block, scale = left[:, start : start + BLOCK], importance[:, start : start + BLOCK]
         factor = factors[:, start : start + BLOCK]
-        errors = coder.code_block(block, scale, factor[:, :, start : start + BLOCK])
-        words.append(coder.words())
+        coded, errors = coder.code_block(block, scale, factor[:, :, start : start + BLOCK])
+        words.append(coded)
         later = slice(start + BLOCK, None)
         left[:, later].baddbmm_(factor[:, :, later].mT, errors, alpha=-1)
     return coder.packed(torch.cat(words).T)
@@ -66,7 +65,7 @@ def inverse_factor(inputs: ProjectionInputs) -> Tensor:
     return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
 
 
-def coder_of(code: PairCode, group: int | None, matrix: Tensor) -> Columns | ColumnsWithSteps | ColumnsInKernel:
+def coder_of(code: PairCode, group: int | None, matrix: Tensor) -> Columns | ColumnsInKernel:
     """What codes the columns of a matrix, float32 [2, K, N]."""
     if not isinstance(code, GridCode):
         return Columns(code)
@@ -80,11 +79,13 @@ class Columns:
     def __init__(self, pair_code: PairCode):
         self.pair_code = pair_code
 
-    def code_block(self, block: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
-        """Errors [2, B, N], each over its column's diagonal element of the factor, of columns [2, B, N].
+    def code_block(self, block: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Words [B, N] of columns [2, B, N], which stay as they are, and errors [2, B, N], each over its column's
+        diagonal element of the factor.
 
-        Each changes until it is coded.  scale: weights of the squared errors [2, B]; factor: [2, B, B].
+        scale: weights of the squared errors [2, B]; factor: [2, B, B].
         """
+        block = block.clone()  # a column changes until it is coded
         errors = torch.empty_like(block)
         self.begin(block, scale)
         for column in range(block.shape[1]):
@@ -92,7 +93,7 @@ class Columns:
             torch.sub(block[:, column], self.code(column), out=error)
             error /= factor[:, column, column, None]
             block[:, column + 1 :].baddbmm_(factor[:, column, column + 1 :, None], error[:, None], alpha=-1)
-        return errors
+        return self.words(), errors
 
     def begin(self, block: Tensor, scale: Tensor) -> None:
         """A block of columns and its scale, as `code_block` has them."""
@@ -162,7 +163,7 @@ class ColumnsWithSteps(Columns):
 
     def packed(self, words: Tensor) -> PackedMatrix:
         """As in `Columns`."""
-        return PackedMatrix(self.grid_code.pack(words), torch.stack(self.steps, dim=1).to(torch.bfloat16))
+        return packed_with_steps(self.grid_code, words, self.steps)
 
 
 class ColumnsInKernel:
@@ -172,18 +173,19 @@ class ColumnsInKernel:
         self.grid_code, self.group = grid_code, group
         self.steps: list[Tensor] = []
 
-    def code_block(self, block: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
-        """As in `Columns`, but leaves the block as it is."""
+    def code_block(self, block: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `Columns`."""
         from puzzlemoe_offline.fit_kernels import code_columns
 
-        self.coded, steps, errors = code_columns(self.grid_code, block, scale, factor, self.group, STEP_SCALES)
-        self.steps.append(steps)
-        return errors
-
-    def words(self) -> Tensor:
-        """As in `Columns`."""
-        return self.coded
+        words, steps, errors = code_columns(self.grid_code, block, scale, factor, self.group, STEP_SCALES)
+        self.steps.extend(steps)
+        return words, errors
 
     def packed(self, words: Tensor) -> PackedMatrix:
         """As in `Columns`."""
-        return PackedMatrix(self.grid_code.pack(words), torch.cat(self.steps).T.to(torch.bfloat16))
+        return packed_with_steps(self.grid_code, words, self.steps)
+
+
+def packed_with_steps(code: GridCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:
+    """Words [N, K], one a column, and the steps [N] of every group of columns, as they are stored."""
+    return PackedMatrix(code.pack(words), torch.stack(steps, dim=1).to(torch.bfloat16))

@@ -102,6 +102,12 @@ def fit(
     return PackedMatrix(code.encode(pair), clamped=int(clamped.sum()))
 
 
+def check_finite(weights: tuple[Tensor, Tensor]) -> None:
+    """Raises UnencodableWeight for a weight that no word holds."""
+    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+        raise UnencodableWeight("a weight is NaN or infinite")
+
+
 def fit_angle16(code: Angle16, weights: tuple[Tensor, Tensor], importances: tuple[Tensor, Tensor]) -> Tensor:
     """int16 words [N, K]: for each direction the magnitude is the weighted projection onto it, and the direction with
     the least error wins, which is the one with the most energy in its projection."""
@@ -128,8 +134,7 @@ def fit_grid(
     Of the steps of `STEP_SCALES` the one with the least error stays, and is replaced by the least-squares step of the
     words that it gave.
     """
-    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
-        raise UnencodableWeight("a weight is NaN or infinite")
+    check_finite(weights)
     if weights[0].is_cuda:
         from puzzlemoe_offline.fit_kernels import fit_groups
 

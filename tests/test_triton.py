@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
+from triton_device import (
+    DEVICE,
+    GPU,
+    INTERPRETED,
+    compiles,
+    machine_code,
+    on_a_gpu,
+    run_interpreted,
+    runs,
+    starts_the_interpreter,
+)
 
 from puzzlemoe_vllm.backends import ExpertWeights, reference
 from puzzlemoe_vllm.format.codes import Angle16, Mask16, MergedPair, PairCode, get_code
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
 TOLERANCE = 1.2e-2 if INTERPRETED else 6e-3  # the interpreter truncates to bf16 where a GPU rounds
-runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU: test_under_the_interpreter runs it")
-compiled = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 if GPU or INTERPRETED:
     import triton
@@ -34,12 +37,9 @@ if GPU or INTERPRETED:
         tl.store(out + index, weight.to(tl.float32))
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run here themselves")
+@starts_the_interpreter
 def test_under_the_interpreter():
-    # A process of its own: the interpreter must be chosen before anything imports triton.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 @dataclass(frozen=True)
@@ -249,14 +249,10 @@ def test_refuses_what_it_would_misread():
         backend.fused_experts(x, topk_weights, topk_ids, replace(weights, code="angle8"))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
+@compiles
 @pytest.mark.parametrize("code, group_size", [("mask16", None), ("angle16", None), ("angle8", 128), ("mask6", 32)])
 def test_compiles_for_hopper(code, group_size):
-    """What the interpreter lets pass the compiler may not; compiling needs no GPU."""
     pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from puzzlemoe_vllm.backends.triton import _down_kernel
 
     word = "*i16" if get_code(code).dtype == torch.int16 else "*u8"
@@ -272,14 +268,11 @@ def test_compiles_for_hopper(code, group_size):
     constants = {"GROUP_SIZE": group_size, "CODE": code, "PAIRS": True, "DENSE": True, "SHARED": True, "GROUP": 1}
     constants |= {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}
     constants |= {"grid": None, "WORD_TABLE": None} if group_size is None else {}
-    names = _down_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
-    places = {(names.index(name),): value for name, value in constants.items()}
-    kernel = compile(ASTSource(_down_kernel, signature, places), target=GPUTarget("cuda", 90, 32))
-    assert kernel.asm["cubin"]
+    types = dict.fromkeys(_down_kernel.arg_names, "i32") | kinds
+    assert machine_code(_down_kernel, types, constants, 90)
 
 
-@compiled
+@on_a_gpu
 @pytest.mark.parametrize(
     "name, layer", [("mixtral", MIXTRAL), ("qwen3", QWEN3), ("deepseek", DEEPSEEK), ("angle8", QWEN3_ANGLE8)]
 )
@@ -292,7 +285,7 @@ def test_real_shapes(name, layer):
             assert torch.equal(backend.fused_experts(x, topk_weights, topk_ids, weights), out)
 
 
-@compiled
+@on_a_gpu
 @pytest.mark.parametrize("tokens", [1, 64, 1000])
 def test_graph_replay_with_changing_routing(tokens):
     weights = make_weights(QWEN3)

@@ -2,54 +2,38 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
+from triton_device import DEVICE, compiles, machine_code, on_a_gpu, run_interpreted, runs, starts_the_interpreter
 
 from puzzlemoe_offline import compensate
 from puzzlemoe_offline.calibrate import ProjectionInputs
 from puzzlemoe_offline.fit import STEP_SCALES, PackedMatrix, fit_grid
 from puzzlemoe_vllm.format.codes import CODES, UnencodableWeight, get_code
 
-triton = pytest.importorskip("triton")
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
+pytest.importorskip("triton")
 GRID_CODES = [name for name, code in CODES.items() if code.has_grid]
-runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU: test_under_the_interpreter runs it")
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run here themselves")
+@starts_the_interpreter
 def test_under_the_interpreter():
-    # A process of its own: the interpreter must be chosen before anything imports triton.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@compiles
 @pytest.mark.parametrize("capability", [80, 90])
 def test_they_compile(capability):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from puzzlemoe_offline import fit_kernels
 
     pointers = {"words": "*u8", "words_out": "*u8", "weights0": "*bf16", "weights1": "*bf16"}
     numbers = {"rows": "i32", "columns": "i32", "row_stride": "i32", "column_stride": "i32", "expert_stride": "i32"}
     constants = fit_kernels._constants(get_code("angle8"), STEP_SCALES, 128) | {"BLOCK": 128}
-    options = {"num_warps": constants.pop("num_warps")}
-    types = pointers | numbers | {"unit_step": "fp32"} | dict.fromkeys(constants, "constexpr")
+    constants.pop("unit_step")
+    warps = constants.pop("num_warps")
     for kernel in (fit_kernels.fit_groups_kernel, fit_kernels.code_columns_kernel):
-        names = kernel.arg_names
-        signature = {name: types.get(name, "*fp32") for name in names}
-        values = {(names.index(name),): value for name, value in constants.items() if name in names}
-        made = triton.compile(ASTSource(kernel, signature, values), GPUTarget("cuda", capability, 32), options)
-        assert made.asm["cubin"]
+        types = dict.fromkeys(kernel.arg_names, "*fp32") | pointers | numbers | {"unit_step": "fp32"}
+        assert machine_code(kernel, types, constants, capability, num_warps=warps)
 
 
 def random_weights(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -90,6 +74,7 @@ def test_groups(name, group):
 def test_weights_with_other_strides():
     from puzzlemoe_offline.fit_kernels import fit_groups
 
+    torch.manual_seed(17)
     code = get_code("angle6")
     weights, scales = random_weights(64, 17), (torch.rand(64) + 0.1, torch.rand(64) + 0.1)
     columns = tuple(weight.to(DEVICE).T for weight in weights)
@@ -133,8 +118,7 @@ def test_a_weight_that_no_word_holds_is_refused(value, monkeypatch):
         compensate.fit_compensated(get_code("angle8"), weights, seen, 32)
 
 
-@runs
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@on_a_gpu
 @pytest.mark.parametrize("name", GRID_CODES)
 def test_a_gpu_gets_them(name):
     torch.manual_seed(7)
