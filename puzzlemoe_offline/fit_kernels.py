@@ -15,11 +15,9 @@ from torch import Tensor
 
 from puzzlemoe_vllm.format.codes import GridCode
 
-ROWS = 16
-"""Of the matrices that one program fits."""
-
-WARPS = 8
-"""Of a program: with four, its registers do not suffice."""
+GROUPS_SHAPE = 8, 4
+COLUMNS_SHAPE = 4, 1
+"""Rows of the matrices and warps of one program of each kernel: the fastest on an H100."""
 
 
 def fit_groups(
@@ -37,8 +35,9 @@ def fit_groups(
     device = weights[0].device
     words = torch.empty(rows, columns, dtype=torch.uint8, device=device)
     steps = torch.empty(rows, columns // group, device=device)
+    rows_each, warps = GROUPS_SHAPE
     assert weights[0].stride() == weights[1].stride()
-    fit_groups_kernel[(triton.cdiv(rows, ROWS), columns // group)](
+    fit_groups_kernel[(triton.cdiv(rows, rows_each), columns // group)](
         *weights,
         *weights[0].stride(),
         importances[0].contiguous(),
@@ -48,6 +47,8 @@ def fit_groups(
         steps,
         rows,
         columns,
+        ROWS=rows_each,
+        num_warps=warps,
         **_constants(code, multiples, group),
     )
     return words, steps
@@ -66,7 +67,8 @@ def code_columns(
     words = torch.empty(columns, rows, dtype=torch.uint8, device=block.device)
     steps = torch.empty(columns // group, rows, device=block.device)
     errors = torch.empty(2, columns, rows, device=block.device)
-    code_columns_kernel[(triton.cdiv(rows, ROWS),)](
+    rows_each, warps = COLUMNS_SHAPE
+    code_columns_kernel[(triton.cdiv(rows, rows_each),)](
         block,
         *block.stride()[:2],
         scale.contiguous(),
@@ -78,6 +80,9 @@ def code_columns(
         rows,
         columns,
         BLOCK=128,
+        SLOTS=triton.next_power_of_2(len(code.magnitudes)),
+        ROWS=rows_each,
+        num_warps=warps,
         **_constants(code, multiples, group),
     )
     return words, steps, errors
@@ -94,8 +99,6 @@ def _constants(code: GridCode, multiples: tuple[float, ...], group: int) -> dict
         "CANDIDATES": len(code.magnitudes),
         "MULTIPLES": len(multiples),
         "GROUP": group,
-        "ROWS": ROWS,
-        "num_warps": WARPS,
     }
 
 
@@ -126,6 +129,16 @@ def nearest(value0, value1, scale0, scale1, candidates, CANDIDATES: tl.constexpr
         least = tl.where(better, score, least)
         index = tl.where(better, candidate, index)
     return index, least
+
+
+@triton.jit
+def nearest_of_all(value0, value1, scale0, scale1, level0, level1, candidate, CANDIDATES: tl.constexpr):
+    """The same of values [1, N] and numbers for scales, with the candidates' levels as [slots, 1]: one column alone
+    would leave a thread to go through them all."""
+    constant = (scale0 * level0 * level0 + scale1 * level1 * level1) * 0.5
+    constant = tl.where(candidate < CANDIDATES, constant, float("inf"))
+    score = constant - scale0 * value0 * level0 - scale1 * value1 * level1
+    return tl.argmin(score, axis=0)[None, :]
 
 
 @triton.jit
@@ -228,6 +241,7 @@ def code_columns_kernel(
     columns,
     unit_step,
     BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     MULTIPLES: tl.constexpr,
     GROUP: tl.constexpr,
@@ -241,6 +255,9 @@ def code_columns_kernel(
     scale0 = tl.load(scales + column, mask=column < columns, other=0.0)
     scale1 = tl.load(scales + columns + column, mask=column < columns, other=0.0)
     factors1 = factors + columns * columns
+    candidate = tl.arange(0, SLOTS)[:, None]
+    level0 = tl.load(candidates + 2 * candidate, mask=candidate < CANDIDATES, other=0.0)
+    level1 = tl.load(candidates + 2 * candidate + 1, mask=candidate < CANDIDATES, other=0.0)
     for group in range(columns // GROUP):
         own = column // GROUP == group
         own0, own1 = tl.where(own, scale0, 0.0), tl.where(own, scale1, 0.0)
@@ -253,12 +270,14 @@ def code_columns_kernel(
         for place in range(group * GROUP, group * GROUP + GROUP):
             here = column == place
             value0, value1 = column_of(left0, here), column_of(left1, here)
-            index, _score = nearest(
+            index = nearest_of_all(
                 tl.abs(value0) * over,
                 tl.abs(value1) * over,
-                column_of(scale0, here),
-                column_of(scale1, here),
-                candidates,
+                tl.load(scales + place),
+                tl.load(scales + columns + place),
+                level0,
+                level1,
+                candidate,
                 CANDIDATES,
             )
             tl.store(words_out + place * rows + row, word_of(index, value0, value1, words), mask=row < rows)

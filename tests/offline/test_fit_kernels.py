@@ -28,12 +28,14 @@ def test_they_compile(capability):
 
     pointers = {"words": "*u8", "words_out": "*u8", "weights0": "*bf16", "weights1": "*bf16"}
     numbers = {"rows": "i32", "columns": "i32", "row_stride": "i32", "column_stride": "i32", "expert_stride": "i32"}
-    constants = fit_kernels._constants(get_code("angle8"), STEP_SCALES, 128) | {"BLOCK": 128}
+    constants = fit_kernels._constants(get_code("angle8"), STEP_SCALES, 128) | {"BLOCK": 128, "SLOTS": 64}
     constants.pop("unit_step")
-    warps = constants.pop("num_warps")
-    for kernel in (fit_kernels.fit_groups_kernel, fit_kernels.code_columns_kernel):
+    for kernel, (rows, warps) in (
+        (fit_kernels.fit_groups_kernel, fit_kernels.GROUPS_SHAPE),
+        (fit_kernels.code_columns_kernel, fit_kernels.COLUMNS_SHAPE),
+    ):
         types = dict.fromkeys(kernel.arg_names, "*fp32") | pointers | numbers | {"unit_step": "fp32"}
-        assert machine_code(kernel, types, constants, capability, num_warps=warps)
+        assert machine_code(kernel, types, constants | {"ROWS": rows}, capability, num_warps=warps)
 
 
 def random_weights(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -101,8 +103,8 @@ def test_compensation(name, group, columns, monkeypatch):
     assert rows.float().mean() > 0.8
     for position, (weight, inputs) in enumerate(zip(weights, seen, strict=True)):
         lost = []
-        for packed in (found.to("cpu"), expected):
-            difference = weight.float() - code.decode(packed.words, position, packed.grid).float()
+        for packed in (found, expected):
+            difference = weight.float() - code.decode(packed.words, position, packed.grid).cpu().float()
             lost.append(float(((difference @ inputs.moments) * difference).sum()))
         assert lost[0] == pytest.approx(lost[1], rel=0.02)
 
