@@ -94,10 +94,6 @@ class Expert:
         """Gate, up and down projection, as in `PROJECTIONS`."""
         return self.gate, self.up, self.down
 
-    def to(self, device: torch.device | str) -> Expert:
-        """The same weights on another device."""
-        return Expert(self.gate.to(device), self.up.to(device), self.down.to(device))
-
 
 class Checkpoint:
     """A model folder, opened by header only; tensors are read (memory-mapped) when asked for."""
@@ -228,20 +224,21 @@ class Checkpoint:
         """Embedding, last norm and head by name, as `plain_tensor` gives them."""
         return {name: self.plain_tensor(name) for name in self.names if self.layer_of(name) is None}
 
-    def expert(self, layer: int, expert: int) -> Expert:
-        """The reconstructed bf16 weights of one routed expert.
+    def expert(self, layer: int, expert: int, device: str = "cpu") -> Expert:
+        """The reconstructed bf16 weights of one routed expert, on a device.
 
         Raises CheckpointError for a missing tensor, a wrong shape or dtype, or a NaN or infinite weight.
         """
-        return Expert(*(self._projection(layer, expert, index) for index in range(3)))
+        return Expert(*(self._projection(layer, expert, index, device) for index in range(3)))
 
-    def _projection(self, layer: int, expert: int, index: int) -> Tensor:
+    def _projection(self, layer: int, expert: int, index: int, device: str) -> Tensor:
         experts, projection = f"{self.block(layer)}.experts", self.family.projections[index]
         if expert < self.merged(layer):
-            words = self.pair_words(layer, expert & ~1, projection)
+            words = self.pair_words(layer, expert & ~1, projection).to(device)
             grid = self.pair_grid(layer, expert & ~1, projection)
             assert self.quantization is not None
-            return get_code(self.quantization.code).decode(words, expert & 1, grid)
+            code = get_code(self.quantization.code)
+            return code.decode(words, expert & 1, None if grid is None else grid.to(device))
         fused = f"{experts}." + ("down_proj" if index == 2 else "gate_up_proj")
         if fused in self._where:
             weight = self._slice(fused)[expert]
@@ -256,7 +253,7 @@ class Checkpoint:
                 f"{name}: dtype {weight.dtype} is not bf16, fp16 or fp32; start from the 16-bit original"
             )
         self._check_shape(name, tuple(weight.shape), index)
-        weight = weight.to(torch.bfloat16)
+        weight = weight.to(device, torch.bfloat16)
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(
                 f"{name} in {self.folder} holds NaN or infinite values: fetch or convert the source again"

@@ -112,6 +112,7 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
     for layer, tensors, record, state in _run(job, folder, len(records)):
         began = time.perf_counter()
         folder.write_shard(layer, tensors, record, state)
+        del tensors  # not to be held while the next layer's are made
         record["seconds"]["write"] = time.perf_counter() - began
         records.append(record)
         on_layer(layer, record)
@@ -158,6 +159,7 @@ def _run_calibrated(
         statistics, sample = _calibrate_layer(job, layer, states, size)
         seconds = time.perf_counter() - began
         yield index, *_finish_layer(job, index, experts, statistics, sample, seconds), states
+        del statistics, sample  # likewise
 
 
 def _calibrate_layer(
@@ -266,7 +268,7 @@ def _finish_layer(
     if statistics and sample:
         record["tokens"] = statistics.tokens.tolist()
         record["few_tokens"] = _few(statistics.tokens)
-        record["output_error"] = _output_error(partial(packed.expert, device=torch.device(job.device)), sample)
+        record["output_error"] = _output_error(packed.expert, sample)
         shared, if_random = shared_choices(pairing, statistics.together, groups)
         record["shared_choices"] = {"this pairing": shared, "random partners": if_random}
     record["seconds"]["merge"] = time.perf_counter() - began
@@ -304,11 +306,11 @@ def _pack_layer(
         ids = pairing.order[first], pairing.order[first + 1]
         members = experts(layer, ids[0]), experts(layer, ids[1])
         try:
-            pairs.append(pack_pair(members, ids, statistics, job.recipe, group, losses, torch.device(job.device)))
+            pairs.append(pack_pair(members, ids, statistics, job.recipe, group, losses))
         except UnencodableWeight as error:
             raise UnencodableWeight(f"layer {layer}, {error}") from None
     dense = [experts(layer, number) for number in pairing.order[pairing.merged :]]
-    return PackedLayer(pairing, pairs, [expert.to("cpu") for expert in dense], get_code(job.recipe.code))
+    return PackedLayer(pairing, pairs, dense, get_code(job.recipe.code))
 
 
 def _output_error(expert: Callable[[int], Expert], sample: SampledTokens) -> float:
@@ -359,10 +361,10 @@ def _expert_tensors(checkpoint: Checkpoint, layer: int, packed: PackedLayer) -> 
 
 
 def dense_tensors(checkpoint: Checkpoint, layer: int, number: int, expert: Expert) -> dict[str, Tensor]:
-    """A dense expert's tensors, on the CPU, under the family's own names."""
+    """A dense expert's tensors, under the family's own names."""
     experts = f"model.layers.{layer}.{checkpoint.family.block}.experts"
     return {
-        weight_name(experts, number, projection): weight.cpu()
+        weight_name(experts, number, projection): weight
         for projection, weight in zip(checkpoint.family.projections, expert.matrices, strict=True)
     }
 

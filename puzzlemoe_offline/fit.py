@@ -41,10 +41,6 @@ class PackedMatrix:
     grid: Tensor | None = None
     clamped: int = 0
 
-    def to(self, device: torch.device | str) -> PackedMatrix:
-        """The same on another device."""
-        return PackedMatrix(self.words.to(device), None if self.grid is None else self.grid.to(device), self.clamped)
-
     @staticmethod
     def stack(blocks: list[PackedMatrix]) -> PackedMatrix:
         """Blocks of rows as one."""

@@ -68,7 +68,7 @@ class LayerExperts:
         if layer != self.layer:
             self.layer, self.kept = layer, {}
         if number not in self.kept:
-            self.kept[number] = self.checkpoint.expert(layer, number).to(self.device)
+            self.kept[number] = self.checkpoint.expert(layer, number, self.device)
         return self.kept[number]
 
 
@@ -157,6 +157,8 @@ class LayerwiseModel:
             arguments = {size: by_layer[index] for size, by_layer in self.arguments.items()}
             yield index, DecoderLayer(module, arguments, streamed)
             module.to("meta")
+            if streamed:  # stays in the model, and would keep what its observers gathered
+                streamed.observe = streamed.record = None
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -73,10 +73,10 @@ class ModelFolder:
         """Writes a shard, what the next shard needs to go on (`state`), and its record: only then is it finished."""
         target = self.folder / self.shard_name(number)
         partial = self.work / target.name
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        on_host = to_host(tensors)
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         with self._writing():
-            save_file(contiguous, partial, metadata={"format": "pt"})
+            save_file(on_host, partial, metadata={"format": "pt"})
             partial.chmod(0o666 & ~_umask())
             os.replace(partial, target)
             if state is not None:
@@ -125,6 +125,18 @@ class ModelFolder:
 
     def _state(self, number: int) -> Path:
         return self.work / f"state-{number:05d}.safetensors"
+
+
+def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, contiguous, on the CPU.
+
+    From a GPU they go to pinned memory, which is what `non_blocking` takes and torch keeps for the next time: fresh
+    memory of the usual kind costs more, a fault for each of its pages, than the copy itself.
+    """
+    on_host = {name: tensor.contiguous().to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return on_host
 
 
 def _umask() -> int:

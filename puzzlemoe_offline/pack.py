@@ -56,9 +56,8 @@ def pack_pair(
     recipe: Recipe,
     group: int | None,
     losses: Losses,
-    device: torch.device,
 ) -> PackedPair:
-    """Two experts as words, on the CPU; gate, up and down are merged separately, each with its own input's norms.
+    """Two experts as words, on their device; gate, up and down are merged separately, each with its own input's norms.
 
     ids: the experts' ids in `statistics`; None there means magnitude saliency.  group: columns that share a step, for
     codes that have steps.
@@ -66,8 +65,9 @@ def pack_pair(
     """
     packed = []
     for index, projection in enumerate(PROJECTIONS):
-        weights = getattr(experts[0], projection).to(device), getattr(experts[1], projection).to(device)
-        first, second = (projection_inputs(statistics, expert, index, weights[0].shape[1], device) for expert in ids)
+        weights = getattr(experts[0], projection), getattr(experts[1], projection)
+        columns, device = weights[0].shape[1], weights[0].device
+        first, second = (projection_inputs(statistics, expert, index, columns, device) for expert in ids)
         try:
             packed.append(pack_matrix(weights, (first, second), recipe, group, losses, index))
         except UnencodableWeight as error:
@@ -88,7 +88,7 @@ def pack_matrix(
     losses: Losses,
     index: int,
 ) -> PackedMatrix:
-    """Two matrices [N, K] as words, on the CPU; what they lose is added to `losses`."""
+    """Two matrices [N, K] as words, on their device; what they lose is added to `losses`."""
     code = get_code(recipe.code)
     rows = rows_at_once(weights[0])
     blocks = list(zip(weights[0].split(rows), weights[1].split(rows), strict=True))
@@ -107,7 +107,7 @@ def pack_matrix(
     losses.error[index] += float(error)
     losses.energy[index] += float(energy)
     losses.clamped += packed.clamped
-    return packed.to("cpu")
+    return packed
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,9 @@ class PackedLayer:
     dense: list[Expert]
     code: PairCode
 
-    def expert(self, source_id: int, device: torch.device) -> Expert:
-        """The reconstructed bf16 weights, on a device, of the expert that the source calls `source_id`."""
+    def expert(self, source_id: int) -> Expert:
+        """The reconstructed bf16 weights of the expert that the source calls `source_id`."""
         new = self.pairing.order.index(source_id)
         if new >= self.pairing.merged:
-            return self.dense[new - self.pairing.merged].to(device)
-        matrices = (matrix.to(device) for matrix in self.pairs[new >> 1])
-        return Expert(*(self.code.decode(matrix.words, new & 1, matrix.grid) for matrix in matrices))
+            return self.dense[new - self.pairing.merged]
+        return Expert(*(self.code.decode(matrix.words, new & 1, matrix.grid) for matrix in self.pairs[new >> 1]))

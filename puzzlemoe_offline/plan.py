@@ -67,8 +67,11 @@ def make_plan(job: Job) -> Plan:
         hidden, intermediate = checkpoint.expert_sizes
         share = recipe.experts / checkpoint.experts
         scratch += (4 * recipe.experts + 8 * 3) * intermediate * (hidden + intermediate)
-    on_device = layer_experts + layer_other * width // 2 + expert * width // 2 + scratch + embedding * width // 2
-    host = states + int(layer_experts * share) + layer_other + (on_device if on_cpu else expert)
+    packed = int(layer_experts * share)
+    on_device = layer_experts + packed + layer_other * width // 2 + expert * width // 2 + scratch
+    on_device += embedding * width // 2
+    # From a GPU the packed layer goes to pinned memory, whose blocks have powers of two as sizes.
+    host = states + layer_other + (on_device if on_cpu else expert + 2 * packed)
     return Plan(
         before, int(before * share), other, host, 0 if on_cpu else on_device, _seconds(job, tokens, before, other)
     )

@@ -46,6 +46,7 @@ def write_baseline(
         new = method.apply(source) if source else None
         folder.write_shard(index, _tensors(checkpoint, index, new), {}, None)
         kept = len(new.order) if new else kept
+        del source, new  # not to be held while the next layer is made
         on_layer(index)
     folder.write_shard(checkpoint.layers, checkpoint.tensors_outside_layers(), {}, None)
     config = packed_dtype_config(checkpoint.config) | {checkpoint.family.experts_key(checkpoint.config): kept}
@@ -66,8 +67,17 @@ def _layers(
     size = batch_size(calibration.tokens.shape[1])
     states = torch.cat([model.embed(batch).cpu() for batch in calibration.tokens.split(size)])
     for index, layer in model.layers(experts):
-        source = _source_layer(checkpoint, experts, index) if layer.experts else None
-        yield index, _calibrate(method, layer, source, states, size, model.device)
+        yield (
+            index,
+            _calibrate(
+                method,
+                layer,
+                _source_layer(checkpoint, experts, index) if layer.experts else None,
+                states,
+                size,
+                model.device,
+            ),
+        )
 
 
 def _source_layer(checkpoint: Checkpoint, experts: LayerExperts, index: int) -> SourceLayer:

@@ -6,16 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from puzzlemoe_offline import compress as compress_run
+from puzzlemoe_offline.calibrate import ExpertStatistics
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.cli import app
 from puzzlemoe_offline.inspection import inspect
+from puzzlemoe_offline.layerwise import LayerwiseModel
 from puzzlemoe_offline.output import ModelFolder
 
 OPTIONS = ["--recipe", "paper", "--samples", "8", "--sequence-length", "128", "--seed", "3"]
@@ -47,6 +53,40 @@ def quarter(example, tmp_path_factory) -> Path:
     done = puzzlemoe("compress", example / "model", out, *options)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.mark.parametrize("recipe", [["--recipe", "default"], ["--method", "mergemoe", "--experts", "4"]])
+def test_memory_holds_one_layer_at_a_time(example, tmp_path, monkeypatch, recipe):
+    """Nothing that a layer gathered or that is to be written of it lives on when the next layer begins."""
+    made: list[weakref.ref] = []
+    alive = []
+
+    def watching(function: Callable, parts: Callable[[Any], Iterable[object]]) -> Callable:
+        def watched(*args, **options):
+            result = function(*args, **options)
+            made.extend(map(weakref.ref, parts(result)))
+            return result
+
+        return watched
+
+    real_layers = LayerwiseModel.layers
+
+    def layers(*args):
+        for index_and_layer in real_layers(*args):
+            alive.append(sum(reference() is not None for reference in made))
+            yield index_and_layer
+
+    monkeypatch.setattr(LayerwiseModel, "layers", layers)
+    zeros = watching(ExpertStatistics.zeros, lambda statistics: [statistics])
+    monkeypatch.setattr(ExpertStatistics, "zeros", zeros)
+    monkeypatch.setattr(compress_run, "LayerMerger", watching(compress_run.LayerMerger, lambda merger: [merger]))
+    tensors = watching(compress_run._expert_tensors, dict.values)
+    monkeypatch.setattr(compress_run, "_expert_tensors", tensors)
+    words = ["compress", example / "model", tmp_path / "out", "--calibration", example / "calibration.txt", *recipe]
+    done = CliRunner().invoke(app, [*map(str, words), "--samples", "4", "--sequence-length", "128"])
+    assert done.exit_code == 0, done.output
+    assert len(made) >= len(alive) > 1
+    assert alive == [0] * len(alive)
 
 
 def test_the_folder_is_complete(packed, example):
