@@ -1,8 +1,9 @@
-"""Compressing one decoder layer at real size: seconds per stage and peak memory.
+"""Compressing decoder layers of real size: seconds per stage and layer, and peak memory.
 
     python benchmarks/compression.py [--model mixtral-8x7b] [--device cpu|cuda] [--tokens 2048] [--output results.json]
 
-The layer is synthetic (Gaussian weights, random calibration tokens); time and memory do not depend on the values.
+The layers are synthetic (Gaussian weights, random calibration tokens); time and memory do not depend on the values.  A
+GPU's first layer also loads its kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import platform
 import resource
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,30 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+LAYERS = 2
 VOCABULARY = 1024
 
 
-def write_layer(name: str, folder: Path, device: str) -> None:
-    """A one-layer checkpoint with random bf16 weights, drawn on `device`."""
-    config = MODELS[name] | {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "tie_word_embeddings": True}
+def write_model(name: str, folder: Path, device: str) -> None:
+    """A checkpoint of `LAYERS` layers with random bf16 weights, drawn on `device`."""
+    config = MODELS[name] | {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY, "tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config))
+    outside = {
+        "model.embed_tokens.weight": random(VOCABULARY, config["hidden_size"], device),
+        "model.norm.weight": torch.ones(config["hidden_size"], dtype=torch.bfloat16),
+    }
+    save_file(outside, folder / "outside.safetensors")
+    for layer in range(LAYERS):
+        write_layer(config, f"model.layers.{layer}", folder, device)
+
+
+def random(rows: int, columns: int, device: str) -> torch.Tensor:
+    """bf16 [rows, columns], drawn on `device`, on the CPU."""
+    return torch.empty(rows, columns, dtype=torch.bfloat16, device=device).normal_(std=columns**-0.5).cpu()
+
+
+def write_layer(config: dict[str, Any], layer: str, folder: Path, device: str) -> None:
+    """One layer's tensors, those of each expert in a file of their own."""
     mixtral = config["model_type"] == "mixtral"
     block, names = (
         ("block_sparse_moe", ("w1", "w3", "w2")) if mixtral else ("mlp", ("gate_proj", "up_proj", "down_proj"))
@@ -63,31 +80,25 @@ def write_layer(name: str, folder: Path, device: str) -> None:
     head = config.get("head_dim", hidden // heads)
     inner = config.get("moe_intermediate_size", config["intermediate_size"])
     experts = config.get("num_local_experts") or config["num_experts"]
-    layer = "model.layers.0"
 
-    def random(rows: int, columns: int) -> torch.Tensor:
-        return torch.empty(rows, columns, dtype=torch.bfloat16, device=device).normal_(std=columns**-0.5).cpu()
-
-    tensors = {
-        "model.embed_tokens.weight": random(VOCABULARY, hidden),
-        f"{layer}.{block}.gate.weight": random(experts, hidden),
-    }
-    for norm in ("model.norm", f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"):
-        tensors[f"{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    tensors = {f"{layer}.{block}.gate.weight": random(experts, hidden, device)}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"{layer}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
     for projection, rows in (("q", heads * head), ("k", kv * head), ("v", kv * head)):
-        tensors[f"{layer}.self_attn.{projection}_proj.weight"] = random(rows, hidden)
-    tensors[f"{layer}.self_attn.o_proj.weight"] = random(hidden, heads * head)
+        tensors[f"{layer}.self_attn.{projection}_proj.weight"] = random(rows, hidden, device)
+    tensors[f"{layer}.self_attn.o_proj.weight"] = random(hidden, heads * head, device)
     if not mixtral:
         for norm in ("q_norm", "k_norm"):
             tensors[f"{layer}.self_attn.{norm}.weight"] = torch.ones(head, dtype=torch.bfloat16)
-    save_file(tensors, folder / "rest.safetensors")
+    save_file(tensors, folder / f"{layer}.safetensors")
     for expert in range(experts):
         prefix = f"{layer}.{block}.experts.{expert}"
         shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
         weights = {
-            f"{prefix}.{projection}.weight": random(*shape) for projection, shape in zip(names, shapes, strict=True)
+            f"{prefix}.{projection}.weight": random(*shape, device)
+            for projection, shape in zip(names, shapes, strict=True)
         }
-        save_file(weights, folder / f"expert-{expert:03d}.safetensors")
+        save_file(weights, folder / f"{prefix}.safetensors")
 
 
 def peak_host_bytes() -> int:
@@ -96,11 +107,11 @@ def peak_host_bytes() -> int:
 
 
 def measure(name: str, recipe: Recipe, device: str, tokens: int) -> dict[str, Any]:
-    """Compresses the layer once and returns seconds and bytes."""
+    """Compresses the model once and returns seconds of each layer and bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "source")
         source.mkdir()
-        write_layer(name, source, device)
+        write_model(name, source, device)
         checkpoint = Checkpoint(source)
         sequence = min(tokens, 2048)
         calibration = Calibration(torch.randint(0, VOCABULARY, (tokens // sequence, sequence)), "random tokens")
@@ -109,9 +120,8 @@ def measure(name: str, recipe: Recipe, device: str, tokens: int) -> dict[str, An
         make_plan(job)  # as the command does, which compiles the kernels of a GPU
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        report = compress(job, Path(scratch, "packed"), False, lambda *_: None)
-        seconds = time.perf_counter() - began
+        layers: list[dict[str, float]] = []
+        report = compress(job, Path(scratch, "packed"), False, lambda _, record: layers.append(record["seconds"]))
     return {
         "model": name,
         "recipe": recipe.model_dump(),
@@ -121,8 +131,8 @@ def measure(name: str, recipe: Recipe, device: str, tokens: int) -> dict[str, An
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "calibration_tokens": tokens,
-        "layer_expert_bytes": report["bytes"]["experts_before"],
-        "seconds": report["seconds"] | {"total": seconds},
+        "layer_expert_bytes": report["bytes"]["experts_before"] // LAYERS,
+        "layer_seconds": layers,
         # The checkpoint's own files are memory-mapped and count here while the system keeps them in memory.
         "peak_host_bytes_over_start": peak_host_bytes() - before,
         "peak_device_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,

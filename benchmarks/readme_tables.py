@@ -58,39 +58,48 @@ def kernels() -> None:
 
 
 def serving() -> None:
-    """Qwen3 against bf16 in one run; Mixtral on one card."""
-    rows = load("serving-qwen3-30b-a3b-h100.json")
-    batches = [f"decode, batch {row['batch']}" for row in rows[0]["rows"]]
-    print(f"| Qwen3-30B-A3B | weights | KV cache | {' | '.join(batches)} | prefill |")
-    print("|---" * (4 + len(batches)) + "|")
-    for result in rows:
-        steps = []
-        for row, base in zip(result["rows"], rows[0]["rows"], strict=True):
-            ratio = base["decode_step_ms"] / row["decode_step_ms"]
-            steps.append(f"{row['decode_step_ms']:.1f} ms" + (f" ({ratio:.2f}x)" if result is not rows[0] else ""))
-        print(
-            f"| {result['weights']} | {result['weight_bytes'] / 1e9:.1f} GB | {result['kv_cache_tokens']:,} tokens | "
-            f"{' | '.join(steps)} | {result['rows'][-1]['prefill_tokens_per_second']:,.0f} tokens/s |"
-        )
-    for result in load("serving-mixtral-8x7b-h100.json"):
-        weights, cache = result["weight_bytes"] / 1e9, result["kv_cache_tokens"]
-        steps = ", ".join(f"{row['decode_step_ms']:.1f} ms at batch {row['batch']}" for row in result["rows"])
-        print(
-            f"{result['weights']}: {weights:.1f} GB of weights, KV cache for {cache:,} tokens, decode step {steps}, "
-            f"prefill {result['rows'][-1]['prefill_tokens_per_second']:,.0f} tokens/s."
-        )
+    """Whole models by kind of weights, with the ratio of bf16's decode step over each where bf16 fits the card."""
+    for model in ("Qwen3-30B-A3B", "Mixtral-8x7B"):
+        results = load(f"serving-{model.lower()}-h100.json")
+        base = next((result["rows"] for result in results if result["weights"] == "bf16"), None)
+        batches = [f"decode, batch {row['batch']}" for row in results[0]["rows"]]
+        print(f"| {model} | weights | KV cache | {' | '.join(batches)} | prefill |")
+        print("|---" * (4 + len(batches)) + "|")
+        for result in results:
+            steps = [f"{row['decode_step_ms']:.1f} ms" for row in result["rows"]]
+            if base and result["rows"] is not base:
+                ratios = [b["decode_step_ms"] / r["decode_step_ms"] for b, r in zip(base, result["rows"], strict=True)]
+                steps = [f"{step} ({ratio:.2f}x)" for step, ratio in zip(steps, ratios, strict=True)]
+            cells = [
+                result["weights"],
+                f"{result['weight_bytes'] / 1e9:.1f} GB",
+                f"{result['kv_cache_tokens']:,} tokens",
+            ]
+            cells += [*steps, f"{result['rows'][-1]['prefill_tokens_per_second']:,.0f} tokens/s"]
+            print(f"| {' | '.join(cells)} |")
+        print()
+
+
+COMPRESSIONS = {
+    "mixtral-8x7b-default": "Mixtral-8x7B, `default`",
+    "mixtral-8x7b-angle8": "Mixtral-8x7B, `default` with `--no-compensate`",
+    "mixtral-8x7b": "Mixtral-8x7B, `paper`",
+    "qwen3-30b-a3b": "Qwen3-30B-A3B, `paper`",
+}
 
 
 def compression() -> None:
-    """Seconds and memory of one layer."""
-    for name in ("mixtral-8x7b", "qwen3-30b-a3b", "mixtral-8x7b-angle8", "mixtral-8x7b-default"):
-        result = load(f"compression-{name}-h100.json")
-        seconds = result["seconds"]
-        print(
-            f"{name}, {result['calibration_tokens']:,} tokens: {seconds['calibrate']:.1f} s calibration, "
-            f"{seconds['merge']:.1f} s merging and packing, "
-            f"{result['peak_device_bytes'] / 1e9:.1f} GB of GPU memory at most."
-        )
+    """Seconds of a layer that is not the first, and memory."""
+    columns = ("calibration", "pairing", "merging and packing", "writing", "GPU memory at most")
+    print(f"| layer, recipe, calibration tokens | {' | '.join(columns)} |")
+    print("|---" * (1 + len(columns)) + "|")
+    for name, label in COMPRESSIONS.items():
+        file = f"compression-{name}-h100.json"
+        result = load(file)
+        seconds = result["layer_seconds"][-1]
+        cells = [f"{seconds[stage]:.2f}" for stage in ("calibrate", "pair", "merge", "write")]
+        cells.append(f"{result['peak_device_bytes'] / 1e9:.1f} GB")
+        print(f"| [{label}](benchmarks/results/{file}), {result['calibration_tokens']:,} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 With --url, `vllm bench serve` does the measuring.  Otherwise each kind of weights runs in a process of its own on the
 same machine, with prompts of random tokens, all of one length.
-The weights are random: speed does not depend on what a model says, only on its shape and on which experts its (random)
-router picks.
+The weights are random: speed does not depend on what a model says, only on its shape and on which experts are picked.
+vLLM's routing simulator picks them, uniformly, independently and anew for every token.  A router that sees what random
+weights of some kinds come to, not numbers for one, may send all tokens to the same few experts, which is faster.
 """
 
 from __future__ import annotations
@@ -92,29 +93,38 @@ def config_of(model: str, weights: str) -> dict[str, Any]:
     return config
 
 
-def fill_words(model: Any) -> int:
-    """Gives pair words random bits, 16-bit ones one small exponent; returns how many tensors it filled.
+def fill_experts(model: Any) -> int:
+    """Gives experts' weights that are no bf16 random values, 16-bit pair words one small exponent; returns how many
+    tensors it filled.
 
-    Dummy loading leaves integer parameters as the memory was, which may be anything.
+    Dummy loading leaves integers as the memory was, which may be anything, and may leave FP8 at zero.
     """
     import torch
 
     filled = 0
-    for name, words in model.named_parameters():
-        if name.endswith("_puzzle"):
-            for row in words.data:
-                if row.dtype == torch.uint8:
-                    row.random_(0, 256)
-                else:
-                    row.random_(-(2**15), 2**15).bitwise_and_(~0x0F80).bitwise_or_(9 << 7)
-            filled += 1
+    for name, weights in model.named_parameters():
+        if not name.endswith(("_puzzle", "qweight")) and weights.dtype != torch.float8_e4m3fn:
+            continue
+        for matrix in weights.data if weights.dim() == 3 else (weights.data,):
+            if matrix.dtype == torch.uint8:
+                matrix.random_(0, 256)
+            elif matrix.dtype == torch.int16:
+                matrix.random_(-(2**15), 2**15).bitwise_and_(~0x0F80).bitwise_or_(9 << 7)
+            elif matrix.dtype == torch.int32:
+                matrix.random_(-(2**31), 2**31)
+            else:
+                matrix.copy_(torch.randn(matrix.shape, dtype=torch.bfloat16, device=matrix.device))
+        filled += 1
     torch.cuda.synchronize()
     return filled
 
 
 def measure(model: str, weights: str, batches: list[int], gpu_memory: float) -> dict[str, Any]:
     """Loads one model and times it; runs in a process of its own."""
-    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    os.environ |= {
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # lets apply_model below send a function
+        "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random",
+    }
     import torch
     import vllm
     from vllm import LLM, SamplingParams
@@ -133,8 +143,8 @@ def measure(model: str, weights: str, batches: list[int], gpu_memory: float) -> 
             enable_prefix_caching=False,
         )
         started = time.perf_counter() - began
-    filled = sum(engine.apply_model(fill_words)) if weights in OURS else 0
-    assert weights not in OURS or filled
+    filled = sum(engine.apply_model(fill_experts))
+    assert filled or weights == "bf16"
 
     def seconds(batch: int, output: int) -> float:
         prompts = [{"prompt_token_ids": torch.randint(10, 30000, (PROMPT,)).tolist()} for _ in range(batch)]
@@ -205,7 +215,10 @@ def main() -> None:
     arguments = parser.parse_args()
     batches = arguments.batch or [1, 8, 32, 128]
     if arguments.url:
-        print(json.dumps(measure_server(arguments.url, arguments.concurrency, 4 * arguments.concurrency)))
+        result = json.dumps(measure_server(arguments.url, arguments.concurrency, 4 * arguments.concurrency))
+        print(result)
+        if arguments.output:
+            arguments.output.write_text(result + "\n")
         return
     if arguments.in_process:
         result = measure(arguments.model, arguments.weights[0], batches, arguments.gpu_memory)
