@@ -117,7 +117,7 @@ def measure(name: str, recipe: Recipe, device: str, tokens: int) -> dict[str, An
         calibration = Calibration(torch.randint(0, VOCABULARY, (tokens // sequence, sequence)), "random tokens")
         before = peak_host_bytes()
         job = Job(checkpoint, name, None, recipe, calibration, device)
-        make_plan(job)  # as the command does, which compiles the kernels of a GPU
+        make_plan(job)  # compiles the kernels of a GPU, as happens once on a machine
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         layers: list[dict[str, float]] = []

@@ -129,6 +129,18 @@ class ProjectionInputs:
         return cls(torch.ones(columns, device=device), 1)
 
 
+def add_moments(moments: Tensor, rows: Tensor) -> None:
+    """Adds X'X of bf16 or float32 rows X [m, K] to float32 moments [K, K], in place."""
+    # TF32 has more than the mantissa of a bf16: on a GPU the products stay exact and take a fraction of the time.
+    settings = torch.backends.cuda.matmul
+    before, exact = settings.allow_tf32, rows.float()
+    settings.allow_tf32 = before or rows.dtype == torch.bfloat16
+    try:
+        moments.addmm_(exact.T, exact)
+    finally:
+        settings.allow_tf32 = before
+
+
 @dataclass
 class ExpertStatistics:
     """What the experts of one layer saw.
@@ -166,8 +178,8 @@ class ExpertStatistics:
         self.input_squares[expert] += inputs.float().square().sum(dim=0)
         self.hidden_squares[expert] += hidden.float().square().sum(dim=0)
         if self.input_moments is not None and self.hidden_moments is not None:
-            self.input_moments[expert].addmm_(inputs.float().T, inputs.float())
-            self.hidden_moments[expert].addmm_(hidden.float().T, hidden.float())
+            add_moments(self.input_moments[expert], inputs)
+            add_moments(self.hidden_moments[expert], hidden)
 
     def observe_choices(self, ids: Tensor) -> None:
         """Adds the experts, int [m, k], that one batch's tokens chose."""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +27,8 @@ from puzzlemoe_offline.evaluate import perplexity, windows_of
 from puzzlemoe_offline.families import UnsupportedModel
 from puzzlemoe_offline.inspection import inspect
 from puzzlemoe_offline.layerwise import check_whole
-from puzzlemoe_offline.output import OutputError
-from puzzlemoe_offline.plan import make_plan
+from puzzlemoe_offline.output import OutputError, check_space
+from puzzlemoe_offline.plan import disk_bytes, make_plan
 from puzzlemoe_offline.recipe import (
     Code,
     Method,
@@ -40,7 +40,7 @@ from puzzlemoe_offline.recipe import (
     Saliency,
     named_recipe,
 )
-from puzzlemoe_offline.report import GB, summary
+from puzzlemoe_offline.report import GB, serve_command, summary
 from puzzlemoe_offline.served import ServingError, served_perplexity
 from puzzlemoe_offline.terminal import (
     DEFAULT_DEVICE,
@@ -55,9 +55,9 @@ from puzzlemoe_offline.terminal import (
     console,
     errors,
     layer_progress,
-    tokenizer_of,
     usable,
 )
+from puzzlemoe_offline.tokenizer import tokenizer_of
 from puzzlemoe_offline.unpack import unpack
 from puzzlemoe_vllm.format.codes import UnencodableWeight
 from puzzlemoe_vllm.format.layout import LayoutError
@@ -79,7 +79,7 @@ app.command("baseline")(baseline_command)
 app.command("compare")(compare_command)
 
 
-class Engine(str, Enum):
+class Engine(StrEnum):
     """What computes a perplexity."""
 
     layerwise = "layerwise"
@@ -176,14 +176,19 @@ def compress_command(
     data: Calibration | None = None
     if chosen.saliency == "wanda":
         data = calibration_of(folder, calibration, samples, sequence_length, seed)
-    job = Job(checkpoint, source, revision, chosen, data, usable(device))
+    # What is written may be published: a folder here goes by its name.
+    name = folder.name if Path(source).exists() else source
+    job = Job(checkpoint, name, revision, chosen, data, usable(device))
     if dry_run:
         console.print(_plan_table(job))
         return
+    job.check()
+    check_space(out, disk_bytes(job))
     with layer_progress("compressing", checkpoint.layers) as advance:
         report = compress(job, out, resume, lambda layer, record: advance())
     console.print(summary(report))
-    console.print(f"packed model written to {out}; serve it with: vllm serve {out}", markup=False, soft_wrap=True)
+    serve = serve_command(str(out), checkpoint.family)
+    console.print(f"packed model written to {out}; serve it with: {serve}", markup=False, soft_wrap=True)
 
 
 @app.command("inspect")
@@ -241,6 +246,12 @@ def perplexity_command(
         Engine, typer.Option(help="layerwise: one layer in memory at a time; vllm: the model as vLLM serves it.")
     ] = Engine.layerwise,
     device: Annotated[Device | None, typer.Option(help="Where layers run; vLLM chooses its own.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="vllm: let it run code that the folder brings (DeepSeek-MoE).")
+    ] = False,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="vllm: share of the GPU's memory to take; its own default.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
     """Perplexity of a packed or dense model on a text, in non-overlapping windows as is usual for WikiText-2."""
@@ -255,7 +266,9 @@ def perplexity_command(
     if engine is Engine.vllm:
         if device:
             raise CheckpointError("--device is for --engine layerwise; vLLM runs where its build runs: drop it")
-        result = served_perplexity(folder, windows)
+        result = served_perplexity(folder, windows, trust_remote_code, gpu_memory_utilization)
+    elif trust_remote_code or gpu_memory_utilization:
+        raise CheckpointError("--trust-remote-code and --gpu-memory-utilization are for --engine vllm: drop them")
     else:
         with layer_progress("perplexity", checkpoint.layers) as advance:
             result = perplexity(checkpoint, windows, usable(device or DEFAULT_DEVICE), lambda layer: advance())
@@ -295,6 +308,7 @@ def _plan_table(job: Job) -> Table:
         ("other weights", f"{plan.other / GB:.3f} GB, unchanged"),
         ("peak host memory", f"{plan.peak_host / GB:.2f} GB"),
         ("peak GPU memory", f"{plan.peak_device / GB:.2f} GB" if plan.peak_device else "none"),
+        ("disk", f"{plan.disk / GB:.2f} GB"),
         ("time", f"{plan.seconds:.0f} s"),
     ]
     for name, value in rows:

@@ -32,9 +32,9 @@ from puzzlemoe_offline.terminal import (
     console,
     errors,
     layer_progress,
-    tokenizer_of,
     usable,
 )
+from puzzlemoe_offline.tokenizer import tokenizer_of
 
 
 def baseline_command(

@@ -32,6 +32,7 @@ from puzzlemoe_offline.pack import Losses, PackedLayer, pack_pair
 from puzzlemoe_offline.pairing import LayerPairing, PairCosts, pair_experts, shared_choices
 from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_offline.report import CARD, REPORT, build_report, model_card
+from puzzlemoe_offline.tokenizer import mended_config
 from puzzlemoe_offline.version import VERSION
 from puzzlemoe_vllm.format.codes import GROUP_SIZES, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.layout import Provenance, PuzzleConfig, grid_name, weight_name, words_name
@@ -67,6 +68,11 @@ class Job:
             f"--group-size {chosen or GROUP_SIZES[-1]}; "
             + (f"use --group-size {fitting[0]}" if fitting else "use --code angle16, which has no groups")
         )
+
+    def choices(self) -> dict[str, Any]:
+        """What the recipe comes to for this model, as JSON data."""
+        group = self.group_size()
+        return self.recipe.heeded() | ({"group_size": group} if group else {})
 
     def check(self) -> None:
         """Raises CheckpointError when the model is packed already, or its experts do not fit the recipe."""
@@ -111,7 +117,8 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
         on_layer(layer, record)
     for layer, tensors, record, state in _run(job, folder, len(records)):
         began = time.perf_counter()
-        folder.write_shard(layer, tensors, record, state)
+        last = layer + 1 == checkpoint.layers
+        folder.write_shard(layer, tensors, record, None if last else state)
         del tensors  # not to be held while the next layer's are made
         record["seconds"]["write"] = time.perf_counter() - began
         records.append(record)
@@ -119,7 +126,8 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
     folder.write_shard(checkpoint.layers, checkpoint.tensors_outside_layers(), {}, None)
     report = build_report(job, records)
     config = packed_dtype_config(checkpoint.config) | {"quantization_config": _quantization(job, records)}
-    folder.finish(config, checkpoint.folder, {REPORT: json.dumps(report, indent=2) + "\n", CARD: model_card(report)})
+    files = {REPORT: json.dumps(report, indent=2) + "\n", CARD: model_card(report, checkpoint.family)}
+    folder.finish(config, checkpoint.folder, files | mended_config(checkpoint.folder))
     return report
 
 
@@ -142,14 +150,14 @@ def _run_calibrated(
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Any], Tensor | None]]:
     model = LayerwiseModel(job.checkpoint, job.device)
     size = batch_size(tokens.shape[1])
-    batches = tokens.split(size)
     if start:
+        batches = tokens.split(size)
         for batch in (batches[0], batches[-1]):
             model.embed(batch)
         states = folder.state_after(start - 1)
         assert states is not None
     else:
-        states = torch.cat([model.embed(batch).cpu() for batch in batches])
+        states = model.embed_all(tokens, size)
     experts = LayerExperts(job.checkpoint, job.device)
     for index, layer in model.layers(experts, start):
         if job.recipe.experts and layer.experts:
@@ -382,7 +390,7 @@ def _quantization(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
         source=job.source,
         revision=job.revision,
         tool_version=VERSION,
-        recipe=job.recipe.heeded(),
+        recipe=job.choices(),
         calibration={
             "source": calibration.source,
             "samples": calibration.tokens.shape[0],

@@ -54,14 +54,16 @@ def perplexity(
     """windows: token ids [n, T].  Each window is scored on its own, its first token only conditions."""
     model = LayerwiseModel(checkpoint, device)
     size = batch_size(windows.shape[1])
-    states = torch.cat([model.embed(batch).cpu() for batch in windows.split(size)])
+    states = model.embed_all(windows, size)
     for index, layer in model.layers(LayerExperts(checkpoint, device)):
         layer.advance(states, size, device)
         on_layer(index)
-    inputs, targets = states[:, :-1].reshape(-1, states.shape[-1]), windows[:, 1:].reshape(-1)
+    # The last token of a window predicts none of it; what is below zero is not scored.
+    targets = torch.cat([windows[:, 1:], torch.full((len(windows), 1), -100)], dim=1).flatten()
     total, at_once = 0.0, LOGIT_TOKENS[model.device.type]
-    for some, following in zip(inputs.split(at_once), targets.split(at_once), strict=True):
+    for some, following in zip(states.flatten(0, 1).split(at_once), targets.split(at_once), strict=True):
         logits = model.logits(some.to(device))
-        total += float(F.cross_entropy(logits, following.to(device), reduction="sum"))
+        total += float(F.cross_entropy(logits, following.to(device), ignore_index=-100, reduction="sum"))
     count, length = windows.shape
-    return Perplexity(math.exp(total / len(targets)), count, length, len(targets))
+    tokens = count * (length - 1)
+    return Perplexity(math.exp(total / tokens), count, length, tokens)

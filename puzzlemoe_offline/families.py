@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -16,7 +16,7 @@ class Family:
 
     block: the MoE block's name inside a decoder layer; gate, up, down: an expert's projections.
     experts: the config.json keys that may hold the expert count, the family's own first; intermediate: the key of an
-    expert's intermediate size.
+    expert's intermediate size.  remote_config: vLLM has the model, but reads config.json with code of the checkpoint.
     """
 
     title: str
@@ -26,6 +26,7 @@ class Family:
     down: str
     experts: tuple[str, ...]
     intermediate: str
+    remote_config: bool = False
 
     @property
     def projections(self) -> tuple[str, str, str]:
@@ -47,7 +48,7 @@ FAMILIES = {
     "qwen3_moe": _mlp("Qwen3-MoE", ("num_experts", "num_local_experts")),
     "qwen2_moe": _mlp("Qwen2-MoE / Qwen1.5-MoE", ("num_experts",)),
     "deepseek_v2": _mlp("DeepSeek-V2", ("n_routed_experts",)),
-    "deepseek": _mlp("DeepSeek-MoE", ("n_routed_experts",)),
+    "deepseek": replace(_mlp("DeepSeek-MoE", ("n_routed_experts",)), remote_config=True),
     "olmoe": _mlp("OLMoE", ("num_experts",), "intermediate_size"),
 }
 """Rows by config.json's model_type."""

@@ -50,6 +50,7 @@ class StreamedExperts(nn.Module):
                 self.observe(expert, inputs, hidden)
             down = F.linear(hidden, weights.down.to(inputs.dtype))
             out.index_add_(0, rows, (down * top_k_weights[rows, choice, None]).to(out.dtype))
+            del weights  # before the next expert's are read or decoded
         if self.record:
             self.record(hidden_states, top_k_index, top_k_weights, out)
         return out
@@ -141,6 +142,16 @@ class LayerwiseModel:
         self.arguments[len(batch)] = [recorder.arguments for recorder in recorders]
         return hidden
 
+    def embed_all(self, windows: Tensor, size: int) -> Tensor:
+        """Token ids [n, T] -> hidden states [n, T, H] on the CPU, `size` windows at a time.
+
+        Raises CheckpointError as `embed` does.
+        """
+        states = torch.empty(*windows.shape, self.model.config.hidden_size, dtype=self.dtype)
+        for start in range(0, len(windows), size):
+            states[start : start + size] = self.embed(windows[start : start + size])
+        return states
+
     @torch.inference_mode()
     def layers(self, expert: Callable[[int, int], Expert], start: int = 0) -> Iterator[tuple[int, DecoderLayer]]:
         """Yields (index, layer) with the layer's weights in place until the next one is asked for.
@@ -189,7 +200,7 @@ class LayerwiseModel:
         """Fills a module's parameters that have no weights yet from the tensors below `prefix`."""
         for name, parameter in list(module.named_parameters()):
             if parameter.device.type == "meta":
-                value = self.checkpoint.tensor(self._on_disk(f"{prefix}.{name}"))
+                value = self.checkpoint.plain_tensor(self._on_disk(f"{prefix}.{name}"))
                 set_module_tensor_to_device(module, name, self.device, value=value, dtype=self.dtype)
 
     def _on_disk(self, name: str) -> str:

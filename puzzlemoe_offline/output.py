@@ -27,6 +27,18 @@ class OutputError(ValueError):
     """An output folder that cannot be used; the text says what to do."""
 
 
+def check_space(folder: Path, needed: int) -> None:
+    """Raises OutputError when a folder that is to hold `needed` bytes, with what it holds already, has no room."""
+    path = folder.absolute()
+    free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+    held = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if needed > free + held:
+        raise OutputError(
+            f"{folder}: the run writes up to {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left: make "
+            "room or name a folder elsewhere"
+        )
+
+
 class ModelFolder:
     """An output folder in the making: `shards` numbered safetensors files.  Every method raises OutputError when the
     folder cannot be written."""

@@ -58,8 +58,10 @@ class Recipe(BaseModel):
         return self.code == "mask16" and self.rule == "paper"
 
     def heeded(self) -> dict[str, Any]:
-        """The choices that the method heeds, as JSON data."""
-        return self.model_dump(include={"method", "experts"} if self.method == "mergemoe" else None, exclude_none=True)
+        """The choices that the method, the code and the rule heed, as JSON data."""
+        if self.method == "mergemoe":
+            return self.model_dump(include={"method", "experts"})
+        return self.model_dump(exclude=None if self.is_paper else {"tau"}, exclude_none=True)
 
     @model_validator(mode="after")
     def _choices_fit_together(self) -> Recipe:
@@ -77,7 +79,9 @@ class Recipe(BaseModel):
                 "tau is the threshold of the paper's rule, least squares has none: use --recipe paper, or drop --tau"
             )
         if self.compensate and self.is_paper:
-            raise ValueError("compensation needs --rule least-squares: use that, or --no-compensate")
+            raise ValueError(
+                "compensation needs --rule least-squares: use that, or --no-compensate (--recipe paper has neither)"
+            )
         if self.compensate and self.saliency == "magnitude":
             raise ValueError("compensation needs calibration: use --saliency wanda, or --no-compensate")
         if self.pairing == "coactivation" and self.saliency == "magnitude":
@@ -88,7 +92,7 @@ class Recipe(BaseModel):
     @classmethod
     def _known_sparsity(cls, sparsity: float) -> float:
         if sparsity not in (0.5, 0.25):
-            raise ValueError(f"sparsity {sparsity} is neither 0.5 nor 0.25")
+            raise ValueError(f"sparsity {sparsity} is neither 0.5 nor 0.25: use one of them")
         return sparsity
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.table import Table
 
+from puzzlemoe_offline.families import Family
 from puzzlemoe_offline.version import VERSION
 from puzzlemoe_vllm.format.codes import get_code
 
@@ -35,7 +36,7 @@ def build_report(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
         "source": job.source,
         "revision": job.revision,
         "tool_version": VERSION,
-        "recipe": job.recipe.heeded(),
+        "recipe": job.choices(),
         "calibration": {"source": job.calibration.source, "tokens": job.calibration.tokens.numel()}
         if job.calibration
         else None,
@@ -102,7 +103,12 @@ def _merged_layers(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [layer for layer in report["layers"] if layer.get("merged") or "centres" in layer]
 
 
-def model_card(report: dict[str, Any]) -> str:
+def serve_command(folder: str, family: Family) -> str:
+    """What serves a packed model."""
+    return f"vllm serve {folder}" + (" --trust-remote-code" if family.remote_config else "")
+
+
+def model_card(report: dict[str, Any], family: Family) -> str:
     """README.md of a packed model."""
     sizes, recipe = report["bytes"], report["recipe"]
     layers, clustered = _merged_layers(report), recipe["method"] == "mergemoe"
@@ -122,9 +128,9 @@ def model_card(report: dict[str, Any]) -> str:
         f"the other {sizes['other'] / GB:.2f} GB are unchanged.",
         "",
         "## Serve",
+        f"With vLLM and its plugin puzzlemoe-vllm {report['tool_version']} installed:",
         "```",
-        f"pip install vllm puzzlemoe-vllm=={report['tool_version']}",
-        "vllm serve THIS_FOLDER",
+        serve_command("THIS_FOLDER", family),
         "```",
         "Without the plugin vLLM answers `Unknown quantization method: puzzlemoe`. `puzzlemoe unpack THIS_FOLDER OUT`",
         "writes an ordinary bf16 checkpoint of the reconstructed weights for any other software.",

@@ -18,11 +18,14 @@ class ServingError(ValueError):
     """vLLM is missing, or does not serve the model; the text says why."""
 
 
-def served_perplexity(folder: Path, windows: Tensor) -> Perplexity:
+def served_perplexity(
+    folder: Path, windows: Tensor, trust_remote_code: bool = False, gpu_memory_utilization: float | None = None
+) -> Perplexity:
     """windows: token ids [n, T].  Each window is scored on its own, its first token only conditions.
 
-    vLLM runs with its defaults, in bf16, and with its plugins.  Raises ServingError when vLLM is not installed, or
-    does not start on the model or with windows of this length.
+    vLLM runs with its defaults, in bf16, and with its plugins; trust_remote_code lets it run code that the folder
+    brings, gpu_memory_utilization is the share of a GPU's memory that it takes.
+    Raises ServingError when vLLM is not installed, or does not start on the model or with windows of this length.
     """
     # Its log would mix with what the command prints.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -33,10 +36,20 @@ def served_perplexity(folder: Path, windows: Tensor) -> Perplexity:
     count, length = windows.shape
     try:
         # vLLM generates a token after every prompt, and wants room for it.
-        llm = LLM(str(folder), dtype="bfloat16", max_model_len=length + 1)
+        options = {"gpu_memory_utilization": gpu_memory_utilization} if gpu_memory_utilization else {}
+        llm = LLM(
+            str(folder),
+            dtype="bfloat16",
+            max_model_len=length + 1,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
     except Exception as error:  # vLLM raises whatever its configuration, loader and layers raise
         reason = " ".join(str(error).split())
-        raise ServingError(f"{folder}: vLLM does not serve it with --sequence-length {length}: {reason}") from None
+        raise ServingError(
+            f"{folder}: vLLM does not serve it with --sequence-length {length}: {reason}; its log above says why. "
+            "Where memory is short, lower --gpu-memory-utilization or, on a CPU, set VLLM_CPU_KVCACHE_SPACE (GiB)"
+        ) from None
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     total = 0.0
     for batch in windows.split(BATCH):

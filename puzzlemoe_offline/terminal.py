@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +14,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from puzzlemoe_offline.calibrate import Calibration, load_calibration
 from puzzlemoe_offline.checkpoint import CheckpointError
+from puzzlemoe_offline.tokenizer import tokenizer_of
 
 console = Console()
 errors = Console(stderr=True)
 
 
-class Device(str, Enum):
+class Device(StrEnum):
     """Where layers are run and merged."""
 
     cpu = "cpu"
@@ -48,27 +49,14 @@ def usable(device: Device) -> str:
     return device.value
 
 
-def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """A model folder's tokenizer.  Raises CheckpointError when it cannot be loaded."""
-    # A checkpoint's own code is never run; a tokenizer that needs it cannot be used here.
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: its tokenizer could not be loaded ({reason})") from None
-    # Where there are no tokenizer files, transformers may make up a tokenizer that knows special tokens only.
-    if len(tokenizer) <= len(tokenizer.get_added_vocab()):
-        raise CheckpointError(f"{folder}: its tokenizer has no vocabulary: the download or the copy is incomplete")
-    return tokenizer
-
-
 def calibration_of(folder: Path, source: str, samples: int, sequence_length: int, seed: int = 0) -> Calibration:
     """Calibration windows for the model in `folder`; says so on stderr when the source has fewer than asked for."""
     data = load_calibration(source, tokenizer_of(folder), samples, sequence_length, seed)
     if len(data.tokens) < samples:
         windows = len(data.tokens)
         errors.print(f"[yellow]{escape(source)} gives {windows} windows of {sequence_length}, not {samples}")
-    return data
+    # What is written may be published: a file here goes by its name.
+    return replace(data, source=Path(source).name) if Path(source).exists() else data
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def _layers(
         return
     model = LayerwiseModel(checkpoint, device)
     size = batch_size(calibration.tokens.shape[1])
-    states = torch.cat([model.embed(batch).cpu() for batch in calibration.tokens.split(size)])
+    states = model.embed_all(calibration.tokens, size)
     for index, layer in model.layers(experts):
         yield (
             index,

@@ -1,7 +1,9 @@
 """Input that cannot be used: one error that names the file or tensor, and nothing half-done is left that loads."""
 
 import json
+import re
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,18 +14,20 @@ import torch
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from puzzlemoe_offline.calibrate import CalibrationError, load_calibration
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError, locate
-from puzzlemoe_offline.cli import main
+from puzzlemoe_offline.cli import app, main
 from puzzlemoe_offline.compress import Job, compress
+from puzzlemoe_offline.evaluate import perplexity
 from puzzlemoe_offline.families import UnsupportedModel
 from puzzlemoe_offline.inspection import inspect
 from puzzlemoe_offline.layerwise import LayerwiseModel
 from puzzlemoe_offline.output import OutputError
 from puzzlemoe_offline.plan import make_plan
 from puzzlemoe_offline.recipe import Recipe
-from puzzlemoe_offline.terminal import tokenizer_of
+from puzzlemoe_offline.tokenizer import tokenizer_of
 from puzzlemoe_offline.unpack import unpack
 from puzzlemoe_vllm.format.codes import UnencodableWeight
 from puzzlemoe_vllm.format.layout import LayoutError
@@ -80,6 +84,14 @@ def test_nan_in_the_source(source, tmp_path, name, value):
         run(source, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
     edit_tensor(source, name, set_one(0.0))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "lm_head.weight"])
+def test_nan_that_a_forward_pass_meets(source, name):
+    edit_tensor(source, name, set_one(float("nan")))
+    windows = torch.randint(0, 200, (2, 16))
+    with pytest.raises(CheckpointError, match=f"{name} .*NaN or infinite"):
+        perplexity(Checkpoint(source), windows, "cpu")
 
 
 def test_a_weight_that_no_word_holds(source, tmp_path):
@@ -312,6 +324,19 @@ def test_an_output_folder_that_cannot_be_written(source, packed, tmp_path):
         run(source, tmp_path / "out")
     with pytest.raises(OutputError, match="unfinished run: name a new folder, empty this one or,"):
         unpack(Checkpoint(packed), tmp_path / "out")
+
+
+def test_a_disk_without_room(source, tmp_path, monkeypatch):
+    text, out = tmp_path / "text.txt", tmp_path / "deep" / "out"
+    text.write_text("It was the best of times, it was the worst of times. " * 40)
+    words = [str(word) for word in ("compress", source, out, "--calibration", text, "--sequence-length", 64)]
+    planned = CliRunner().invoke(app, [*words, "--dry-run"]).output
+    assert re.search(r"disk\W+0\.00 GB", planned)
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2000, 1000, 1000))
+    failed = CliRunner().invoke(app, words)
+    assert re.search(f"{out}: the run writes up to .* GB, and its disk has 0.0 GB left", str(failed.exception))
+    assert not out.parent.exists()
 
 
 def test_small_files_of_the_source(source, tmp_path):
