@@ -177,7 +177,7 @@ def compress_command(
     if chosen.saliency == "wanda":
         data = calibration_of(folder, calibration, samples, sequence_length, seed)
     # What is written may be published: a folder here goes by its name.
-    name = folder.name if Path(source).exists() else source
+    name = folder.resolve().name if Path(source).exists() else source
     job = Job(checkpoint, name, revision, chosen, data, usable(device))
     if dry_run:
         console.print(_plan_table(job))
