@@ -1,5 +1,6 @@
 """A compression run on the example model: what it writes, and that a killed one goes on where it stopped."""
 
+import io
 import json
 import os
 import signal
@@ -8,8 +9,10 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from typer.testing import CliRunner
 from puzzlemoe_offline import compress as compress_run
 from puzzlemoe_offline.calibrate import ExpertStatistics
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
-from puzzlemoe_offline.cli import app
+from puzzlemoe_offline.cli import app, main
 from puzzlemoe_offline.inspection import inspect
 from puzzlemoe_offline.layerwise import LayerwiseModel
 from puzzlemoe_offline.output import ModelFolder
@@ -28,9 +31,16 @@ OPTIONS = ["--recipe", "paper", "--samples", "8", "--sequence-length", "128", "-
 
 
 def puzzlemoe(*words: object) -> subprocess.CompletedProcess[str]:
-    """Runs the command line tool."""
-    command = [sys.executable, "-m", "puzzlemoe_offline.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    """Runs the command line tool, in this process: a new one takes seconds to import what it needs."""
+    out, errors, status = io.StringIO(), io.StringIO(), 0
+    arguments = mock.patch.object(sys, "argv", ["puzzlemoe", *map(str, words)])
+    wide = mock.patch.dict(os.environ, {"COLUMNS": "200"})
+    with arguments, wide, redirect_stdout(out), redirect_stderr(errors):
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code or 0
+    return subprocess.CompletedProcess(words, status, out.getvalue(), errors.getvalue())
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
