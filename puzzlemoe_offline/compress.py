@@ -111,6 +111,7 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
     checkpoint = job.checkpoint
     job.check()
     check_whole(checkpoint)
+    tokenizer = mended_config(checkpoint.folder)
     folder = ModelFolder(out, checkpoint.layers + 1)
     records = [entry["record"] for entry in folder.start(job.fingerprint(), resume)][: checkpoint.layers]
     for layer, record in enumerate(records):
@@ -127,7 +128,7 @@ def compress(job: Job, out: Path, resume: bool, on_layer: Callable[[int, dict[st
     report = build_report(job, records)
     config = packed_dtype_config(checkpoint.config) | {"quantization_config": _quantization(job, records)}
     files = {REPORT: json.dumps(report, indent=2) + "\n", CARD: model_card(report, checkpoint.family)}
-    folder.finish(config, checkpoint.folder, files | mended_config(checkpoint.folder))
+    folder.finish(config, checkpoint.folder, files | tokenizer)
     return report
 
 

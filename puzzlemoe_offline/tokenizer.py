@@ -21,9 +21,11 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if _class_misreads(folder, tokenizer):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: its tokenizer could not be loaded ({reason})") from None
+        raise CheckpointError(
+            f"{folder}: its tokenizer could not be loaded ({reason}): fetch its tokenizer files again"
+        ) from None
     # Where there are no tokenizer files, transformers may make up a tokenizer that knows special tokens only.
     if len(tokenizer) <= len(tokenizer.get_added_vocab()):
         raise CheckpointError(f"{folder}: its tokenizer has no vocabulary: the download or the copy is incomplete")
@@ -39,10 +41,9 @@ def mended_config(folder: Path) -> dict[str, str]:
     if not (folder / CONFIG).exists():
         return {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError):  # not needed for packing; what loads the model will say so
-        return {}
-    if not _class_misreads(folder, tokenizer):
+        if not _class_misreads(folder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)):
+            return {}
+    except Exception:  # packing needs no tokenizer; what loads the model will say what is wrong with it
         return {}
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {"tokenizer_class": FAITHFUL}
     return {CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}

@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from puzzlemoe_offline.checkpoint import CheckpointError
 from puzzlemoe_offline.cli import app
 from puzzlemoe_offline.families import FAMILIES
 from puzzlemoe_offline.report import serve_command
@@ -58,6 +59,10 @@ def test_what_a_server_loads_is_mended_and_how_to_serve_is_said(misread, tmp_pat
 def test_others_stay_as_they_are(family, tmp_path):
     folder = build(family, tmp_path)
     assert mended_config(folder) == {}
+    (folder / "tokenizer.json").write_text("{}")
+    assert mended_config(folder) == {}
+    with pytest.raises(CheckpointError, match=f"{folder}: its tokenizer could not be loaded"):
+        tokenizer_of(folder)
     (folder / "tokenizer.json").unlink()
     assert mended_config(folder) == {}
     (folder / CONFIG).unlink()
