@@ -68,7 +68,9 @@ def load_calibration(
         )
     parts, rng = min(samples, available), random.Random(seed)
     chosen = [rng.randrange(part * available // parts, (part + 1) * available // parts) for part in range(parts)]
-    return Calibration(tokens[: available * sequence_length].view(available, sequence_length)[chosen], source)
+    # What is written may be published: a file goes by its name.
+    name = path.name if path.is_file() else source
+    return Calibration(tokens[: available * sequence_length].view(available, sequence_length)[chosen], name)
 
 
 def _file_texts(path: Path) -> Iterator[str]:

@@ -182,7 +182,6 @@ def compress_command(
     if dry_run:
         console.print(_plan_table(job))
         return
-    job.check()
     check_space(out, disk_bytes(job))
     with layer_progress("compressing", checkpoint.layers) as advance:
         report = compress(job, out, resume, lambda layer, record: advance())

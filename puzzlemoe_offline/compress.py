@@ -168,7 +168,7 @@ def _run_calibrated(
         statistics, sample = _calibrate_layer(job, layer, states, size)
         seconds = time.perf_counter() - began
         yield index, *_finish_layer(job, index, experts, statistics, sample, seconds), states
-        del statistics, sample  # likewise
+        del statistics, sample  # not to be held while the next layer runs
 
 
 def _calibrate_layer(

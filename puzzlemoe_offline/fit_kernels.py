@@ -6,6 +6,7 @@ pair of weights, goes through memory, and a column of compensation is a dozen op
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ def code_columns(
     return words, steps, errors
 
 
+@functools.cache
 def _tables(code: GridCode, multiples: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The candidates [C, 2], their words [C, 2, 2] and the multiples, on a device."""
     return code.magnitudes.to(device), code.words.to(device), torch.tensor(multiples, device=device)

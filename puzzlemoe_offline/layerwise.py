@@ -73,6 +73,11 @@ class LayerExperts:
         return self.kept[number]
 
 
+def activation_dtype(device: str | torch.device) -> torch.dtype:
+    """Of weights and activations: float32 on a CPU (bf16 has no fast path on most) and bf16 on a GPU."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 def batch_size(sequence_length: int) -> int:
     """Sequences that go through a layer at once: `BATCH_TOKENS` tokens, at least one sequence."""
     return max(1, BATCH_TOKENS // sequence_length)
@@ -94,17 +99,14 @@ class _Recorder(nn.Module):
 
 
 class LayerwiseModel:
-    """A transformers model without weights, whose layers are filled from a checkpoint one at a time.
-
-    Weights and activations are float32 on a CPU (bf16 has no fast path on most) and bf16 on a GPU.
-    """
+    """A transformers model without weights, whose layers are filled from a checkpoint one at a time."""
 
     def __init__(self, checkpoint: Checkpoint, device: str):
         """Raises CheckpointError when the checkpoint lacks a tensor of the model, or has one of another shape, or when
         transformers does not know what config.json says."""
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.dtype = activation_dtype(device)
         try:
             with init_empty_weights(include_buffers=False):
                 self.model = _build(checkpoint, self.dtype).eval()

@@ -12,8 +12,9 @@ from torch import Tensor
 from puzzlemoe_offline.calibrate import ProjectionInputs, add_moments
 from puzzlemoe_offline.compress import Job
 from puzzlemoe_offline.fit import SCORES
+from puzzlemoe_offline.layerwise import activation_dtype
 from puzzlemoe_offline.pack import ENTRIES, Losses, pack_matrix
-from puzzlemoe_offline.report import expert_bytes
+from puzzlemoe_offline.report import expert_bytes, other_bytes
 from puzzlemoe_vllm.format.codes import get_code
 
 SCRATCH_BYTES_PER_ENTRY = 100
@@ -47,9 +48,9 @@ def make_plan(job: Job) -> Plan:
     expert, share = expert_bytes(job), _share(job)
     layer_experts = expert * checkpoint.experts
     before = layer_experts * len(checkpoint.moe_layers)
-    other = _other(job)
+    other = other_bytes(job)
     on_cpu = torch.device(job.device).type == "cpu"
-    width = _width(job)
+    width = activation_dtype(job.device).itemsize
     layer_other = max(
         sum(
             checkpoint.nbytes(n)
@@ -91,7 +92,7 @@ def make_plan(job: Job) -> Plan:
 def disk_bytes(job: Job) -> int:
     """The packed model and, while the run lasts, the hidden states after two layers; from the headers."""
     experts = expert_bytes(job) * job.checkpoint.experts * len(job.checkpoint.moe_layers)
-    return int(experts * _share(job)) + _other(job) + 2 * _states(job)
+    return int(experts * _share(job)) + other_bytes(job) + 2 * _states(job)
 
 
 def _share(job: Job) -> float:
@@ -102,20 +103,10 @@ def _share(job: Job) -> float:
     return 1 - recipe.sparsity * (2 - get_code(recipe.code).bits_per_pair(job.group_size()) / 16)
 
 
-def _other(job: Job) -> int:
-    """Bytes of everything but routed experts."""
-    checkpoint = job.checkpoint
-    return sum(checkpoint.nbytes(name) for name in checkpoint.names if not checkpoint.is_expert(name))
-
-
-def _width(job: Job) -> int:
-    """Bytes of an activation."""
-    return 4 if torch.device(job.device).type == "cpu" else 2
-
-
 def _states(job: Job) -> int:
     """Bytes of the calibration tokens' hidden states."""
-    return job.calibration.tokens.numel() * job.checkpoint.expert_sizes[0] * _width(job) if job.calibration else 0
+    tokens = job.calibration.tokens.numel() if job.calibration else 0
+    return tokens * job.checkpoint.expert_sizes[0] * activation_dtype(job.device).itemsize
 
 
 def _seconds(job: Job, tokens: int, expert_total: int, other: int) -> float:
@@ -169,8 +160,7 @@ def _moments_rate(device: str) -> float:
 
 def _activations(device: str) -> Tensor:
     """Random ones [1024, 1024] in the run's dtype."""
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    return torch.randn(1024, 1024, device=device, dtype=dtype)
+    return torch.randn(1024, 1024, device=device, dtype=activation_dtype(device))
 
 
 def _rate(product: Callable[[], Tensor]) -> float:

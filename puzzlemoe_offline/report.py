@@ -30,7 +30,6 @@ def build_report(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
     packed = sum(
         dense * record["merged"] * share + dense * (checkpoint.experts - record["merged"]) for record in merged
     ) + sum(dense * len(set(record["centres"])) for record in records if "centres" in record)
-    other = sum(checkpoint.nbytes(name) for name in checkpoint.names if not checkpoint.is_expert(name))
     stages = {stage for record in records for stage in record["seconds"]}
     return {
         "source": job.source,
@@ -43,7 +42,7 @@ def build_report(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
         "bytes": {
             "experts_before": dense * checkpoint.experts * len(checkpoint.moe_layers),
             "experts_after": int(packed),
-            "other": other,
+            "other": other_bytes(job),
         },
         "bytes_per_token": _bytes_per_token(job, merged, dense, share) if job.calibration and merged else None,
         "seconds": {stage: sum(record["seconds"].get(stage, 0.0) for record in records) for stage in sorted(stages)},
@@ -69,6 +68,12 @@ def expert_bytes(job: Job) -> int:
     """Bytes of one dense bf16 expert."""
     hidden, intermediate = job.checkpoint.expert_sizes
     return 3 * 2 * hidden * intermediate
+
+
+def other_bytes(job: Job) -> int:
+    """Bytes of everything but routed experts."""
+    checkpoint = job.checkpoint
+    return sum(checkpoint.nbytes(name) for name in checkpoint.names if not checkpoint.is_expert(name))
 
 
 def summary(report: dict[str, Any]) -> Group:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -55,8 +54,7 @@ def calibration_of(folder: Path, source: str, samples: int, sequence_length: int
     if len(data.tokens) < samples:
         windows = len(data.tokens)
         errors.print(f"[yellow]{escape(source)} gives {windows} windows of {sequence_length}, not {samples}")
-    # What is written may be published: a file here goes by its name.
-    return replace(data, source=Path(source).name) if Path(source).exists() else data
+    return data
 
 
 @contextmanager

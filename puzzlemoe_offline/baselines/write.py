@@ -67,17 +67,9 @@ def _layers(
     size = batch_size(calibration.tokens.shape[1])
     states = model.embed_all(calibration.tokens, size)
     for index, layer in model.layers(experts):
-        yield (
-            index,
-            _calibrate(
-                method,
-                layer,
-                _source_layer(checkpoint, experts, index) if layer.experts else None,
-                states,
-                size,
-                model.device,
-            ),
-        )
+        source = _source_layer(checkpoint, experts, index) if layer.experts else None
+        yield index, _calibrate(method, layer, source, states, size, model.device)
+        del source  # not to be held while the next layer runs
 
 
 def _source_layer(checkpoint: Checkpoint, experts: LayerExperts, index: int) -> SourceLayer:

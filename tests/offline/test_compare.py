@@ -1,12 +1,11 @@
 """compare and baseline from the command line: the table, the files, and one clear error for what cannot be run."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from command import puzzlemoe
 
-from puzzlemoe_offline import cli
 from puzzlemoe_offline.baselines import METHODS
 from puzzlemoe_offline.checkpoint import Checkpoint
 from puzzlemoe_offline.compare import CONTENDERS, RECIPES, TAU_SWEEP, Row, variants
@@ -24,25 +23,15 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-def puzzlemoe(monkeypatch, *words: object) -> int:
-    """Runs the command line tool in this process; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", ["puzzlemoe", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code or 0
-
-
-def compare(monkeypatch, source: Path, output: Path, *words: object) -> int:
+def compare(source: Path, output: Path, *words: object) -> int:
     text = source.parent / "text.txt"
-    return puzzlemoe(
-        monkeypatch, "compare", source, "--text", text, "--calibration", text, "--output", output, *CHEAP, *words
-    )
+    return puzzlemoe("compare", source, "--text", text, "--calibration", text, "--output", output, *CHEAP, *words)
 
 
-def test_the_table_and_its_files(source, tmp_path, monkeypatch, capsys):
+def test_the_table_and_its_files(source, tmp_path, capsys):
     output = tmp_path / "result.json"
     only = ["angle8", "mergemoe-50", "mergemoe-25", "int8", "drop-50", "paper-3"]
-    assert compare(monkeypatch, source, output, *(word for name in only for word in ("--only", name))) == 0
+    assert compare(source, output, *(word for name in only for word in ("--only", name))) == 0
     result = json.loads(output.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["dense", *sorted(only, key=list(CONTENDERS).index)]
@@ -66,9 +55,9 @@ def test_the_table_and_its_files(source, tmp_path, monkeypatch, capsys):
     assert all(name in shown for name in only)
 
 
-def test_seeds_give_a_spread_where_pairs_are_random(source, tmp_path, monkeypatch):
+def test_seeds_give_a_spread_where_pairs_are_random(source, tmp_path):
     output = tmp_path / "result.json"
-    assert compare(monkeypatch, source, output, "--only", "paper", "--only", "int4", "--seeds", "2") == 0
+    assert compare(source, output, "--only", "paper", "--only", "int4", "--seeds", "2") == 0
     rows = {row["name"]: row for row in json.loads(output.read_text())["rows"]}
     first, second = rows["paper"]["perplexity"]["text"]
     assert first != second
@@ -82,7 +71,7 @@ def test_the_tau_sweep_runs_the_papers_rule_at_each_threshold(source, tmp_path, 
     ends = {name: TAU_SWEEP[name] for name in ("tau 0.0", "tau 1.0")}
     monkeypatch.setattr("puzzlemoe_offline.cli_compare.TAU_SWEEP", ends)
     output = tmp_path / "tau.json"
-    assert compare(monkeypatch, source, output, "--tau-sweep") == 0
+    assert compare(source, output, "--tau-sweep") == 0
     rows = json.loads(output.read_text())["rows"]
     assert [row["name"] for row in rows] == ["dense", "tau 0.0", "tau 1.0"]
     assert rows[1]["perplexity"] != rows[2]["perplexity"]
@@ -90,11 +79,11 @@ def test_the_tau_sweep_runs_the_papers_rule_at_each_threshold(source, tmp_path, 
     assert all(recipe == RECIPES["paper"].model_copy(update={"tau": recipe.tau}) for recipe in TAU_SWEEP.values())
 
 
-def test_what_does_not_fit_a_model_is_said_and_the_rest_runs(source, tmp_path, monkeypatch):
+def test_what_does_not_fit_a_model_is_said_and_the_rest_runs(source, tmp_path):
     small = build("mixtral", tmp_path / "small", num_local_experts=2)
     (tmp_path / "text.txt").write_text(TEXT * 40)
     only = ["mergemoe-25", "mergemoe-50", "drop-50", "int3"]
-    assert compare(monkeypatch, small, tmp_path / "r.json", *(word for name in only for word in ("--only", name))) == 0
+    assert compare(small, tmp_path / "r.json", *(word for name in only for word in ("--only", name))) == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert "every token needs 2" in rows["drop-50"]["refused"]
     # A quarter of two experts is none.
@@ -112,41 +101,41 @@ def test_what_does_not_fit_a_model_is_said_and_the_rest_runs(source, tmp_path, m
         (["--output", "result.png"], "name the .json file"),
     ],
 )
-def test_options_that_cannot_be(words, message, source, tmp_path, monkeypatch, capsys):
-    assert compare(monkeypatch, source, tmp_path / "r.json", *words) == 1
+def test_options_that_cannot_be(words, message, source, tmp_path, capsys):
+    assert compare(source, tmp_path / "r.json", *words) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe", "UTF-8"), (b"", "fewer than two tokens")])
-def test_a_text_that_cannot_be_scored_is_named(content, message, source, tmp_path, monkeypatch, capsys):
+def test_a_text_that_cannot_be_scored_is_named(content, message, source, tmp_path, capsys):
     (tmp_path / "bad.txt").write_bytes(content)
-    assert compare(monkeypatch, source, tmp_path / "r.json", "--text", tmp_path / "bad.txt") == 1
+    assert compare(source, tmp_path / "r.json", "--text", tmp_path / "bad.txt") == 1
     shown = capsys.readouterr().err
     assert "bad.txt" in shown.replace("\n", "") and message in shown.replace("\n", " ")
 
 
-def test_two_texts_of_one_name_are_an_error(source, tmp_path, monkeypatch, capsys):
+def test_two_texts_of_one_name_are_an_error(source, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
-    assert compare(monkeypatch, source, tmp_path / "r.json", "--text", tmp_path / "text.txt") == 1
+    assert compare(source, tmp_path / "r.json", "--text", tmp_path / "text.txt") == 1
     assert "two files have the same name" in " ".join(capsys.readouterr().err.split())
 
 
-def test_windows_are_spread_over_the_text(source, tmp_path, monkeypatch):
-    assert compare(monkeypatch, source, tmp_path / "r.json", "--only", "int8", "--windows", "3") == 0
+def test_windows_are_spread_over_the_text(source, tmp_path):
+    assert compare(source, tmp_path / "r.json", "--only", "int8", "--windows", "3") == 0
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["texts"]["text"] == {"windows": 3, "tokens": 3 * 64}
 
 
-def test_baseline_writes_a_model(source, tmp_path, monkeypatch, capsys):
+def test_baseline_writes_a_model(source, tmp_path, capsys):
     out = tmp_path / "out"
-    assert puzzlemoe(monkeypatch, "baseline", source, out, "--method", "int4") == 0
+    assert puzzlemoe("baseline", source, out, "--method", "int4") == 0
     assert Checkpoint(out).experts == 8
     assert "4.312 bits per expert weight" in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_unknown_baseline_is_an_error(source, tmp_path, monkeypatch, capsys):
-    assert puzzlemoe(monkeypatch, "baseline", source, tmp_path / "out", "--method", "int5") == 1
+def test_an_unknown_baseline_is_an_error(source, tmp_path, capsys):
+    assert puzzlemoe("baseline", source, tmp_path / "out", "--method", "int5") == 1
     assert f"choose one of {', '.join(METHODS)}" in " ".join(capsys.readouterr().err.split())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import command
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 from puzzlemoe_offline import compress as compress_run
 from puzzlemoe_offline.calibrate import ExpertStatistics
 from puzzlemoe_offline.checkpoint import Checkpoint, CheckpointError
-from puzzlemoe_offline.cli import app, main
+from puzzlemoe_offline.cli import app
 from puzzlemoe_offline.inspection import inspect
 from puzzlemoe_offline.layerwise import LayerwiseModel
 from puzzlemoe_offline.output import ModelFolder
@@ -31,15 +32,10 @@ OPTIONS = ["--recipe", "paper", "--samples", "8", "--sequence-length", "128", "-
 
 
 def puzzlemoe(*words: object) -> subprocess.CompletedProcess[str]:
-    """Runs the command line tool, in this process: a new one takes seconds to import what it needs."""
-    out, errors, status = io.StringIO(), io.StringIO(), 0
-    arguments = mock.patch.object(sys, "argv", ["puzzlemoe", *map(str, words)])
-    wide = mock.patch.dict(os.environ, {"COLUMNS": "200"})
-    with arguments, wide, redirect_stdout(out), redirect_stderr(errors):
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code or 0
+    """Runs the command line tool in this process, as fixtures may, too."""
+    out, errors, wide = io.StringIO(), io.StringIO(), mock.patch.dict(os.environ, {"COLUMNS": "200"})
+    with wide, redirect_stdout(out), redirect_stderr(errors):
+        status = command.puzzlemoe(*words)
     return subprocess.CompletedProcess(words, status, out.getvalue(), errors.getvalue())
 
 
@@ -171,8 +167,11 @@ def test_a_dry_run_writes_nothing(example, tmp_path):
 def test_a_killed_run_resumes_to_the_same_bytes(packed, example, tmp_path):
     out = tmp_path / "out"
     words = ["compress", example / "model", out, "--calibration", example / "calibration.txt", *OPTIONS]
-    command = [sys.executable, "-m", "puzzlemoe_offline.cli", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "puzzlemoe_offline.cli", *map(str, words)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not list(out.glob("model-00001-*")):
         assert process.poll() is None
         time.sleep(0.002)

@@ -13,6 +13,8 @@ from engine import Engine, Step
 from packed_models import Models
 from safetensors.torch import load_file, save_file
 
+from puzzlemoe_offline import families
+
 FAMILIES = list(tiny_models.CONFIGS)
 
 
@@ -22,8 +24,8 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def trust(family: str) -> bool:
-    """vLLM has a class for model_type `deepseek` but no config; its checkpoints bring that as code."""
-    return family == "deepseek"
+    """Whether vLLM reads the family's config.json with code of the checkpoint."""
+    return families.FAMILIES[family].remote_config
 
 
 @pytest.fixture(scope="module")
