@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from puzzlemoe_offline.calibrate import load_calibration
-from puzzlemoe_offline.checkpoint import Checkpoint
-from puzzlemoe_offline.compare import machine
-from puzzlemoe_offline.compress import Job, compress
-from puzzlemoe_offline.evaluate import perplexity, spread, windows_of
+from puzzlemoe_offline.calibration.text import load_calibration
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.run.compress import Job, compress
+from puzzlemoe_offline.score.compare import machine
+from puzzlemoe_offline.score.perplexity import perplexity, spread, windows_of
 
 LEAST_SQUARES = Recipe(rule="least-squares", pairing="search")
 ANGLE8 = Recipe(code="angle8", pairing="search")

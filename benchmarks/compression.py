@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from puzzlemoe_offline.calibrate import Calibration
-from puzzlemoe_offline.checkpoint import Checkpoint
-from puzzlemoe_offline.compress import Job, compress
-from puzzlemoe_offline.plan import make_plan
+from puzzlemoe_offline.calibration.text import Calibration
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.recipe import Recipe, named_recipe
+from puzzlemoe_offline.run.compress import Job, compress
+from puzzlemoe_offline.run.plan import make_plan
 
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {

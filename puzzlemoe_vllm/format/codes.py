@@ -1,7 +1,7 @@
 """What a pair word means: one word holds one weight of two experts.
 
 A code knows bits only.  Choosing *which* magnitude, masks and signs to store is the offline tool's work
-(`puzzlemoe_offline.merge`); choosing a memory order for a kernel is a backend's work.
+(`puzzlemoe_offline.words.paper_rule`); choosing a memory order for a kernel is a backend's work.
 
 Every code is addressed by position: position 0 is the pair's leader (the even expert id), position 1 its partner.
 """

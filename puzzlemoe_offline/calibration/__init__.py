@@ -1,0 +1,1 @@
+"""Text, and what the experts saw of it."""

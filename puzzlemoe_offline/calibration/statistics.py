@@ -1,0 +1,117 @@
+"""What each expert saw of the calibration tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+FEW_TOKENS = 32
+"""Below this many calibration tokens an expert's column norms say more about the tokens than about the expert: the
+paper's rule merges its pair by magnitude alone, and least squares takes all its columns to be equally strong."""
+
+
+@dataclass(frozen=True)
+class ProjectionInputs:
+    """What one expert's gate, up or down projection saw: X, one row a token.
+
+    norms: float32 [K], the L2 norm of each column of X; tokens: its rows; moments: float32 [K, K], X'X, None where not
+    gathered.
+    """
+
+    norms: Tensor
+    tokens: int
+    moments: Tensor | None = None
+
+    @classmethod
+    def unknown(cls, columns: int, device: torch.device | str) -> ProjectionInputs:
+        """Columns that all count the same."""
+        return cls(torch.ones(columns, device=device), 1)
+
+
+def add_moments(moments: Tensor, rows: Tensor) -> None:
+    """Adds X'X of bf16 or float32 rows X [m, K] to float32 moments [K, K], in place."""
+    # TF32 has more than the mantissa of a bf16: on a GPU the products stay exact and take a fraction of the time.
+    settings = torch.backends.cuda.matmul
+    before, exact = settings.allow_tf32, rows.float()
+    settings.allow_tf32 = before or rows.dtype == torch.bfloat16
+    try:
+        moments.addmm_(exact.T, exact)
+    finally:
+        settings.allow_tf32 = before
+
+
+@dataclass
+class ExpertStatistics:
+    """What the experts of one layer saw.
+
+    tokens: int64 [E]; together: int64 [E, E], tokens that chose both experts; input_squares float64 [E, H] and
+    hidden_squares float64 [E, I]: column sums of squares of the gate/up input and of the down projection's input
+    SiLU(gate) * up; input_moments float32 [E, H, H] and hidden_moments float32 [E, I, I]: their second moments X'X, or
+    None.
+    """
+
+    tokens: Tensor
+    together: Tensor
+    input_squares: Tensor
+    hidden_squares: Tensor
+    input_moments: Tensor | None
+    hidden_moments: Tensor | None
+
+    @classmethod
+    def zeros(
+        cls, experts: int, hidden: int, intermediate: int, device: torch.device, moments: bool = False
+    ) -> ExpertStatistics:
+        """Statistics of no tokens."""
+        return cls(
+            torch.zeros(experts, dtype=torch.int64),
+            torch.zeros(experts, experts, dtype=torch.int64),
+            torch.zeros(experts, hidden, dtype=torch.float64, device=device),
+            torch.zeros(experts, intermediate, dtype=torch.float64, device=device),
+            torch.zeros(experts, hidden, hidden, device=device) if moments else None,
+            torch.zeros(experts, intermediate, intermediate, device=device) if moments else None,
+        )
+
+    def observe(self, expert: int, inputs: Tensor, hidden: Tensor) -> None:
+        """Adds one batch; inputs [m, H], hidden [m, I]."""
+        self.tokens[expert] += inputs.shape[0]
+        self.input_squares[expert] += inputs.float().square().sum(dim=0)
+        self.hidden_squares[expert] += hidden.float().square().sum(dim=0)
+        if self.input_moments is not None and self.hidden_moments is not None:
+            add_moments(self.input_moments[expert], inputs)
+            add_moments(self.hidden_moments[expert], hidden)
+
+    def observe_choices(self, ids: Tensor) -> None:
+        """Adds the experts, int [m, k], that one batch's tokens chose."""
+        chosen = torch.zeros(len(ids), len(self.tokens), device=ids.device).scatter_(1, ids.long(), 1)
+        self.together += (chosen.T @ chosen).cpu().long()
+
+    def inputs(self, expert: int, projection: int, flat: bool = False) -> ProjectionInputs:
+        """What an expert's gate (0), up (1) or down (2) projection saw.
+
+        flat: as if its tokens, at least one, had the mean energy of the layer's in every column and nothing correlated.
+        """
+        squares, moments = (
+            (self.hidden_squares, self.hidden_moments) if projection == 2 else (self.input_squares, self.input_moments)
+        )
+        norms, tokens = squares[expert].sqrt().float(), int(self.tokens[expert])
+        if flat:
+            tokens = max(tokens, 1)
+            energy = squares.sum() / max(int(self.tokens.sum()), 1) / squares.shape[1] * tokens
+            norms = energy.sqrt().float().expand(squares.shape[1])
+            return ProjectionInputs(norms, tokens, None if moments is None else norms.square().diag())
+        return ProjectionInputs(norms, tokens, None if moments is None else moments[expert])
+
+
+@dataclass
+class SampledTokens:
+    """MoE inputs and outputs of a few calibration tokens, kept to measure the output error of the merged layer."""
+
+    limit: int
+    batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def record(self, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Keeps hidden [M, H], ids [M, k], weights [M, k] and out [M, H] up to `limit` tokens."""
+        if room := self.limit - sum(len(batch[0]) for batch in self.batches):
+            self.batches.append((hidden[:room].clone(), ids[:room].clone(), weights[:room].clone(), out[:room].clone()))

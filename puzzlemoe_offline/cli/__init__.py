@@ -1,0 +1,1 @@
+"""The `puzzlemoe` command: one file a command."""

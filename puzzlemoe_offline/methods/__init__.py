@@ -1,0 +1,27 @@
+"""Other ways to make experts smaller, to compare with; each writes an ordinary dense checkpoint of what it computes."""
+
+from __future__ import annotations
+
+from puzzlemoe_offline.methods.base import Method
+from puzzlemoe_offline.methods.dropping import DropExperts
+from puzzlemoe_offline.methods.gptq import Gptq
+from puzzlemoe_offline.methods.hc_smoe import HcSmoe
+from puzzlemoe_offline.methods.merge_three import MergeThree
+from puzzlemoe_offline.methods.rounding import RoundToNearest
+from puzzlemoe_offline.methods.wanda import Wanda
+
+METHODS: dict[str, Method] = {
+    "int8": RoundToNearest(8),
+    "int4": RoundToNearest(4),
+    "int3": RoundToNearest(3),
+    "gptq-int4": Gptq(4),
+    "gptq-int3": Gptq(3),
+    "wanda-2:4": Wanda(),
+    "drop-50": DropExperts(0.5),
+    "drop-25": DropExperts(0.25),
+    "hc-smoe-50": HcSmoe(0.5),
+    "hc-smoe-25": HcSmoe(0.25),
+    "paper-3": MergeThree(),
+}
+"""By the name that `puzzlemoe baseline --method` takes; the number after drop and hc-smoe is the percentage of experts
+that goes."""

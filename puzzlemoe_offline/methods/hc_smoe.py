@@ -1,0 +1,85 @@
+"""HC-SMoE (arXiv 2410.08589): experts clustered by their mean outputs, each cluster merged into one expert.
+
+Clusters are agglomerative with average linkage over the Euclidean distance of mean outputs; a cluster's expert is the
+mean of its members' weights by how many tokens each saw.  The router stays, so a dense checkpoint repeats a cluster's
+expert under every id of its members; software that knew clusters would store it once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from scipy.cluster.hierarchy import cut_tree, linkage
+from torch import Tensor
+
+from puzzlemoe_offline.methods.base import Needs, NewLayer, SourceLayer
+from puzzlemoe_offline.methods.dropping import remaining
+from puzzlemoe_offline.methods.mergemoe import mean_by_usage, usage_shares
+from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
+
+
+class MeanOutputs:
+    """Mean output of every expert of a layer over all tokens, whether the router chose it for them or not."""
+
+    def __init__(self, experts: list[Expert]):
+        self.experts = experts
+        hidden = experts[0].down.shape[0]
+        self.total = torch.zeros(len(experts), hidden, dtype=torch.float64, device=experts[0].gate.device)
+        self.tokens = 0
+
+    def record(self, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Adds a batch of MoE inputs, hidden [M, H]; the router's choice and the layer's output do not matter."""
+        self.tokens += len(hidden)
+        for number, expert in enumerate(self.experts):
+            gate, up = F.linear(hidden, expert.gate.to(hidden.dtype)), F.linear(hidden, expert.up.to(hidden.dtype))
+            middle = F.silu(gate) * up
+            # The down projection is linear, so it maps the mean.
+            self.total[number] += F.linear(middle.double().sum(dim=0), expert.down.double())
+
+    def mean(self) -> Tensor:
+        """float32 [E, H]."""
+        return (self.total / self.tokens).float()
+
+
+def clusters_of(features: Tensor, count: int) -> list[list[int]]:
+    """`count` clusters of the rows of [E, H], each ascending, in the order of their first rows."""
+    labels = cut_tree(linkage(features.double().cpu().numpy(), method="average"), n_clusters=count)[:, 0].tolist()
+    members: dict[int, list[int]] = {}
+    for row, label in enumerate(labels):
+        members.setdefault(label, []).append(row)
+    return list(members.values())
+
+
+@dataclass(frozen=True)
+class HcSmoe:
+    """sparsity: share of every layer's experts that goes by merging."""
+
+    sparsity: float
+    needs: ClassVar[Needs] = "outputs"
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Fits every model: the router stays as it is."""
+
+    def bits_per_weight(self, checkpoint: Checkpoint) -> float:
+        """bf16 for one expert per cluster."""
+        return 16 * remaining(checkpoint.experts, self.sparsity) / checkpoint.experts
+
+    def apply(self, layer: SourceLayer) -> NewLayer:
+        """Every expert replaced by its cluster's; a cluster that saw no tokens is a plain mean."""
+        assert layer.statistics is not None and layer.mean_outputs is not None
+        merged = list(layer.experts)
+        for members in clusters_of(layer.mean_outputs, remaining(len(merged), self.sparsity)):
+            shares = usage_shares(layer.statistics.tokens[members])
+            experts = [layer.experts[member] for member in members]
+            gate, up, down = (
+                mean_by_usage([getattr(expert, projection) for expert in experts], shares).to(torch.bfloat16)
+                for projection in PROJECTIONS
+            )
+            for member in members:
+                # A checkpoint's tensors must not share memory.
+                merged[member] = Expert(gate.clone(), up.clone(), down.clone())
+        return NewLayer(list(range(len(merged))), merged)

@@ -1,0 +1,53 @@
+"""Wanda (arXiv 2306.11695) with 2:4 sparsity: of four neighbouring weights of a row the two most salient stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from puzzlemoe_offline.methods.base import BaselineError, Needs, NewLayer, SourceLayer
+from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.expert import Expert
+
+BITS = (2 * 16 + 2 * 2) / 4
+"""Of four weights two are stored as bf16, each with two bits that say which of the four it is."""
+
+
+def prune(weight: Tensor, norms: Tensor) -> Tensor:
+    """A matrix [N, K] with two of every four columns' weights set to zero; norms [K], of the input columns."""
+    salient = (weight.float().abs() * norms).unflatten(1, (-1, 4))
+    kept = torch.zeros_like(salient, dtype=torch.bool).scatter_(-1, salient.topk(2, dim=-1).indices, True)
+    return weight * kept.flatten(1)
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """2:4 sparsity on all routed experts.  An expert without tokens is pruned by magnitude."""
+
+    needs: ClassVar[Needs] = "norms"
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises BaselineError when the experts' sizes are not multiples of four."""
+        for key in ("hidden_size", checkpoint.family.intermediate):
+            if int(checkpoint.config[key]) % 4:
+                raise BaselineError(
+                    f"{checkpoint.folder}: {key} is {checkpoint.config[key]}, not a multiple of four, which wanda-2:4 "
+                    "needs"
+                )
+
+    def bits_per_weight(self, checkpoint: Checkpoint) -> float:
+        """As the sparse matrix units of GPUs store them."""
+        return BITS
+
+    def apply(self, layer: SourceLayer) -> NewLayer:
+        """Every expert, pruned."""
+        assert layer.statistics is not None
+        pruned = []
+        for number, expert in enumerate(layer.experts):
+            few = int(layer.statistics.tokens[number]) == 0
+            norms = [layer.statistics.inputs(number, projection, flat=few).norms for projection in range(3)]
+            pruned.append(Expert(*(prune(weight, norm) for weight, norm in zip(expert.matrices, norms, strict=True))))
+        return NewLayer(list(range(len(pruned))), pruned)

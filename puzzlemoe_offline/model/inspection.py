@@ -1,0 +1,56 @@
+"""What a model folder holds, how large its parts are, and whether it is whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.layerwise import check_whole
+from puzzlemoe_vllm.format.layout import GRID, WORDS
+
+
+def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sizes in bytes per part, pairs or clusters, and the recipe.  Reads every expert, so that damage shows.
+
+    Raises CheckpointError naming the first tensor that is missing, misshapen, of a wrong dtype, or not finite.
+    """
+    check_whole(checkpoint)
+    for layer in checkpoint.moe_layers:
+        for expert in range(checkpoint.experts):
+            checkpoint.expert(layer, expert)
+    sizes: Counter[str] = Counter()
+    for name in checkpoint.names:
+        sizes[_part(checkpoint, name)] += checkpoint.nbytes(name)
+    packed = checkpoint.quantization
+    return {
+        "model_type": checkpoint.config["model_type"],
+        "layers": checkpoint.layers,
+        "moe_layers": len(checkpoint.moe_layers),
+        "experts_per_layer": checkpoint.experts,
+        "experts_per_token": checkpoint.experts_per_token,
+        "pairs": sum(packed.merged_experts.values()) // 2 if packed else 0,
+        "clusters": sum(len(set(centres)) for centres in packed.clusters.values()) if packed else 0,
+        "bytes": dict(sorted(sizes.items())),
+        "total_bytes": sum(sizes.values()),
+        "code": packed.code if packed and packed.merged_experts else None,
+        "provenance": packed.provenance.model_dump() if packed and packed.provenance else None,
+    }
+
+
+def _part(checkpoint: Checkpoint, name: str) -> str:
+    if name.endswith((f".{WORDS}", f".{GRID}")):
+        return "experts, merged"
+    if checkpoint.is_expert(name):
+        clustered = checkpoint.quantization and checkpoint.layer_of(name) in checkpoint.quantization.clusters
+        return "experts, in clusters" if clustered else "experts, dense"
+    layer = checkpoint.layer_of(name)
+    if layer is None:
+        return "head" if name.startswith("lm_head") else "embedding and final norm"
+    if "self_attn" in name:
+        return "attention"
+    if ".shared_expert" in name:
+        return "shared experts"
+    if layer in checkpoint.moe_layers and name.startswith(f"{checkpoint.block(layer)}.gate."):
+        return "routers"
+    return "dense MLPs and norms"

@@ -1,0 +1,252 @@
+"""Running a model one decoder layer at a time, so that no more than one layer's weights are ever in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.deepseek_moe import DeepseekForCausalLM, deepseek_config
+from puzzlemoe_offline.model.expert import Expert
+
+BATCH_TOKENS = 8192
+"""Tokens that go through a layer at once."""
+
+
+class Observer(Protocol):
+    """Sees one expert at work on one batch."""
+
+    def __call__(self, expert: int, inputs: Tensor, hidden: Tensor) -> None:
+        """inputs [m, H]: the expert's tokens; hidden [m, I]: SiLU(gate) * up, the down projection's input."""
+
+
+class StreamedExperts(nn.Module):
+    """Stands where a decoder layer's experts module was; takes the weights from a function, expert by expert."""
+
+    def __init__(self, expert: Callable[[int], Expert]):
+        super().__init__()
+        self.expert = expert
+        self.observe: Observer | None = None
+        self.record: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [M, H], top_k_index int [M, k], top_k_weights [M, k] -> [M, H]."""
+        out = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            weights = self.expert(expert)
+            rows, choice = (top_k_index == expert).nonzero(as_tuple=True)
+            inputs = hidden_states[rows]
+            gate = F.linear(inputs, weights.gate.to(inputs.dtype))
+            up = F.linear(inputs, weights.up.to(inputs.dtype))
+            hidden = F.silu(gate) * up
+            if self.observe:
+                self.observe(expert, inputs, hidden)
+            down = F.linear(hidden, weights.down.to(inputs.dtype))
+            out.index_add_(0, rows, (down * top_k_weights[rows, choice, None]).to(out.dtype))
+            del weights  # before the next expert's are read or decoded
+        if self.record:
+            self.record(hidden_states, top_k_index, top_k_weights, out)
+        return out
+
+
+class LayerExperts:
+    """Hands out routed experts, and keeps those of the layer it was last asked about on the device."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str):
+        self.checkpoint, self.device = checkpoint, device
+        self.layer = -1
+        self.kept: dict[int, Expert] = {}
+
+    def __call__(self, layer: int, number: int) -> Expert:
+        """Expert `number` of a layer, bf16."""
+        if layer != self.layer:
+            self.layer, self.kept = layer, {}
+        if number not in self.kept:
+            self.kept[number] = self.checkpoint.expert(layer, number, self.device)
+        return self.kept[number]
+
+
+def activation_dtype(device: str | torch.device) -> torch.dtype:
+    """Of weights and activations: float32 on a CPU (bf16 has no fast path on most) and bf16 on a GPU."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def batch_size(sequence_length: int) -> int:
+    """Sequences that go through a layer at once: `BATCH_TOKENS` tokens, at least one sequence."""
+    return max(1, BATCH_TOKENS // sequence_length)
+
+
+class _Recorder(nn.Module):
+    """Stands where a decoder layer was and keeps the keyword arguments that the model hands to it."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+        for name in ("attention_type", "layer_type"):
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+class LayerwiseModel:
+    """A transformers model without weights, whose layers are filled from a checkpoint one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str):
+        """Raises CheckpointError when the checkpoint lacks a tensor of the model, or has one of another shape, or when
+        transformers does not know what config.json says."""
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.dtype = activation_dtype(device)
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = _build(checkpoint, self.dtype).eval()
+        except Exception as error:  # transformers raises whatever its configurations and layers raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'}: transformers makes no model of it ({reason}): copy it again, or "
+                "install a later transformers"
+            ) from None
+        self.model.model.rotary_emb.to(self.device)
+        self._check_tensors()
+        self.arguments: dict[int, list[dict[str, Any]]] = {}
+
+    @torch.inference_mode()
+    def embed(self, batch: Tensor) -> Tensor:
+        """Token ids [B, T] -> hidden states [B, T, H]; also learns every layer's arguments for a batch of this size.
+
+        Raises CheckpointError for a token that the embedding does not have.
+        """
+        rows = self.model.config.vocab_size
+        if int(batch.max()) >= rows:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: its tokenizer gives token {int(batch.max())}, but the embedding has {rows} "
+                "rows: the tokenizer belongs to another model"
+            )
+        self._load(self.model.model.embed_tokens, "model.embed_tokens")
+        layers = self.model.model.layers
+        recorders = [_Recorder(layer) for layer in layers]
+        norm = self.model.model.norm
+        self.model.model.layers, self.model.model.norm = nn.ModuleList(recorders), nn.Identity()
+        try:
+            hidden = self.model.model(input_ids=batch.to(self.device), use_cache=False).last_hidden_state
+        finally:
+            self.model.model.layers, self.model.model.norm = layers, norm
+        self.arguments[len(batch)] = [recorder.arguments for recorder in recorders]
+        return hidden
+
+    def embed_all(self, windows: Tensor, size: int) -> Tensor:
+        """Token ids [n, T] -> hidden states [n, T, H] on the CPU, `size` windows at a time.
+
+        Raises CheckpointError as `embed` does.
+        """
+        states = torch.empty(*windows.shape, self.model.config.hidden_size, dtype=self.dtype)
+        for start in range(0, len(windows), size):
+            states[start : start + size] = self.embed(windows[start : start + size])
+        return states
+
+    @torch.inference_mode()
+    def layers(self, expert: Callable[[int, int], Expert], start: int = 0) -> Iterator[tuple[int, DecoderLayer]]:
+        """Yields (index, layer) with the layer's weights in place until the next one is asked for.
+
+        expert(layer, id) hands out routed experts; it is asked again for every batch, so it should keep them.
+        """
+        for index in range(start, self.checkpoint.layers):
+            module = self.model.model.layers[index]
+            streamed = None
+            if index in self.checkpoint.moe_layers:
+                streamed = StreamedExperts(partial(expert, index))
+                module.mlp.experts = streamed
+            self._load(module, f"model.layers.{index}")
+            arguments = {size: by_layer[index] for size, by_layer in self.arguments.items()}
+            yield index, DecoderLayer(module, arguments, streamed)
+            module.to("meta")
+            if streamed:  # stays in the model, and would keep what its observers gathered
+                streamed.observe = streamed.record = None
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [M, H] after the last layer -> float32 logits [M, vocabulary]."""
+        head = "model.embed_tokens" if self._shares_embedding() else "lm_head"
+        self._load(self.model.model.norm, "model.norm")
+        self._load(self.model.lm_head, head)
+        return self.model.lm_head(self.model.model.norm(hidden)).float()
+
+    def _shares_embedding(self) -> bool:
+        """Whether the head is the embedding, and has no tensor of its own."""
+        return bool(self.model.config.tie_word_embeddings) and "lm_head.weight" not in self.checkpoint.names
+
+    def _check_tensors(self) -> None:
+        """Every tensor outside routed experts is there; `Checkpoint.check_complete` checks those."""
+        for index, layer in enumerate(self.model.model.layers):
+            if hasattr(layer.mlp, "experts") and index not in self.checkpoint.moe_layers:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: layer {index} has no expert tensors, but config.json says that it has "
+                    "experts: the download or the copy is incomplete"
+                )
+        for name, parameter in self.model.named_parameters():
+            if ".mlp.experts." in name or (name == "lm_head.weight" and self._shares_embedding()):
+                continue
+            self.checkpoint.check_tensor(self._on_disk(name), tuple(parameter.shape))
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        """Fills a module's parameters that have no weights yet from the tensors below `prefix`."""
+        for name, parameter in list(module.named_parameters()):
+            if parameter.device.type == "meta":
+                value = self.checkpoint.plain_tensor(self._on_disk(f"{prefix}.{name}"))
+                set_module_tensor_to_device(module, name, self.device, value=value, dtype=self.dtype)
+
+    def _on_disk(self, name: str) -> str:
+        layer = self.checkpoint.layer_of(name)
+        if layer in self.checkpoint.moe_layers:
+            return name.replace(f"model.layers.{layer}.mlp.", self.checkpoint.block(layer) + ".", 1)
+        return name
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Every tensor of the model is there, with the right shape; headers only.  Raises CheckpointError.
+
+    vLLM does not miss what a quantized checkpoint lacks: it would serve whatever its memory held.
+    """
+    checkpoint.check_complete()
+    LayerwiseModel(checkpoint, "cpu")
+
+
+class DecoderLayer:
+    """One decoder layer with its weights in place; `experts` is None in a layer without routed experts.
+
+    arguments: by batch size, for the sizes that `LayerwiseModel.embed` has seen.
+    """
+
+    def __init__(self, module: nn.Module, arguments: dict[int, dict[str, Any]], experts: StreamedExperts | None):
+        self.module, self.arguments, self.experts = module, arguments, experts
+
+    @torch.inference_mode()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[B, T, H] -> [B, T, H]."""
+        out = self.module(hidden, **self.arguments[len(hidden)])
+        return out[0] if isinstance(out, tuple) else out
+
+    def advance(self, states: Tensor, size: int, device: torch.device | str) -> None:
+        """Moves hidden states [n, T, H] on the CPU through the layer in place, `size` windows at a time."""
+        for start in range(0, len(states), size):
+            states[start : start + size] = self(states[start : start + size].to(device)).cpu()
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """In `dtype` from the start, as transformers loads a model: casting it later would round its rotary frequencies."""
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    if config["model_type"] == "deepseek":
+        return DeepseekForCausalLM._from_config(deepseek_config(config), dtype=dtype)
+    native = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    return AutoModelForCausalLM.from_config(native, dtype=dtype, attn_implementation="sdpa")

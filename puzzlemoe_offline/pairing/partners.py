@@ -1,0 +1,99 @@
+"""Which experts of a layer merge, and with whom."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import networkx
+from torch import Tensor
+
+from puzzlemoe_offline.model.families import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class LayerPairing:
+    """A layer's experts relabelled so that partners are neighbours.
+
+    order: new expert id -> source expert id.  New experts 2p and 2p+1 are pair p for ids below `merged`; the others
+    stay dense.
+    """
+
+    order: list[int]
+    merged: int
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Source ids of the partners."""
+        return list(zip(self.order[: self.merged : 2], self.order[1 : self.merged : 2], strict=True))
+
+
+PairCosts = Callable[[list[int]], Tensor]
+"""The cost of merging any two of n experts, symmetric [n, n]."""
+
+
+def pair_experts(
+    experts: int, sparsity: float, groups: int, tokens: Tensor | None, seed: int, costs: PairCosts | None = None
+) -> LayerPairing:
+    """Partners at random, as in the paper, or with the least sum of costs.
+
+    sparsity 0.5 merges every expert (with an odd count one stays dense), 0.25 half of them: those that saw the fewest
+    calibration tokens; a random half when tokens is None (no calibration).
+    groups: group-limited routing sees each group of experts / groups consecutive experts as a unit, so partners come
+    from one group and groups stay whole; at 0.25 the half of the groups with the fewest tokens merges.
+    tokens: int [experts], calibration tokens per expert.
+    Raises UnsupportedModel when groups of an odd size cannot be paired.
+    """
+    rng = random.Random(seed)
+    order: list[int] = []
+    for pool in _pools(experts, sparsity, groups, tokens, rng):
+        order += _shuffled(pool, rng) if costs is None or len(pool) < 2 else _matched(pool, costs(pool))
+    return LayerPairing(order + sorted(set(range(experts)) - set(order)), len(order))
+
+
+def _pools(experts: int, sparsity: float, groups: int, tokens: Tensor | None, rng: random.Random) -> list[list[int]]:
+    """Experts that merge, in the pools from which partners come."""
+    size = experts // groups
+    if groups > 1 and size % 2:
+        raise UnsupportedModel(
+            f"group-limited routing with groups of {size} experts: an odd number cannot be paired inside the group"
+        )
+    unit = size if groups > 1 else 1
+    units = [list(range(start, start + unit)) for start in range(0, experts, unit)]
+    rng.shuffle(units)
+    if tokens is not None and sparsity == 0.25:
+        units.sort(key=lambda unit: sum(int(tokens[expert]) for expert in unit))
+    merged = units if sparsity == 0.5 else units[: len(units) // 2]
+    return merged if groups > 1 else [[expert for unit in merged for expert in unit]]
+
+
+def _shuffled(pool: list[int], rng: random.Random) -> list[int]:
+    """An even number of the pool's experts, partners side by side."""
+    even = pool[: len(pool) // 2 * 2]
+    rng.shuffle(even)
+    return even
+
+
+def _matched(pool: list[int], costs: Tensor) -> list[int]:
+    """The same, from the minimum-weight matching that leaves out no more than one expert."""
+    graph = networkx.Graph()
+    values = costs.tolist()
+    graph.add_weighted_edges_from((a, b, values[a][b]) for b in range(len(pool)) for a in range(b))
+    matching = networkx.min_weight_matching(graph)
+    return [pool[member] for pair in sorted(sorted(pair) for pair in matching) for member in pair]
+
+
+def shared_choices(pairing: LayerPairing, together: Tensor, groups: int) -> tuple[float, float]:
+    """How often one token chose both partners of a pair: here, and on average if the partners were drawn at random.
+
+    together: int [experts, experts], tokens that chose both experts; groups: as in `pair_experts`.
+    """
+    here = sum(int(together[pair]) for pair in pairing.pairs)
+    size = len(together) // groups if groups > 1 else pairing.merged
+    drawn = 0.0
+    for start in range(0, pairing.merged, size):
+        pool = pairing.order[start : start + size]
+        among = together[pool][:, pool]
+        drawn += float(among.sum() - among.trace()) / 2 / (size - 1)
+    return here, drawn

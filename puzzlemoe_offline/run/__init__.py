@@ -1,0 +1,1 @@
+"""One run over a model: its checks, the loop over its layers, what it writes and reports."""

@@ -1,0 +1,171 @@
+"""Writing a model folder shard by shard, so that a killed run resumes and a half-written one never loads as a model.
+
+Shards appear by atomic rename; config.json and the index, without which nothing loads the folder, come last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from puzzlemoe_offline.model.checkpoint import INDEX
+from puzzlemoe_offline.model.hub import SMALL_FILES
+
+WORK = ".puzzlemoe-work"
+
+
+class OutputError(ValueError):
+    """An output folder that cannot be used; the text says what to do."""
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises OutputError when a folder that is to hold `needed` bytes, with what it holds already, has no room."""
+    path = folder.absolute()
+    free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+    held = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if needed > free + held:
+        raise OutputError(
+            f"{folder}: the run writes up to {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left: make "
+            "room or name a folder elsewhere"
+        )
+
+
+class ModelFolder:
+    """An output folder in the making: `shards` numbered safetensors files.  Every method raises OutputError when the
+    folder cannot be written."""
+
+    def __init__(self, folder: Path, shards: int):
+        self.folder, self.shards = folder, shards
+        self.work = folder / WORK
+
+    def start(self, fingerprint: str, resume: bool) -> list[dict[str, Any]]:
+        """Prepares the folder and returns the records of the shards that an earlier run finished, in order.
+
+        Raises OutputError when the folder holds something else, or an unfinished run that `resume` does not match.
+        """
+        state = self.work / "run.json"
+        with self._writing():
+            if not state.exists():
+                if self.folder.exists() and any(self.folder.iterdir()):
+                    raise OutputError(f"{self.folder} is not empty: name a new folder or empty this one")
+                self.work.mkdir(parents=True, exist_ok=True)
+                _write_json(state, {"fingerprint": fingerprint})
+                return []
+        if not resume:
+            raise OutputError(
+                f"{self.folder} holds an unfinished run: name a new folder, empty this one or, if it was "
+                "`puzzlemoe compress`, go on with --resume"
+            )
+        if json.loads(state.read_text())["fingerprint"] != fingerprint:
+            raise OutputError(
+                f"{self.folder} holds an unfinished run of another source, recipe or calibration, or on another device "
+                "or by another version of this tool: repeat that run's options, or name a new folder"
+            )
+        records: list[dict[str, Any]] = []
+        while (path := self._record(len(records))).exists():
+            records.append(json.loads(path.read_text()))
+        return records
+
+    def shard_name(self, number: int) -> str:
+        """File name of shard `number`, counted from 0."""
+        return f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    def write_shard(
+        self, number: int, tensors: dict[str, Tensor], record: dict[str, Any], state: Tensor | None
+    ) -> None:
+        """Writes a shard, what the next shard needs to go on (`state`), and its record: only then is it finished."""
+        target = self.folder / self.shard_name(number)
+        partial = self.work / target.name
+        on_host = to_host(tensors)
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+        with self._writing():
+            save_file(on_host, partial, metadata={"format": "pt"})
+            partial.chmod(0o666 & ~_umask())
+            os.replace(partial, target)
+            if state is not None:
+                save_file({"state": state}, self._state(number))
+            _write_json(self._record(number), {"tensors": sizes, "record": record})
+            self._state(number - 1).unlink(missing_ok=True)
+
+    def state_after(self, number: int) -> Tensor | None:
+        """The `state` that was written with shard `number`."""
+        path = self._state(number)
+        return load_file(path)["state"] if path.exists() else None
+
+    def finish(self, config: dict[str, Any], source: Path, files: dict[str, str]) -> None:
+        """Copies the source's small files, writes `files`, then index and config.json, and drops the work folder."""
+        with self._writing():
+            for pattern in SMALL_FILES:
+                for path in source.glob(pattern):
+                    if path.is_file() and path.name not in ("config.json", INDEX, *files):
+                        target = self.folder / path.relative_to(source)
+                        target.parent.mkdir(exist_ok=True)
+                        shutil.copyfile(path, target)
+            for name, text in files.items():
+                (self.folder / name).write_text(text, encoding="utf-8")
+            weight_map: dict[str, str] = {}
+            total = 0
+            for number in range(self.shards):
+                sizes = json.loads(self._record(number).read_text())["tensors"]
+                weight_map |= dict.fromkeys(sizes, self.shard_name(number))
+                total += sum(sizes.values())
+            _write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            _write_json(self.folder / "config.json", config)
+            shutil.rmtree(self.work)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{self.folder} cannot be written ({error}): make room or name another folder; "
+                "if it was `puzzlemoe compress`, --resume goes on after the last whole layer"
+            ) from None
+
+    def _record(self, number: int) -> Path:
+        return self.work / f"shard-{number:05d}.json"
+
+    def _state(self, number: int) -> Path:
+        return self.work / f"state-{number:05d}.safetensors"
+
+
+def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, contiguous, on the CPU.
+
+    From a GPU they go to pinned memory, which is what `non_blocking` takes and torch keeps for the next time: fresh
+    memory of the usual kind costs more, a fault for each of its pages, than the copy itself.
+    """
+    on_host = {name: tensor.contiguous().to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return on_host
+
+
+def _umask() -> int:
+    """The process's file mode mask, which safetensors does not apply; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def packed_dtype_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A source's config.json fields with the dtype set to bfloat16, whatever name the source used for it."""
+    fields = {key: value for key, value in config.items() if key not in ("torch_dtype", "quantization_config")}
+    return {**fields, "dtype": str(torch.bfloat16).removeprefix("torch.")}

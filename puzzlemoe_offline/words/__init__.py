@@ -1,0 +1,1 @@
+"""Which words stand for a pair of weights."""

@@ -1,0 +1,191 @@
+"""Coding a pair column by column, each expert's remaining error pushed into its columns that are still to come.
+
+This is GPTQ's update (arXiv 2210.17323) with two matrices instead of one: each expert has its own second moments of its
+own inputs, and so its own factor, but one word holds both weights of an entry.  What each expert's error in a column
+costs once the later columns have made up for what they can is 1 / U[j, j]^2, with U'U the inverse of its moments; the
+word is the nearest one under these weights.  They must not be too unequal between the experts: a shared magnitude,
+unlike GPTQ's rounding, does not bound the lighter expert's error, which may then grow from column to column.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from puzzlemoe_offline.calibration.statistics import ProjectionInputs
+from puzzlemoe_offline.words.least_squares import merge_least_squares
+from puzzlemoe_offline.words.nearest import BALANCE, STEP_SCALES, PackedMatrix, check_finite, fit_angle16, fit_grid
+from puzzlemoe_vllm.format.codes import Angle16, GridCode, Mask16, PairCode
+
+DAMPING = 0.1
+"""Added to the moments' diagonal, relative to its mean.  GPTQ's usual 0.01 trusts the moments of a few thousand tokens
+too much: an expert sees only its share of them."""
+
+BLOCK = 128
+"""Columns whose errors reach the rest of the matrix in one matrix product."""
+
+
+def fit_compensated(
+    code: PairCode,
+    weights: tuple[Tensor, Tensor],
+    inputs: tuple[ProjectionInputs, ProjectionInputs],
+    group: int | None,
+) -> PackedMatrix:
+    """The words of two matrices [N, K] whose inputs have moments.
+
+    Raises UnencodableWeight for a weight that the code cannot hold.
+    """
+    check_finite(weights)
+    factors = torch.stack([inverse_factor(seen) for seen in inputs])
+    importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
+    importance /= importance.mean()
+    # Columns are the outer dimension from here on, so that each is contiguous.
+    left = torch.stack([weight.float().T for weight in weights])
+    coder = coder_of(code, group, left)
+    words = []
+    for start in range(0, left.shape[1], BLOCK):
+        block, scale = left[:, start : start + BLOCK], importance[:, start : start + BLOCK]
+        factor = factors[:, start : start + BLOCK]
+        coded, errors = coder.code_block(block, scale, factor[:, :, start : start + BLOCK])
+        words.append(coded)
+        later = slice(start + BLOCK, None)
+        left[:, later].baddbmm_(factor[:, :, later].mT, errors, alpha=-1)
+    return coder.packed(torch.cat(words).T)
+
+
+def inverse_factor(inputs: ProjectionInputs) -> Tensor:
+    """Upper triangular U, float32 [K, K], with U'U the inverse of the damped moments per token^`BALANCE`."""
+    assert inputs.moments is not None
+    moments = inputs.moments.float() / inputs.tokens**BALANCE
+    mean = moments.diagonal().mean()
+    # An expert whose inputs are all zero: the down projection of one whose gate or up projection is.
+    moments.diagonal().add_(torch.where(mean > 0, DAMPING * mean, 1.0))
+    # With rows and columns in reverse the lower factor becomes an upper one, R R' = moments; its inverse is U.
+    upper = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
+
+
+def coder_of(code: PairCode, group: int | None, matrix: Tensor) -> Columns | ColumnsInKernel:
+    """What codes the columns of a matrix, float32 [2, K, N]."""
+    if not isinstance(code, GridCode):
+        return Columns(code)
+    assert group is not None
+    return ColumnsInKernel(code, group) if matrix.is_cuda else ColumnsWithSteps(code, group, matrix)
+
+
+class Columns:
+    """Codes the columns of one block after another, for the codes without steps."""
+
+    def __init__(self, pair_code: PairCode):
+        self.pair_code = pair_code
+
+    def code_block(self, block: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Words [B, N] of columns [2, B, N], which stay as they are, and errors [2, B, N], each over its column's
+        diagonal element of the factor.
+
+        scale: weights of the squared errors [2, B]; factor: [2, B, B].
+        """
+        block = block.clone()  # a column changes until it is coded
+        errors = torch.empty_like(block)
+        self.begin(block, scale)
+        for column in range(block.shape[1]):
+            error = errors[:, column]
+            torch.sub(block[:, column], self.code(column), out=error)
+            error /= factor[:, column, column, None]
+            block[:, column + 1 :].baddbmm_(factor[:, column, column + 1 :, None], error[:, None], alpha=-1)
+        return self.words(), errors
+
+    def begin(self, block: Tensor, scale: Tensor) -> None:
+        """A block of columns and its scale, as `code_block` has them."""
+        self.block, self.scale = block, scale
+        self.coded: list[Tensor] = []
+
+    def code(self, column: int) -> Tensor:
+        """What the nearest words of a column decode to, float32 [2, N]."""
+        weights = self.block[0, column, :, None], self.block[1, column, :, None]
+        scales = self.scale[:1, column], self.scale[1:, column]
+        if isinstance(self.pair_code, Angle16):
+            words = fit_angle16(self.pair_code, weights, scales)
+        else:
+            assert isinstance(self.pair_code, Mask16)
+            words = self.pair_code.encode(merge_least_squares(*weights, *scales))
+        self.coded.append(words[:, 0])
+        return torch.stack([self.pair_code.decode(words, position)[:, 0].float() for position in (0, 1)])
+
+    def words(self) -> Tensor:
+        """Words [B, N] of the block's columns."""
+        return torch.stack(self.coded)
+
+    def packed(self, words: Tensor) -> PackedMatrix:
+        """What all blocks' words [N, K] are stored as."""
+        return PackedMatrix(words)
+
+
+class ColumnsWithSteps(Columns):
+    """The same for codes with steps; what does not depend on earlier columns is computed for a whole block."""
+
+    def __init__(self, grid_code: GridCode, group: int, matrix: Tensor):
+        """matrix: [2, K, N] of the columns to come, for its device and shape."""
+        super().__init__(grid_code)
+        self.grid_code, self.group = grid_code, group
+        self.magnitudes = grid_code.magnitudes.to(matrix.device).T.contiguous()
+        self.steps: list[Tensor] = []
+        """float32 [N] of every group so far."""
+        self.index = torch.empty(BLOCK, matrix.shape[2], dtype=torch.int64, device=matrix.device)
+
+    def begin(self, block: Tensor, scale: Tensor) -> None:
+        """As in `Columns`."""
+        self.block, self.scale = block, scale
+        # The terms of the scores that `nearest` computes, for each column of the block.
+        self.linear = -scale.T[:, :, None] * self.magnitudes
+        self.constant = scale.T @ (self.magnitudes.square() / 2)
+
+    def code(self, column: int) -> Tensor:
+        """As in `Columns`; a group's steps are fitted when its first column is coded."""
+        if column % self.group == 0:
+            part = slice(column, column + self.group)
+            block, scale = self.block[:, part], self.scale[:, part]
+            grid = fit_grid(self.grid_code, (block[0].T, block[1].T), (scale[0], scale[1]), self.group).grid
+            assert grid is not None
+            self.steps.append(grid[:, 0].float())
+            self.inverse = 1 / self.steps[-1].clamp(min=torch.finfo(torch.float32).tiny)
+        weights, index = self.block[:, column], self.index[column]
+        scores = torch.addmm(self.constant[column], (weights.abs() * self.inverse).T, self.linear[column])
+        torch.argmin(scores, dim=1, out=index)
+        value = self.magnitudes.index_select(1, index).copysign_(weights).mul_(self.steps[-1])
+        return value.to(torch.bfloat16).float()
+
+    def words(self) -> Tensor:
+        """As in `Columns`."""
+        negative = torch.signbit(self.block).int()
+        index = self.index[: self.block.shape[1]]
+        return self.grid_code.words.to(index.device)[index, negative[0], negative[1]]
+
+    def packed(self, words: Tensor) -> PackedMatrix:
+        """As in `Columns`."""
+        return packed_with_steps(self.grid_code, words, self.steps)
+
+
+class ColumnsInKernel:
+    """The same on a GPU, a block at a time."""
+
+    def __init__(self, grid_code: GridCode, group: int):
+        self.grid_code, self.group = grid_code, group
+        self.steps: list[Tensor] = []
+
+    def code_block(self, block: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `Columns`."""
+        from puzzlemoe_offline.words.nearest_kernels import code_columns
+
+        words, steps, errors = code_columns(self.grid_code, block, scale, factor, self.group, STEP_SCALES)
+        self.steps.extend(steps)
+        return words, errors
+
+    def packed(self, words: Tensor) -> PackedMatrix:
+        """As in `Columns`."""
+        return packed_with_steps(self.grid_code, words, self.steps)
+
+
+def packed_with_steps(code: GridCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:
+    """Words [N, K], one a column, and the steps [N] of every group of columns, as they are stored."""
+    return PackedMatrix(code.pack(words), torch.stack(steps, dim=1).to(torch.bfloat16))

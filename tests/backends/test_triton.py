@@ -1,0 +1,303 @@
+"""The Triton backend against the reference in float64: compiled where a GPU is, else under Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from support.triton_device import (
+    DEVICE,
+    GPU,
+    INTERPRETED,
+    compiles,
+    machine_code,
+    on_a_gpu,
+    run_interpreted,
+    runs,
+    starts_the_interpreter,
+)
+from torch import Tensor
+
+from puzzlemoe_vllm.backends import ExpertWeights, reference
+from puzzlemoe_vllm.format.codes import Angle16, Mask16, MergedPair, PairCode, get_code
+
+TOLERANCE = 1.2e-2 if INTERPRETED else 6e-3  # the interpreter truncates to bf16 where a GPU rounds
+
+if GPU or INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from puzzlemoe_vllm.backends import triton as backend
+
+    @triton.jit
+    def decode_kernel(words, out, POSITION: tl.constexpr, CODE: tl.constexpr, BLOCK: tl.constexpr):
+        index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        weight = backend._decode(tl.load(words + index), POSITION, None, None, CODE)
+        tl.store(out + index, weight.to(tl.float32))
+
+
+@starts_the_interpreter
+def test_under_the_interpreter():
+    run_interpreted(__file__)
+
+
+@dataclass(frozen=True)
+class Layer:
+    pairs: int
+    dense: int
+    hidden: int
+    intermediate: int
+    top_k: int
+    code: str = "mask16"
+    group_size: int | None = None
+
+
+TINY = Layer(pairs=2, dense=0, hidden=64, intermediate=32, top_k=2)
+MIXTRAL = Layer(pairs=4, dense=0, hidden=4096, intermediate=14336, top_k=2)
+QWEN3 = Layer(pairs=64, dense=0, hidden=2048, intermediate=768, top_k=8)
+QWEN3_ANGLE8 = replace(QWEN3, code="angle8", group_size=128)
+DEEPSEEK = Layer(pairs=32, dense=0, hidden=2048, intermediate=1408, top_k=6)
+
+
+def pair_words(code: PairCode, pairs: int, rows: int, columns: int, seed: int) -> Tensor:
+    draw = torch.Generator(DEVICE).manual_seed(seed)
+    shape = (pairs, rows, columns)
+    if code.has_grid:
+        return torch.randint(256, (pairs, *code.words_shape(rows, columns)), generator=draw, device=DEVICE).to(
+            code.dtype
+        )
+    merged = MergedPair(
+        magnitude=(torch.randn(shape, generator=draw, device=DEVICE) / columns**0.5).abs(),
+        mask=tuple(torch.rand(shape, generator=draw, device=DEVICE) < 0.7 for _ in range(2)),
+        negative=tuple(torch.rand(shape, generator=draw, device=DEVICE) < 0.5 for _ in range(2)),
+    )
+    if isinstance(code, Angle16):
+        direction = torch.randint(4, shape, generator=draw, device=DEVICE)
+        return code.encode(merged.magnitude, direction, merged.negative)
+    assert isinstance(code, Mask16)
+    return code.encode(merged)
+
+
+def make_weights(layer: Layer, seed: int = 0) -> ExpertWeights:
+    draw = torch.Generator(DEVICE).manual_seed(seed + 100)
+
+    def dense(rows: int, columns: int) -> Tensor:
+        shape = (layer.dense, rows, columns)
+        return (torch.randn(shape, generator=draw, device=DEVICE) / columns**0.5).bfloat16()
+
+    def steps(rows: int, columns: int) -> Tensor | None:
+        if layer.group_size is None:
+            return None
+        shape = (layer.pairs, rows, columns // layer.group_size)
+        return ((torch.rand(shape, generator=draw, device=DEVICE) + 0.5) / columns**0.5).bfloat16()
+
+    code = get_code(layer.code)
+    return ExpertWeights(
+        w13_pairs=pair_words(code, layer.pairs, 2 * layer.intermediate, layer.hidden, seed),
+        w2_pairs=pair_words(code, layer.pairs, layer.hidden, layer.intermediate, seed + 1),
+        w13_dense=dense(2 * layer.intermediate, layer.hidden),
+        w2_dense=dense(layer.hidden, layer.intermediate),
+        expert_map=None,
+        code=layer.code,
+        w13_grid=steps(2 * layer.intermediate, layer.hidden),
+        w2_grid=steps(layer.hidden, layer.intermediate),
+    )
+
+
+def make_routing(layer: Layer, tokens: int, experts: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator(DEVICE).manual_seed(seed + 200)
+    x = torch.randn(tokens, layer.hidden, generator=draw, device=DEVICE).bfloat16()
+    scores = torch.rand(tokens, experts, generator=draw, device=DEVICE)
+    topk_weights, topk_ids = scores.softmax(-1).topk(layer.top_k)
+    return x, topk_weights, topk_ids.int()
+
+
+def check(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeights) -> Tensor:
+    """The backend's output, compared with the reference; its inputs must come out unchanged."""
+    before = x.clone(), topk_weights.clone(), topk_ids.clone()
+    out = backend.fused_experts(x, topk_weights, topk_ids, weights)
+    expected = reference.fused_experts(x.double(), topk_weights, topk_ids, weights)
+    assert out.dtype == torch.bfloat16 and out.shape == x.shape
+    assert (out.double() - expected).norm() <= TOLERANCE * expected.norm()
+    skipped = (reference.local_ids(topk_ids, weights.expert_map) < 0).all(-1)
+    assert (out[skipped] == 0).all()
+    for tensor, copy in zip((x, topk_weights, topk_ids), before, strict=True):
+        torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
+    return out
+
+
+@runs
+@pytest.mark.parametrize("position", [0, 1])
+def test_every_word_decodes_as_the_code_says(position):
+    words = torch.arange(-(2**15), 2**15, device=DEVICE).to(torch.int16)
+    out = torch.empty(2**16, device=DEVICE)
+    decode_kernel[(16,)](words, out, position, "mask16", BLOCK=4096)
+    expected = get_code("mask16").decode(words, position).float()
+    kept = (words.int() >> (13 - position)) & 1 == 1
+    assert torch.equal(out[kept] * 2.0**-16, expected[kept])
+    assert (out[~kept].abs() < 1e-25).all()
+
+
+@runs
+@pytest.mark.parametrize("position", [0, 1])
+def test_every_angle16_word_decodes_as_the_code_says(position):
+    words = torch.arange(-(2**15), 2**15, device=DEVICE).to(torch.int16)
+    out = torch.empty(2**16, device=DEVICE)
+    decode_kernel[(16,)](words, out, position, "angle16", BLOCK=4096)
+    # The interpreter truncates to bf16 where a GPU rounds.
+    torch.testing.assert_close(out, get_code("angle16").decode(words, position).float(), rtol=2**-7, atol=0)
+
+
+# Around the tile sizes of all three regimes: 4 experts, so M tokens of top 2 are M / 2 per expert.
+@runs
+@pytest.mark.parametrize("tokens", [1, 2, 15, 17, 33, 70, 129, 257])
+def test_tokens(tokens):
+    check(*make_routing(TINY, tokens, 4), make_weights(TINY))
+
+
+@runs
+@pytest.mark.parametrize("hidden, intermediate", [(16, 16), (80, 96), (144, 176), (128, 352), (48, 1040)])
+@pytest.mark.parametrize("tokens", [5, 140])
+def test_any_multiple_of_16(hidden, intermediate, tokens):
+    layer = replace(TINY, hidden=hidden, intermediate=intermediate)
+    check(*make_routing(layer, tokens, 4), make_weights(layer))
+
+
+@runs
+@pytest.mark.parametrize(
+    "code, group_size", [("angle16", None), ("angle8", 32), ("angle8", 128), ("angle6", 64), ("mask6", 32)]
+)
+@pytest.mark.parametrize("tokens", [3, 70, 400])
+def test_every_code(code, group_size, tokens):
+    layer = Layer(2, 1, 128 if group_size is None else 2 * group_size, 128, 2, code, group_size)
+    check(*make_routing(layer, tokens, 5), make_weights(layer))
+
+
+@runs
+@pytest.mark.parametrize("pairs, dense", [(3, 2), (1, 3), (0, 4)])
+@pytest.mark.parametrize("tokens", [3, 60, 400])
+def test_dense_experts(pairs, dense, tokens):
+    layer = replace(TINY, pairs=pairs, dense=dense)
+    check(*make_routing(layer, tokens, 2 * pairs + dense), make_weights(layer))
+
+
+@runs
+@pytest.mark.parametrize("tokens", [4, 300])
+def test_skewed_routing(tokens):
+    weights = make_weights(TINY)
+    x, topk_weights, topk_ids = make_routing(TINY, tokens, 4)
+    one_expert = torch.tensor([2, -1], dtype=torch.int32, device=DEVICE).expand(tokens, 2)
+    check(x, topk_weights, one_expert, weights)
+    only_position_1 = topk_ids | 1
+    check(x, topk_weights, only_position_1, weights)
+    all_padding = torch.full_like(topk_ids, -1)
+    assert (check(x, topk_weights, all_padding, weights) == 0).all()
+    some_padding = topk_ids.where(topk_ids != 1, -1).long()
+    check(x, topk_weights.where(some_padding >= 0, float("nan")), some_padding, weights)
+
+
+@runs
+@pytest.mark.parametrize("tokens", [4, 300])
+def test_expert_map(tokens):
+    layer = replace(TINY, pairs=1, dense=1)
+    expert_map = torch.tensor([-1, 2, -1, 0, 1, -1, -1, -1], dtype=torch.int32, device=DEVICE)
+    weights = replace(make_weights(layer), expert_map=expert_map)
+    x, topk_weights, topk_ids = make_routing(layer, tokens, 8)
+    topk_ids[0] = -1
+    topk_ids[1] = torch.tensor([0, 7])
+    check(x, topk_weights, topk_ids, weights)
+
+
+@runs
+@pytest.mark.parametrize("tokens", [5, 140])
+def test_scratch_is_never_read_before_it_is_written(tokens, monkeypatch):
+    layer = replace(TINY, pairs=1, dense=1, intermediate=1040)
+    weights = make_weights(layer)
+    x, topk_weights, topk_ids = make_routing(layer, tokens, 3)
+    topk_ids[::3, 0] = -1
+    clean = backend.fused_experts(x, topk_weights, topk_ids, weights)
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -(2**30))
+
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: poison(empty(*shape, **options)))
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: poison(empty_like(tensor)))
+    assert torch.equal(backend.fused_experts(x, topk_weights, topk_ids, weights), clean)
+
+
+@runs
+def test_chunks_of_tokens(monkeypatch):
+    monkeypatch.setattr(backend, "CHUNK", 16)
+    check(*make_routing(TINY, 37, 4), make_weights(TINY))
+
+
+@runs
+def test_no_tokens():
+    out = backend.fused_experts(*make_routing(TINY, 0, 4), make_weights(TINY))
+    assert out.shape == (0, TINY.hidden)
+
+
+@runs
+def test_refuses_what_it_would_misread():
+    x, topk_weights, topk_ids = make_routing(TINY, 3, 4)
+    weights = make_weights(TINY)
+    with pytest.raises(TypeError, match="bfloat16"):
+        backend.fused_experts(x.float(), topk_weights, topk_ids, weights)
+    with pytest.raises(TypeError, match=r"angle8 words are torch\.uint8"):
+        backend.fused_experts(x, topk_weights, topk_ids, replace(weights, code="angle8"))
+
+
+@compiles
+@pytest.mark.parametrize("code, group_size", [("mask16", None), ("angle16", None), ("angle8", 128), ("mask6", 32)])
+def test_compiles_for_hopper(code, group_size):
+    pytest.importorskip("triton")
+    from puzzlemoe_vllm.backends.triton import _down_kernel
+
+    word = "*i16" if get_code(code).dtype == torch.int16 else "*u8"
+    kinds = {
+        "hidden": "*bf16",
+        "down": "*fp32",
+        "words": word,
+        "grid": "*bf16",
+        "dense": "*bf16",
+        "WORD_TABLE": "*bf16",
+    }
+    kinds |= dict.fromkeys(("order", "table", "used_blocks"), "*i32")
+    constants = {"GROUP_SIZE": group_size, "CODE": code, "PAIRS": True, "DENSE": True, "SHARED": True, "GROUP": 1}
+    constants |= {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}
+    constants |= {"grid": None, "WORD_TABLE": None} if group_size is None else {}
+    types = dict.fromkeys(_down_kernel.arg_names, "i32") | kinds
+    assert machine_code(_down_kernel, types, constants, 90)
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    "name, layer", [("mixtral", MIXTRAL), ("qwen3", QWEN3), ("deepseek", DEEPSEEK), ("angle8", QWEN3_ANGLE8)]
+)
+def test_real_shapes(name, layer):
+    weights = make_weights(layer)
+    for tokens in (1, 16, 100, 513, 2048):
+        x, topk_weights, topk_ids = make_routing(layer, tokens, weights.total)
+        out = check(x, topk_weights, topk_ids, weights)
+        for _ in range(5):
+            assert torch.equal(backend.fused_experts(x, topk_weights, topk_ids, weights), out)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("tokens", [1, 64, 1000])
+def test_graph_replay_with_changing_routing(tokens):
+    weights = make_weights(QWEN3)
+    x, topk_weights, topk_ids = make_routing(QWEN3, tokens, weights.total)
+    backend.fused_experts(x, topk_weights, topk_ids, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = backend.fused_experts(x, topk_weights, topk_ids, weights)
+    for seed in (1, 2):
+        routing = make_routing(QWEN3, tokens, weights.total, seed)
+        for static, fresh in zip((x, topk_weights, topk_ids), routing, strict=True):
+            static.copy_(fresh)
+        topk_ids[::5] = -1
+        graph.replay()
+        assert torch.equal(out, check(x, topk_weights, topk_ids, weights))

@@ -1,0 +1,112 @@
+"""Every code from compression to serving: what is written, unpacked and computed is one and the same model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import build
+from transformers import AutoTokenizer
+
+from puzzlemoe_offline.calibration.text import load_calibration
+from puzzlemoe_offline.methods.unpack import unpack
+from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.inspection import inspect
+from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.run.compress import Job, compress
+from puzzlemoe_offline.run.plan import make_plan
+from puzzlemoe_vllm.backends import ExpertWeights, reference
+from puzzlemoe_vllm.format.codes import CODES, get_code
+
+BITS = {"mask16": 16, "angle16": 16, "angle8": 8.5, "angle6": 6.5, "mask6": 6.5}
+"""Per pair, steps of 32 columns included."""
+
+
+def pack(source, out, **recipe) -> dict:
+    """Compresses with 8 windows of 128 bytes; returns the report."""
+    text = source / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 60)
+    checkpoint = Checkpoint(source)
+    calibration = load_calibration(str(text), AutoTokenizer.from_pretrained(source), 8, 128)
+    job = Job(checkpoint, str(source), None, Recipe(**recipe), calibration, "cpu")
+    assert make_plan(job).experts_after < make_plan(job).experts_before
+    return compress(job, out, False, lambda *_: None)
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+@pytest.mark.parametrize("name", list(CODES))
+def test_written_unpacked_and_served_weights_agree(name, compensate, tmp_path):
+    source = build("mixtral", tmp_path / "source")
+    report = pack(source, tmp_path / "packed", code=name, rule="least-squares", compensate=compensate)
+    packed = Checkpoint(tmp_path / "packed")
+    assert packed.quantization.group_size == (32 if get_code(name).has_grid else None)
+    dense, facts = inspect(Checkpoint(source))["bytes"], inspect(packed)["bytes"]
+    assert facts["experts, merged"] == dense["experts, dense"] * BITS[name] / 32 == report["bytes"]["experts_after"]
+    unpack(packed, tmp_path / "unpacked")
+    unpacked = Checkpoint(tmp_path / "unpacked")
+    for expert in range(8):
+        ours, theirs = packed.expert(1, expert), unpacked.expert(1, expert)
+        served = reference.expert_weights(one_pair(packed, expert & ~1), expert & 1)
+        assert torch.equal(torch.cat([ours.gate, ours.up]), served[0]) and torch.equal(ours.down, served[1])
+        assert torch.equal(torch.cat([theirs.gate, theirs.up]), served[0]) and torch.equal(theirs.down, served[1])
+
+
+def one_pair(packed: Checkpoint, leader: int) -> ExpertWeights:
+    """A pair of layer 1 as vLLM holds it."""
+    words = [packed.pair_words(1, leader, name) for name in packed.family.projections]
+    grids = [packed.pair_grid(1, leader, name) for name in packed.family.projections]
+    w13_grid, w2_grid = (None, None) if grids[0] is None else (torch.cat(grids[:2])[None], grids[2][None])
+    none = torch.empty(0, 0, 0)
+    w13 = torch.cat(words[:2])[None]
+    return ExpertWeights(w13, words[2][None], none, none, None, packed.quantization.code, w13_grid, w2_grid)
+
+
+def test_codes_that_lose_less_lose_less(tmp_path):
+    source = build("mixtral", tmp_path / "source", hidden_size=128, intermediate_size=128)
+    errors = {}
+    for key, recipe in {
+        "paper": {},
+        "least-squares": {"rule": "least-squares"},
+        "angle16": {"code": "angle16"},
+        "angle8": {"code": "angle8"},
+        "angle6": {"code": "angle6"},
+    }.items():
+        layers = pack(source, tmp_path / key, **recipe)["layers"]
+        errors[key] = sum(layer["output_error"] for layer in layers)
+    assert errors["angle8"] < errors["angle6"] < errors["least-squares"] < errors["paper"]
+    assert errors["angle16"] < errors["angle6"]
+
+
+def test_a_group_size_that_does_not_fit_names_one_that_does(tmp_path):
+    source = build("mixtral", tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"128 and intermediate size 96 .* --group-size 64; use --group-size 32"):
+        pack(source, tmp_path / "packed", code="angle8", group_size=64)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_damaged_steps_are_found(tmp_path):
+    source = build("mixtral", tmp_path / "source")
+    pack(source, tmp_path / "packed", code="angle8")
+    name = "model.layers.0.block_sparse_moe.experts.2.w3.puzzle_grid"
+    index = json.loads((tmp_path / "packed" / "model.safetensors.index.json").read_text())
+    shard = tmp_path / "packed" / index["weight_map"][name]
+    whole = load_file(shard)
+    for damage, message in (
+        (lambda grid: grid.float(), "dtype torch.float32, steps are torch.bfloat16"),
+        (lambda grid: grid[:, 1:].contiguous(), r"shape \(96, 3\), config.json says \(96, 4\)"),
+        (lambda grid: grid * torch.nan, "NaN or infinite"),
+        (lambda grid: None, "is missing"),
+    ):
+        damaged = whole | {name: damage(whole[name])}
+        save_file({key: value for key, value in damaged.items() if value is not None}, shard)
+        with pytest.raises(CheckpointError, match=f"{name}.*{message}"):
+            inspect(Checkpoint(tmp_path / "packed"))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [{"compensate": True}, {"code": "angle8", "compensate": True, "saliency": "magnitude"}, {"group_size": 64}],
+)
+def test_choices_that_contradict_each_other(recipe):
+    with pytest.raises(ValueError, match=r"compensation needs|no group steps"):
+        Recipe(**recipe)

@@ -1,0 +1,48 @@
+"""Two ranks generate what one rank does: tensor, pipeline and expert parallel.
+
+Two processes start anew for every model, which takes long: what can be in one model is.  contract.py has the rest.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from support.comparison import assert_same_generation
+
+pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM's CPU build wants a core for each rank")
+
+EXPERT_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+
+
+@pytest.fixture(scope="module")
+def check(engine, parallel_engine, models):
+    """check(options, **model): a Mixtral on two ranks generates what its unpacked form generates on one."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("the two ranks need vLLM's CPU build")
+
+    def run(options, **model):
+        both = models("mixtral", **model)
+        expected = engine.generate(both.unpacked, enforce_eager=True)
+        assert_same_generation(expected, parallel_engine.generate(both.packed, **({"enforce_eager": True} | options)))
+
+    return run
+
+
+def test_tensor_parallel_with_pairs_group_steps_and_dense_experts(check):
+    check({"tensor_parallel_size": 2}, sparsity="0.25", code="angle8", intermediate_size=256)
+
+
+def test_pair_that_straddles_expert_parallel_ranks(check):
+    check(EXPERT_PARALLEL, num_local_experts=6)
+
+
+def test_clusters_with_members_on_another_rank(check):
+    check(EXPERT_PARALLEL, clusters=3)
+
+
+def test_pipeline_parallel(check):
+    # vLLM's CPU build makes the buffers between pipeline ranks only when it compiles.
+    check({"pipeline_parallel_size": 2, "enforce_eager": False}, sparsity="0.25")
