@@ -1,80 +1,98 @@
-"""What a user chooses about a compression run."""
+"""What a user chooses about a compression run.
+
+A field's description is its help on the command line, and its row in docs/options.md.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.codes import get_code
 
-Method = Literal["puzzlemoe", "mergemoe"]
-Code = Literal["mask16", "angle16", "angle8", "angle6", "mask6"]
 Rule = Literal["paper", "least-squares"]
 Pairing = Literal["random", "search", "coactivation"]
 Saliency = Literal["wanda", "magnitude"]
 
+TAU = 0.4
+"""The paper's threshold of similarity."""
 
-class RecipeError(ValueError):
+
+class RecipeError(UserError):
     """Choices that contradict each other; the text says which, and what to choose instead."""
 
 
-class Recipe(BaseModel):
-    """Recorded in the packed model's provenance.  The defaults are the paper's.
+class PairRecipe(BaseModel):
+    """Experts merged in pairs, entry by entry; the defaults are the paper's.  Recorded in a packed model's provenance.
 
-    method: `puzzlemoe` merges experts in pairs, entry by entry; `mergemoe` merges them in clusters, and only `experts`
-    below concerns it.
-    experts: mergemoe's clusters per layer; None for puzzlemoe.
-    code: what a pair's word holds (`puzzlemoe_vllm.format.codes`).
-    rule: how a mask16 word is chosen: the `paper`'s threshold and saliency, or `least-squares`, weighted with each
-    expert's squared input norms, which the other codes always use.
-    compensate: push each expert's error in a column into its later columns; needs calibration and a least-squares fit.
-    group_size: input columns that share a step, in codes with steps; None for the largest that fits the model.
-    sparsity: share of the routed experts' memory that goes away, 0.5 (every expert merged) or 0.25 (half of them).
-    tau: similarity threshold of Eq. 1, in [0, 1].
-    pairing: partners at `random`, as in the paper; by `search`, the matching with the least weighted squared error of
-    the merged weights; or by `coactivation`, the matching whose partners are chosen by the same token most often.
-    saliency: `wanda` is |W| * ||X||_2 per input column, from calibration; `magnitude` is |W| and needs none.
-    seed: of the random pairing, and of the choice of calibration windows.
+    rule: None for codes whose words are always chosen by least squares.  tau: None but for the paper's rule.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Method = "puzzlemoe"
-    experts: int | None = None
-    code: Code = "mask16"
-    rule: Rule = "paper"
-    compensate: bool = False
-    group_size: int | None = None
-    sparsity: float = 0.5
-    tau: float = Field(default=0.4, ge=0, le=1)
-    pairing: Pairing = "random"
-    saliency: Saliency = "wanda"
-    seed: int = 0
+    method: Literal["puzzlemoe"] = "puzzlemoe"
+    code: str = Field(
+        default="mask16",
+        description="Bits of a pair's word, and how two weights share a magnitude: by masks (the paper) or directions.",
+    )
+    rule: Rule | None = Field(
+        default=None, description="mask16: the paper's threshold and saliency, or least squares as in the other codes."
+    )
+    compensate: bool = Field(
+        default=False, description="Push each expert's error in a column into its later ones, as GPTQ does."
+    )
+    group_size: int | None = Field(
+        default=None,
+        description="8- and 6-bit codes: input columns per step, 128, 64 or 32; the largest that fits if not given.",
+    )
+    sparsity: float = Field(
+        default=0.5, description="0.5 merges all experts of a layer, 0.25 the half that calibration uses less."
+    )
+    tau: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description=f"Paper's rule: similarity threshold below which a pair shares its mean; {TAU} if not given.",
+    )
+    pairing: Pairing = Field(
+        default="random",
+        description="Partners at random, those that lose least, or those that the same tokens choose most often.",
+    )
+    saliency: Saliency = Field(
+        default="wanda",
+        description="wanda: |W| times the input column's norm; magnitude: |W| alone, which needs no calibration.",
+    )
+    seed: int = Field(default=0, description="Of random partners, and of the choice of calibration windows.")
 
     @property
     def is_paper(self) -> bool:
         """Whether words are chosen by the paper's rule."""
-        return self.code == "mask16" and self.rule == "paper"
+        return self.rule == "paper"
 
-    def heeded(self) -> dict[str, Any]:
-        """The choices that the method, the code and the rule heed, as JSON data."""
-        if self.method == "mergemoe":
-            return self.model_dump(include={"method", "experts"})
-        return self.model_dump(exclude=None if self.is_paper else {"tau"}, exclude_none=True)
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.saliency == "wanda"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_follows(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The rule of a code that has several, and the rule's threshold."""
+        code = get_code(given.get("code", cls.model_fields["code"].default))
+        rule = given.get("rule") or (code.rules[0] if code.rules else None)
+        tau = given.get("tau")
+        return given | {"rule": rule, "tau": TAU if rule == "paper" and tau is None else tau}
 
     @model_validator(mode="after")
-    def _choices_fit_together(self) -> Recipe:
-        if (self.experts is None) == (self.method == "mergemoe"):
-            raise ValueError("experts is the number of mergemoe's clusters: both or neither")
+    def _choices_fit_together(self) -> PairRecipe:
+        code = get_code(self.code)
         if self.group_size is not None:
-            get_code(self.code).check_group_size(self.group_size)
-        if "rule" in self.model_fields_set and self.rule == "paper" and self.code != "mask16":
-            raise ValueError(
-                f"the paper's rule chooses mask16 words, {self.code} ones are chosen by least squares: "
-                "use --recipe paper, or drop --rule"
-            )
-        if "tau" in self.model_fields_set and not self.is_paper:
+            code.check_group_size(self.group_size)
+        if self.rule is not None and self.rule not in code.rules:
+            raise ValueError(f"rule {self.rule}: {self.code} words are always chosen by least squares: drop --rule")
+        if self.tau is not None and not self.is_paper:
             raise ValueError(
                 "tau is the threshold of the paper's rule, least squares has none: use --recipe paper, or drop --tau"
             )
@@ -82,9 +100,9 @@ class Recipe(BaseModel):
             raise ValueError(
                 "compensation needs --rule least-squares: use that, or --no-compensate (--recipe paper has neither)"
             )
-        if self.compensate and self.saliency == "magnitude":
+        if self.compensate and not self.calibrated:
             raise ValueError("compensation needs calibration: use --saliency wanda, or --no-compensate")
-        if self.pairing == "coactivation" and self.saliency == "magnitude":
+        if self.pairing == "coactivation" and not self.calibrated:
             raise ValueError("pairing by coactivation needs calibration: use --saliency wanda, or --pairing search")
         return self
 
@@ -96,22 +114,51 @@ class Recipe(BaseModel):
         return sparsity
 
 
+class ClusterRecipe(BaseModel):
+    """MergeMoE: whole experts merged in clusters, each into one dense expert."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["mergemoe"] = "mergemoe"
+    clusters: int = Field(description="mergemoe: experts that are left in every layer.")
+
+    @property
+    def calibrated(self) -> bool:
+        """Always: the merged experts are fitted to what the members put out."""
+        return True
+
+
+Recipe = Annotated[PairRecipe | ClusterRecipe, Field(discriminator="method")]
+MethodName = Literal["puzzlemoe", "mergemoe"]
 RecipeName = Literal["default", "paper"]
 
 NAMED: dict[RecipeName, dict[str, Any]] = {
     "default": {"code": "angle8", "rule": "least-squares", "compensate": True, "pairing": "search"},
     "paper": {},
 }
-"""Fields in which a recipe differs from the paper's."""
+"""Fields in which a recipe for pairs differs from the paper's."""
 
 
-def named_recipe(name: RecipeName, **changes: Any) -> Recipe:
+def named_recipe(name: RecipeName, **changes: Any) -> PairRecipe:
     """A named recipe with some fields changed; None leaves a field as it is.
 
-    Raises RecipeError for fields that contradict each other, be they the recipe's or changed.
+    Raises RecipeError for fields that contradict each other, be they the recipe's or changed, and for a rule where the
+    code leaves no choice.
     """
     given = {field: value for field, value in changes.items() if value is not None}
+    fields = NAMED[name] | given
     try:
-        return Recipe(**NAMED[name] | given)
-    except ValidationError as error:
-        raise RecipeError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        if "rule" not in given and not get_code(fields.get("code", "mask16")).rules:
+            fields.pop("rule", None)
+        return PairRecipe(**fields)
+    except (ValidationError, ValueError) as error:
+        raise RecipeError(reason(error)) from None
+
+
+def reason(error: ValueError) -> str:
+    """The first thing that pydantic found wrong, or what another check says."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        field = f"{first['loc'][0]}: " if first["loc"] and first["type"] != "value_error" else ""
+        return field + first["msg"].removeprefix("Value error, ")
+    return str(error)

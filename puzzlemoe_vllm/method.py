@@ -35,7 +35,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
 
     def __init__(self, moe: FusedMoEConfig, layout: PuzzleConfig, merged: int, centres: list[int] | None, prefix: str):
         super().__init__(moe)
-        self.code, self.group_size = get_code(layout.code), layout.group_size
+        self.code, self.group_size = get_code(layout.code or "mask16"), layout.group_size
         self.merged, self.centres, self.prefix = merged, centres, prefix
         parallel = moe.moe_parallel_config
         if parallel.use_all2all_kernels and parallel.all2all_backend != "allgather_reducescatter":

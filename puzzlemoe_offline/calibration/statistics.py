@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -104,14 +104,16 @@ class ExpertStatistics:
         return ProjectionInputs(norms, tokens, None if moments is None else moments[expert])
 
 
-@dataclass
-class SampledTokens:
-    """MoE inputs and outputs of a few calibration tokens, kept to measure the output error of the merged layer."""
+def few_tokens(tokens: Tensor) -> list[int]:
+    """Experts that saw too few calibration tokens, int [E], for their column norms to mean something."""
+    return [expert for expert, count in enumerate(tokens.tolist()) if count < FEW_TOKENS]
 
-    limit: int
-    batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
 
-    def record(self, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
-        """Keeps hidden [M, H], ids [M, k], weights [M, k] and out [M, H] up to `limit` tokens."""
-        if room := self.limit - sum(len(batch[0]) for batch in self.batches):
-            self.batches.append((hidden[:room].clone(), ids[:room].clone(), weights[:room].clone(), out[:room].clone()))
+def projection_inputs(
+    statistics: ExpertStatistics | None, expert: int, index: int, columns: int, device: torch.device
+) -> ProjectionInputs:
+    """What an expert's gate (0), up (1) or down (2) projection saw; columns that count the same without statistics, and
+    for an expert that saw few tokens."""
+    if statistics is None:
+        return ProjectionInputs.unknown(columns, device)
+    return statistics.inputs(expert, index, flat=int(statistics.tokens[expert]) < FEW_TOKENS)

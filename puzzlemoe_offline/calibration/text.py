@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from puzzlemoe_vllm.errors import UserError
+
 C4 = "allenai/c4"
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
 
 
-class CalibrationError(ValueError):
+class CalibrationError(UserError):
     """Calibration text that cannot be used; the text says why."""
 
 

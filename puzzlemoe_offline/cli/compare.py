@@ -1,4 +1,4 @@
-"""The commands that compare with other ways to make experts smaller: `baseline` and `compare`."""
+"""`puzzlemoe compare`: recipes and other ways to make experts smaller, on one model."""
 
 from __future__ import annotations
 
@@ -10,63 +10,31 @@ from typing import Annotated
 import typer
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from puzzlemoe_offline.calibration.text import C4
-from puzzlemoe_offline.cli.terminal import (
+from puzzlemoe_offline.cli.options import (
+    DEFAULT_CALIBRATION,
     DEFAULT_DEVICE,
+    DEFAULT_SAMPLES,
+    DEFAULT_WINDOW,
     CalibrationOption,
     DeviceOption,
+    OptionError,
     RevisionOption,
     SamplesOption,
-    WindowOption,
-    calibration_of,
-    console,
-    errors,
-    layer_progress,
-    usable,
+    SourceModel,
 )
-from puzzlemoe_offline.methods import METHODS
-from puzzlemoe_offline.methods.base import BaselineError
+from puzzlemoe_offline.cli.terminal import console, errors
+from puzzlemoe_offline.cli.texts import calibration_of, windows_to_score
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.hub import locate
-from puzzlemoe_offline.model.tokenizer import tokenizer_of
+from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.run.report import MB
-from puzzlemoe_offline.run.write_baseline import write_baseline
 from puzzlemoe_offline.score.compare import CONTENDERS, TAU_SWEEP, Comparison, Contender, Row, results
-from puzzlemoe_offline.score.distribution import expert_distribution
-from puzzlemoe_offline.score.perplexity import spread, windows_of
-
-
-def baseline_command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="The dense model: a folder or a hub id.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the dense model that comes of it.")],
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")],
-    calibration: CalibrationOption = C4,
-    samples: SamplesOption = 128,
-    sequence_length: WindowOption = 2048,
-    device: DeviceOption = DEFAULT_DEVICE,
-    revision: RevisionOption = None,
-) -> None:
-    """Write an ordinary bf16 checkpoint of what another compression method makes of the experts, for comparison."""
-    if method not in METHODS:
-        raise BaselineError(f"--method {method}: unknown; choose one of {', '.join(METHODS)}")
-    chosen = METHODS[method]
-    folder = locate(source, revision)
-    checkpoint = Checkpoint(folder)
-    data = None if chosen.needs == "nothing" else calibration_of(folder, calibration, samples, sequence_length)
-    with layer_progress(method, checkpoint.layers) as advance:
-        write_baseline(checkpoint, chosen, data, usable(device), out, lambda layer: advance())
-    console.print(
-        f"dense model written to {out}; {method} itself would store {chosen.bits_per_weight(checkpoint):.3f} bits per "
-        "expert weight",
-        markup=False,
-        soft_wrap=True,
-    )
+from puzzlemoe_offline.score.perplexity import spread
 
 
 def compare_command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="The dense model: a folder or a hub id.")],
+    source: SourceModel,
     text: Annotated[list[Path], typer.Option(exists=True, dir_okay=False, help="A plain text file; repeatable.")],
     only: Annotated[
         list[str] | None, typer.Option(help=f"Run only this one; repeatable. Of {', '.join(CONTENDERS)}.")
@@ -78,9 +46,11 @@ def compare_command(
     windows: Annotated[
         int | None, typer.Option(min=1, help="Score this many windows of each text, spread over it; all if not given.")
     ] = None,
-    calibration: CalibrationOption = C4,
-    samples: SamplesOption = 128,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per window, of calibration and texts.")] = 2048,
+    calibration: CalibrationOption = DEFAULT_CALIBRATION,
+    samples: SamplesOption = DEFAULT_SAMPLES,
+    sequence_length: Annotated[
+        int, typer.Option(min=8, help="Tokens per window, of calibration and texts.")
+    ] = DEFAULT_WINDOW,
     device: DeviceOption = DEFAULT_DEVICE,
     revision: RevisionOption = None,
     output: Annotated[
@@ -90,14 +60,13 @@ def compare_command(
     """Perplexity and size of every recipe and of other compression methods, on your model and texts."""
     contenders = _chosen(only or [], tau_sweep)
     _check_output(output)
-    folder = locate(source, revision)
-    checkpoint = Checkpoint(folder)
-    checkpoint.check_complete()
-    if checkpoint.quantization:
-        raise BaselineError(f"{folder} is packed already; compare starts from the 16-bit original")
-    texts = _texts(text, tokenizer_of(folder), sequence_length, windows)
+    model = LayerwiseModel(Checkpoint(locate(source, revision)), device.usable())
+    folder = model.checkpoint.folder
+    if model.checkpoint.quantization:
+        raise OptionError(f"{folder} is packed already; compare starts from the 16-bit original")
+    texts = _texts(folder, text, sequence_length, windows)
     data = calibration_of(folder, calibration, samples, sequence_length)
-    comparison = Comparison(checkpoint, data, texts, usable(device), output.parent)
+    comparison = Comparison(model, data, texts, output.parent)
     figure = output.with_suffix(".png")
     rows: list[Row] = []
     # On a large model this takes hours: what is measured is written at once.
@@ -111,50 +80,28 @@ def compare_command(
     console.print(f"written: {output} and {figure}", markup=False, soft_wrap=True)
 
 
-def draw_distribution(checkpoint: Checkpoint, folder: Path) -> None:
-    """Draws exponents.png and similarity.png into a folder, which is made, and says so on stderr."""
-    # matplotlib takes a second to import, which no other use of `inspect` should wait for.
-    from puzzlemoe_offline.score.plots import draw_exponents, draw_similarity
-
-    found = expert_distribution(checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = checkpoint.folder.resolve().name
-    draw_exponents(found, name, folder / "exponents.png")
-    draw_similarity(found, name, folder / "similarity.png")
-    errors.print(f"written: {folder / 'exponents.png'} and {folder / 'similarity.png'}", markup=False, soft_wrap=True)
-
-
 def _check_output(output: Path) -> None:
     if not output.parent.is_dir():
-        raise BaselineError(f"--output {output}: there is no folder {output.parent}")
+        raise OptionError(f"--output {output}: there is no folder {output.parent}")
     if output.suffix != ".json":
-        raise BaselineError(f"--output {output}: name the .json file; the plot goes beside it as .png")
+        raise OptionError(f"--output {output}: name the .json file; the plot goes beside it as .png")
 
 
-def _texts(
-    paths: list[Path], tokenizer: PreTrainedTokenizerBase, sequence_length: int, count: int | None
-) -> dict[str, Tensor]:
+def _texts(folder: Path, paths: list[Path], sequence_length: int, count: int | None) -> dict[str, Tensor]:
     """The windows to score of each text, by its file's name."""
     if len({path.stem for path in paths}) < len(paths):
-        raise BaselineError("--text: two files have the same name, by which the table tells them apart; rename one")
-    texts = {}
-    for path in paths:
-        try:
-            ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
-            texts[path.stem] = spread(windows_of(ids, sequence_length), count)
-        except ValueError as error:
-            raise BaselineError(f"--text {path}: {error}; give a plain text file in UTF-8") from None
-    return texts
+        raise OptionError("--text: two files have the same name, by which the table tells them apart; rename one")
+    return {path.stem: spread(windows_to_score(folder, path, sequence_length), count) for path in paths}
 
 
 def _chosen(only: list[str], tau_sweep: bool) -> Mapping[str, Contender]:
     if tau_sweep:
         if only:
-            raise BaselineError("--tau-sweep runs the paper's rule alone: drop --only")
-        return TAU_SWEEP
+            raise OptionError("--tau-sweep runs the paper's rule alone: drop --only")
+        return {f"tau {tau}": contender for tau, contender in TAU_SWEEP.items()}
     for name in only:
         if name not in CONTENDERS:
-            raise BaselineError(f"--only {name}: unknown; choose from {', '.join(CONTENDERS)}")
+            raise OptionError(f"--only {name}: unknown; choose from {', '.join(CONTENDERS)}")
     return {name: contender for name, contender in CONTENDERS.items() if not only or name in only}
 
 
@@ -186,7 +133,7 @@ def _draw(rows: list[Row], tau_sweep: bool, model: str, target: Path) -> None:
 
     scored = [row for row in rows if not row.refused]
     if tau_sweep:
-        taus = [TAU_SWEEP[row.name].tau for row in scored[1:]]
+        taus = [float(row.name.removeprefix("tau ")) for row in scored[1:]]
         draw_tau_sweep(scored, taus, f"{model}, the paper's rule", target)
     else:
         draw_comparison(scored, model, target)

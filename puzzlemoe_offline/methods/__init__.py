@@ -1,8 +1,9 @@
-"""Other ways to make experts smaller, to compare with; each writes an ordinary dense checkpoint of what it computes."""
+"""Ways to make experts smaller, one file each, and the table of those that are for comparison: each of them writes an
+ordinary dense checkpoint of what it computes."""
 
 from __future__ import annotations
 
-from puzzlemoe_offline.methods.base import Method
+from puzzlemoe_offline.methods.base import LayerMethod
 from puzzlemoe_offline.methods.dropping import DropExperts
 from puzzlemoe_offline.methods.gptq import Gptq
 from puzzlemoe_offline.methods.hc_smoe import HcSmoe
@@ -10,7 +11,7 @@ from puzzlemoe_offline.methods.merge_three import MergeThree
 from puzzlemoe_offline.methods.rounding import RoundToNearest
 from puzzlemoe_offline.methods.wanda import Wanda
 
-METHODS: dict[str, Method] = {
+BASELINES: dict[str, LayerMethod] = {
     "int8": RoundToNearest(8),
     "int4": RoundToNearest(4),
     "int3": RoundToNearest(3),

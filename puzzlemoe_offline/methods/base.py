@@ -1,59 +1,147 @@
-"""What a baseline does to the experts of one layer, and what it needs to know for that."""
+"""What a method does to the experts of one layer, and what it needs to know for that."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, ClassVar
 
+import torch
+from pydantic import BaseModel
 from torch import Tensor
 
+from puzzlemoe_offline.calibration.passes import LayerPasses, Recorder
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
-
-Needs = Literal["nothing", "norms", "moments", "outputs"]
-"""What a method takes from calibration: nothing; token counts and column norms; these and second moments; these and the
-mean output of every expert."""
-
-
-class BaselineError(ValueError):
-    """A model that a baseline cannot be applied to; the text names the option and the way out."""
+from puzzlemoe_offline.model.layerwise import LayerExperts
+from puzzlemoe_offline.model.tensors import dense_tensors
+from puzzlemoe_vllm.errors import UserError
+from puzzlemoe_vllm.format.layout import PuzzleConfig
 
 
-@dataclass(frozen=True)
-class SourceLayer:
-    """One layer's routed experts as the source has them, by expert id, and what calibration saw of them.
+class MethodError(UserError):
+    """A model that a method cannot be applied to; the text names the option and the way out."""
 
-    statistics: None when the method needs nothing; mean_outputs: float32 [E, H], None unless the method needs outputs.
+
+class LayerRecord(BaseModel):
+    """What is known of a layer once it is written: a row of puzzlemoe_report.json.
+
+    seconds: by stage of the work.  order: new expert id -> the source's.  merged: how many experts are in pairs;
+    pair_bytes: of one pair's words and steps.
+    centres: for each expert the one that serves in its place, of experts merged in clusters.
+    tokens: calibration tokens that chose each expert of the source; few_tokens: experts with too few of them.
+    weight_error, output_error: ||difference|| / ||original||, the first for gate, up and down projection.
+    clamped: weights below the smallest that the words can hold.
+    shared_choices: how often a token chose both partners of a pair, here and if partners were random.
     """
 
+    layer: int
+    seconds: dict[str, float] = {}
+    order: list[int] | None = None
+    merged: int | None = None
+    pair_bytes: int | None = None
+    centres: list[int] | None = None
+    tokens: list[int] | None = None
+    few_tokens: list[int] | None = None
+    weight_error: list[float] | None = None
+    output_error: float | None = None
+    clamped: int | None = None
+    shared_choices: dict[str, float] | None = None
+
+
+@dataclass
+class SourceLayer:
+    """One layer's routed experts as the source has them, and the calibration tokens that go through it.
+
+    passes: None for a method that needs no calibration.
+    """
+
+    checkpoint: Checkpoint
     index: int
-    experts: list[Expert]
-    statistics: ExpertStatistics | None
-    mean_outputs: Tensor | None
+    device: str
+    streamed: LayerExperts
+    passes: LayerPasses | None
 
-
-@dataclass(frozen=True)
-class NewLayer:
-    """What a baseline makes of a layer: weights in bf16, of the source's experts `order`, whose router rows stay."""
-
-    order: list[int]
-    experts: list[Expert]
-
-
-class Method(Protocol):
-    """A way to make the routed experts smaller, applied to one layer at a time."""
+    def expert(self, number: int) -> Expert:
+        """Weights of one expert, bf16, which stay on the device until the layer is done."""
+        return self.streamed(self.index, number)
 
     @property
-    def needs(self) -> Needs:
-        """What it takes from calibration."""
+    def experts(self) -> list[Expert]:
+        """All of them."""
+        return [self.expert(number) for number in range(self.checkpoint.experts)]
+
+    def statistics(self, moments: bool = False, record: Recorder | None = None) -> ExpertStatistics:
+        """What each expert sees of the calibration tokens, in one pass; record as in `LayerPasses.run`."""
+        assert self.passes
+        seen = ExpertStatistics.zeros(
+            self.checkpoint.experts, *self.checkpoint.expert_sizes, torch.device(self.device), moments
+        )
+
+        def record_choices(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+            seen.observe_choices(ids)
+            if record:
+                record(hidden, ids, weights, out)
+
+        self.passes.run(seen.observe, record_choices)
+        return seen
+
+
+@dataclass
+class NewLayer:
+    """What a method makes of a layer: the tensors of its routed experts, by name, and what is known of them.
+
+    record.order, if any, are the source's ids of the new experts, whose rows of the router stay in that order.
+    """
+
+    tensors: dict[str, Tensor]
+    record: LayerRecord
+
+
+class LayerMethod(ABC):
+    """A way to make the routed experts smaller, applied to one layer at a time.
+
+    packs: whether experts are stored in the method's own way, with a quantization_config, or else in bf16.
+    """
+
+    packs: ClassVar[bool] = False
+
+    @property
+    def passes(self) -> int:
+        """How often the calibration tokens go through a layer; 0 for a method that needs none."""
+        return 1
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises BaselineError when the method does not fit the model."""
+        """Raises MethodError when the method does not fit the model."""
+        if checkpoint.quantization:
+            raise MethodError(f"{checkpoint.folder} is packed already; start from the 16-bit original")
 
+    @abstractmethod
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:
-        """Bits that one weight of a routed expert would take in the method's own storage, scales and indices included,
-        per weight of the source."""
+        """Bits that one weight of a routed expert takes in the method's own storage, scales and indices included, per
+        weight of the source."""
 
+    def experts_left(self, checkpoint: Checkpoint) -> int:
+        """How many experts a layer has afterwards."""
+        return checkpoint.experts
+
+    @abstractmethod
     def apply(self, layer: SourceLayer) -> NewLayer:
-        """The layer's new experts."""
+        """The layer's new experts, on its device; runs the layer's passes."""
+
+    def choices(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What was chosen, and what it comes to for this model, as JSON data."""
+        return {"method": str(self)}
+
+    def quantization(self, checkpoint: Checkpoint, records: list[LayerRecord]) -> PuzzleConfig | None:
+        """What config.json says of packed experts, but for the provenance; None where all are in bf16."""
+        return None
+
+
+def dense_layer(layer: SourceLayer, experts: list[Expert], record: LayerRecord | None = None) -> NewLayer:
+    """Experts in bf16, in the order of their ids."""
+    tensors: dict[str, Tensor] = {}
+    for number, expert in enumerate(experts):
+        tensors |= dense_tensors(layer.checkpoint, layer.index, number, expert)
+    return NewLayer(tensors, record or LayerRecord(layer=layer.index))

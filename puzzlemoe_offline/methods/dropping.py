@@ -7,9 +7,8 @@ works with many experts.  Every layer keeps the same number, because config.json
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from puzzlemoe_offline.methods.base import BaselineError, Needs, NewLayer, SourceLayer
+from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, SourceLayer, dense_layer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import expert_groups
 
@@ -19,35 +18,43 @@ def remaining(experts: int, sparsity: float) -> int:
     return experts - round(experts * sparsity)
 
 
+def most_used(counts: list[int], count: int) -> list[int]:
+    """Ids of the experts with the most tokens, ascending; of equals the first."""
+    return sorted(sorted(range(len(counts)), key=lambda expert: -counts[expert])[:count])
+
+
 @dataclass(frozen=True)
-class DropExperts:
+class DropExperts(LayerMethod):
     """sparsity: share of every layer's experts that goes, with their router rows."""
 
     sparsity: float
-    needs: ClassVar[Needs] = "norms"
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises BaselineError when fewer experts than a token needs would stay, or the router picks from groups."""
+        """Raises MethodError when fewer experts than a token needs would stay, or the router picks from groups."""
+        super().check(checkpoint)
         if (groups := expert_groups(checkpoint.config)) > 1:
-            raise BaselineError(
+            raise MethodError(
                 f"{checkpoint.folder}: its router picks from {groups} groups of experts, which dropping would leave "
                 "uneven; use --method hc-smoe-50 or hc-smoe-25, which keep the router"
             )
-        kept, needed = remaining(checkpoint.experts, self.sparsity), checkpoint.experts_per_token
+        kept, needed = self.experts_left(checkpoint), checkpoint.experts_per_token
         if kept < needed:
-            raise BaselineError(
+            raise MethodError(
                 f"{checkpoint.folder}: dropping would leave {kept} of {checkpoint.experts} experts, and every token "
                 f"needs {needed}; use --method drop-25, or hc-smoe-50 or hc-smoe-25, which keep the router"
             )
 
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:
         """bf16 for the experts that stay, nothing for the others."""
-        return 16 * remaining(checkpoint.experts, self.sparsity) / checkpoint.experts
+        return 16 * self.experts_left(checkpoint) / checkpoint.experts
+
+    def experts_left(self, checkpoint: Checkpoint) -> int:
+        """The rest."""
+        return remaining(checkpoint.experts, self.sparsity)
 
     def apply(self, layer: SourceLayer) -> NewLayer:
         """The experts that saw the most tokens, in the source's order."""
-        assert layer.statistics is not None
-        counts = layer.statistics.tokens.tolist()
-        most = sorted(range(len(counts)), key=lambda expert: -counts[expert])
-        order = sorted(most[: remaining(len(counts), self.sparsity)])
-        return NewLayer(order, [layer.experts[expert] for expert in order])
+        counts = layer.statistics().tokens.tolist()
+        order = most_used(counts, self.experts_left(layer.checkpoint))
+        record = LayerRecord(layer=layer.index, order=order, tokens=counts)
+        return dense_layer(layer, [layer.expert(number) for number in order], record)

@@ -8,13 +8,12 @@ hundredth trusts the few thousand tokens of an expert too much.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ProjectionInputs
-from puzzlemoe_offline.methods.base import Needs, NewLayer, SourceLayer
+from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, SourceLayer, dense_layer
 from puzzlemoe_offline.methods.rounding import Grid, group_of, stored_bits
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
@@ -42,14 +41,14 @@ def gptq(weight: Tensor, inputs: ProjectionInputs, bits: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(LayerMethod):
     """Integer grids with GPTQ's compensation."""
 
     bits: int
-    needs: ClassVar[Needs] = "moments"
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises BaselineError when no group size divides the experts' sizes."""
+        """Raises MethodError when no group size divides the experts' sizes."""
+        super().check(checkpoint)
         stored_bits(self.bits, checkpoint)
 
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:
@@ -58,16 +57,15 @@ class Gptq:
 
     def apply(self, layer: SourceLayer) -> NewLayer:
         """Every expert, rounded; without compensation where it saw fewer than `FEW_TOKENS` tokens."""
-        assert layer.statistics is not None
-        rounded = []
+        seen, rounded = layer.statistics(moments=True), []
         for number, expert in enumerate(layer.experts):
-            few = int(layer.statistics.tokens[number]) < FEW_TOKENS
+            few = int(seen.tokens[number]) < FEW_TOKENS
             rounded.append(
                 Expert(
                     *(
-                        gptq(weight, layer.statistics.inputs(number, projection, flat=few), self.bits)
+                        gptq(weight, seen.inputs(number, projection, flat=few), self.bits)
                         for projection, weight in enumerate(expert.matrices)
                     )
                 )
             )
-        return NewLayer(list(range(len(rounded))), rounded)
+        return dense_layer(layer, rounded)

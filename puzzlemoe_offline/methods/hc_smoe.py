@@ -8,14 +8,13 @@ expert under every id of its members; software that knew clusters would store it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor
 
-from puzzlemoe_offline.methods.base import Needs, NewLayer, SourceLayer
+from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, SourceLayer, dense_layer
 from puzzlemoe_offline.methods.dropping import remaining
 from puzzlemoe_offline.methods.mergemoe import mean_by_usage, usage_shares
 from puzzlemoe_offline.model.checkpoint import Checkpoint
@@ -55,14 +54,10 @@ def clusters_of(features: Tensor, count: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class HcSmoe:
+class HcSmoe(LayerMethod):
     """sparsity: share of every layer's experts that goes by merging."""
 
     sparsity: float
-    needs: ClassVar[Needs] = "outputs"
-
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Fits every model: the router stays as it is."""
 
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:
         """bf16 for one expert per cluster."""
@@ -70,11 +65,13 @@ class HcSmoe:
 
     def apply(self, layer: SourceLayer) -> NewLayer:
         """Every expert replaced by its cluster's; a cluster that saw no tokens is a plain mean."""
-        assert layer.statistics is not None and layer.mean_outputs is not None
-        merged = list(layer.experts)
-        for members in clusters_of(layer.mean_outputs, remaining(len(merged), self.sparsity)):
-            shares = usage_shares(layer.statistics.tokens[members])
-            experts = [layer.experts[member] for member in members]
+        merged = layer.experts
+        outputs = MeanOutputs(merged)
+        seen = layer.statistics(record=outputs.record)
+        source = list(merged)
+        for members in clusters_of(outputs.mean(), remaining(len(merged), self.sparsity)):
+            shares = usage_shares(seen.tokens[members])
+            experts = [source[member] for member in members]
             gate, up, down = (
                 mean_by_usage([getattr(expert, projection) for expert in experts], shares).to(torch.bfloat16)
                 for projection in PROJECTIONS
@@ -82,4 +79,4 @@ class HcSmoe:
             for member in members:
                 # A checkpoint's tensors must not share memory.
                 merged[member] = Expert(gate.clone(), up.clone(), down.clone())
-        return NewLayer(list(range(len(merged))), merged)
+        return dense_layer(layer, merged)

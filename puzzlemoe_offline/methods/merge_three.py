@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS
-from puzzlemoe_offline.methods.base import Needs, NewLayer, SourceLayer
-from puzzlemoe_offline.methods.pairs import rows_at_once
+from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, SourceLayer, dense_layer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
+from puzzlemoe_offline.words.pack import rows_at_once
 from puzzlemoe_offline.words.paper_rule import similar
 
 WORD_BITS = {1: 16, 2: 16, 3: 18}
@@ -62,15 +61,11 @@ def merge_in_blocks(weights: list[Tensor], norms: Tensor, tau: float) -> list[Te
 
 
 @dataclass(frozen=True)
-class MergeThree:
+class MergeThree(LayerMethod):
     """tau: similarity threshold of Eq. 1; seed: of the random groups."""
 
     tau: float = 0.4
     seed: int = 0
-    needs: ClassVar[Needs] = "norms"
-
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Fits every model: expert ids stay as they are, so groups of the router do not matter."""
 
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:
         """As if 18 bits held an entry of three experts."""
@@ -79,15 +74,15 @@ class MergeThree:
 
     def apply(self, layer: SourceLayer) -> NewLayer:
         """Every expert in its merged form; a group with an expert that saw few tokens is merged by magnitude alone."""
-        assert layer.statistics is not None
-        merged = list(layer.experts)
+        seen, source = layer.statistics(), layer.experts
+        merged = list(source)
         for members in groups_of_three(len(merged), self.seed * 100_003 + layer.index):
-            few = any(int(layer.statistics.tokens[member]) < FEW_TOKENS for member in members)
+            few = any(int(seen.tokens[member]) < FEW_TOKENS for member in members)
             projections = []
             for index, projection in enumerate(PROJECTIONS):
-                weights = [getattr(layer.experts[member], projection) for member in members]
-                norms = torch.stack([layer.statistics.inputs(member, index).norms for member in members])
+                weights = [getattr(source[member], projection) for member in members]
+                norms = torch.stack([seen.inputs(member, index).norms for member in members])
                 projections.append(merge_in_blocks(weights, torch.ones_like(norms) if few else norms, self.tau))
             for member, *new in zip(members, *projections, strict=True):
                 merged[member] = Expert(*(weight.clone() for weight in new))
-        return NewLayer(list(range(len(merged))), merged)
+        return dense_layer(layer, merged)

@@ -20,14 +20,23 @@ The calibration tokens of a cluster are those that the router sends to one of it
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puzzlemoe_offline.calibration.sampled_tokens import SampledTokens
+from puzzlemoe_offline.calibration.statistics import few_tokens
+from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, SourceLayer
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.model.tensors import dense_tensors
+from puzzlemoe_offline.recipe import ClusterRecipe
+from puzzlemoe_vllm.format.layout import PuzzleConfig
 
 DAMPING = 0.01
 """Added to the diagonal of P P', as a share of its mean."""
@@ -143,3 +152,71 @@ class LayerMerger:
     def finish(self) -> ClusteredLayer:
         """An expert that is alone in its cluster stays as it is."""
         return ClusteredLayer(self.centres, self.alone | {centre: c.merge() for centre, c in self.clusters.items()})
+
+
+@dataclass(frozen=True)
+class MergeMoe(LayerMethod):
+    """Every layer's experts in so many clusters."""
+
+    recipe: ClusterRecipe
+    packs: ClassVar[bool] = True
+
+    @property
+    def passes(self) -> int:
+        """Two, since what is summed up depends on which experts are used most."""
+        return 2
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises MethodError when the model is packed already, or has too few experts."""
+        super().check(checkpoint)
+        if not 1 <= self.recipe.clusters < checkpoint.experts:
+            raise MethodError(
+                f"--clusters {self.recipe.clusters}: {checkpoint.folder} has {checkpoint.experts} experts per layer; "
+                f"choose 1 to {checkpoint.experts - 1}"
+            )
+
+    def bits_per_weight(self, checkpoint: Checkpoint) -> float:
+        """bf16 for one expert per cluster."""
+        return 16 * self.recipe.clusters / checkpoint.experts
+
+    def choices(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The recipe's fields."""
+        return self.recipe.model_dump()
+
+    def quantization(self, checkpoint: Checkpoint, records: list[LayerRecord]) -> PuzzleConfig:
+        """Which experts serve for which."""
+        clusters = {record.layer: record.centres for record in records if record.centres}
+        return PuzzleConfig(clusters=clusters)
+
+    def apply(self, layer: SourceLayer) -> NewLayer:
+        """Counts tokens in one pass, sums up the clusters' outputs in the other."""
+        assert layer.passes
+        tokens = torch.zeros(layer.checkpoint.experts, dtype=torch.int64)
+
+        def count(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+            tokens.add_(ids.flatten().bincount(minlength=len(tokens)).cpu())
+
+        layer.passes.run(record=count)
+        began = time.perf_counter()
+        merger, sample = LayerMerger(layer.expert, tokens, self.recipe.clusters), SampledTokens()
+
+        def sum_up(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+            merger.observe(hidden, ids)
+            sample.record(hidden, ids, weights, out)
+
+        merging = time.perf_counter() - began
+        layer.passes.run(record=sum_up)
+        began = time.perf_counter()
+        merged = merger.finish()
+        record = LayerRecord(
+            layer=layer.index,
+            centres=merged.centres,
+            tokens=tokens.tolist(),
+            few_tokens=few_tokens(tokens),
+            output_error=sample.output_error(merged.expert),
+        )
+        tensors: dict[str, Tensor] = {}
+        for centre, expert in merged.merged.items():
+            tensors |= dense_tensors(layer.checkpoint, layer.index, centre, expert)
+        record.seconds["merge"] = merging + time.perf_counter() - began
+        return NewLayer(tensors, record)

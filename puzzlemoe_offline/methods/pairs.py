@@ -1,49 +1,35 @@
-"""One layer's experts: pair them, merge them, pack them, and measure what was lost."""
+"""PuzzleMoE: a layer's experts in pairs, as words (arXiv 2511.04805), by whatever code and rule the recipe names."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics, ProjectionInputs
+from puzzlemoe_offline.calibration.sampled_tokens import SampledTokens
+from puzzlemoe_offline.calibration.statistics import ExpertStatistics, few_tokens, projection_inputs
+from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, SourceLayer
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
-from puzzlemoe_offline.pairing.partners import LayerPairing
-from puzzlemoe_offline.recipe import Recipe
-from puzzlemoe_offline.words.compensate import fit_compensated
-from puzzlemoe_offline.words.nearest import PackedMatrix, column_scales, fit
-from puzzlemoe_vllm.format.codes import PairCode, UnencodableWeight, get_code
-
-ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}
-"""Entries merged at a time: bounds the float32 scratch memory, lets it stay in a CPU's cache, and keeps a GPU busy."""
-
-
-@dataclass
-class Losses:
-    """What packing lost: squared error and energy per projection (gate, up, down), and entries clamped to the code's
-    smallest magnitude or to zero."""
-
-    error: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    energy: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    clamped: int = 0
-
-    def relative(self) -> list[float]:
-        """||W - W'|| / ||W|| of the merged experts, per projection."""
-        return [
-            (error / energy) ** 0.5 if energy else 0.0 for error, energy in zip(self.error, self.energy, strict=True)
-        ]
-
-
-def projection_inputs(
-    statistics: ExpertStatistics | None, expert: int, index: int, columns: int, device: torch.device
-) -> ProjectionInputs:
-    """What an expert's gate (0), up (1) or down (2) projection saw; columns that count the same without statistics, and
-    for an expert that saw few tokens."""
-    if statistics is None:
-        return ProjectionInputs.unknown(columns, device)
-    return statistics.inputs(expert, index, flat=int(statistics.tokens[expert]) < FEW_TOKENS)
-
+from puzzlemoe_offline.model.families import expert_groups
+from puzzlemoe_offline.model.tensors import dense_tensors, experts_name
+from puzzlemoe_offline.pairing.pair_cost import merge_errors
+from puzzlemoe_offline.pairing.partners import (
+    LayerPairing,
+    PairCosts,
+    check_groups,
+    merged_count,
+    pair_experts,
+    shared_choices,
+)
+from puzzlemoe_offline.recipe import PairRecipe
+from puzzlemoe_offline.words.nearest import PackedMatrix
+from puzzlemoe_offline.words.pack import Losses, pack_matrix
+from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, PairCode, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.layout import PuzzleConfig, grid_name, words_name
 
 PackedPair = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
 """A pair's gate, up and down projection."""
@@ -53,7 +39,7 @@ def pack_pair(
     experts: tuple[Expert, Expert],
     ids: tuple[int, int],
     statistics: ExpertStatistics | None,
-    recipe: Recipe,
+    recipe: PairRecipe,
     group: int | None,
     losses: Losses,
 ) -> PackedPair:
@@ -75,41 +61,6 @@ def pack_pair(
     return packed[0], packed[1], packed[2]
 
 
-def rows_at_once(weight: Tensor) -> int:
-    """Rows of a matrix [N, K] that `ENTRIES` allows."""
-    return max(1, ENTRIES[weight.device.type] // weight.shape[1])
-
-
-def pack_matrix(
-    weights: tuple[Tensor, Tensor],
-    inputs: tuple[ProjectionInputs, ProjectionInputs],
-    recipe: Recipe,
-    group: int | None,
-    losses: Losses,
-    index: int,
-) -> PackedMatrix:
-    """Two matrices [N, K] as words, on their device; what they lose is added to `losses`."""
-    code = get_code(recipe.code)
-    rows = rows_at_once(weights[0])
-    blocks = list(zip(weights[0].split(rows), weights[1].split(rows), strict=True))
-    if recipe.compensate and inputs[0].moments is not None:
-        packed = fit_compensated(code, weights, inputs, group)
-    else:
-        scales = column_scales(inputs, recipe)
-        packed = PackedMatrix.stack([fit(block, scales, recipe, group) for block in blocks])
-    grids = [None] * len(blocks) if packed.grid is None else packed.grid.split(rows)
-    error, energy = torch.zeros(2, dtype=torch.float64, device=weights[0].device)
-    for block, words, grid in zip(blocks, packed.words.split(rows), grids, strict=True):
-        for position, weight in enumerate(block):
-            exact = weight.float()
-            error += (exact - code.decode(words, position, grid).float()).square().sum()
-            energy += exact.square().sum()
-    losses.error[index] += float(error)
-    losses.energy[index] += float(energy)
-    losses.clamped += packed.clamped
-    return packed
-
-
 @dataclass(frozen=True)
 class PackedLayer:
     """A layer after merging, under the new expert ids of `pairing`."""
@@ -125,3 +76,150 @@ class PackedLayer:
         if new >= self.pairing.merged:
             return self.dense[new - self.pairing.merged]
         return Expert(*(self.code.decode(matrix.words, new & 1, matrix.grid) for matrix in self.pairs[new >> 1]))
+
+    @property
+    def pair_bytes(self) -> int:
+        """Of one pair's words and steps."""
+        steps = [matrix.grid.nbytes for matrix in self.pairs[0] if matrix.grid is not None]
+        return sum(matrix.words.nbytes for matrix in self.pairs[0]) + sum(steps)
+
+    def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+        """Words, steps and dense weights by name."""
+        experts, tensors = experts_name(checkpoint, layer), {}
+        for pair, matrices in enumerate(self.pairs):
+            for name, matrix in zip(checkpoint.family.projections, matrices, strict=True):
+                tensors[words_name(experts, 2 * pair, name)] = matrix.words
+                if matrix.grid is not None:
+                    tensors[grid_name(experts, 2 * pair, name)] = matrix.grid
+        for number, expert in enumerate(self.dense, self.pairing.merged):
+            tensors |= dense_tensors(checkpoint, layer, number, expert)
+        return tensors
+
+
+@dataclass(frozen=True)
+class PairMethod(LayerMethod):
+    """Experts merged in pairs as a recipe says."""
+
+    recipe: PairRecipe
+    packs: ClassVar[bool] = True
+
+    @property
+    def passes(self) -> int:
+        """One over the calibration tokens, or none where magnitudes alone decide."""
+        return 1 if self.recipe.calibrated else 0
+
+    @property
+    def code(self) -> PairCode:
+        """The recipe's code."""
+        return get_code(self.recipe.code)
+
+    def group_size(self, checkpoint: Checkpoint) -> int | None:
+        """Input columns that share a step: the recipe's choice, or the largest that fits; None for codes without steps.
+
+        Raises MethodError when it does not divide the model's sizes.
+        """
+        if not self.code.has_grid:
+            return None
+        chosen, sizes = self.recipe.group_size, checkpoint.expert_sizes
+        fitting = [size for size in GROUP_SIZES if all(columns % size == 0 for columns in sizes)]
+        if chosen in fitting or (chosen is None and fitting):
+            return chosen or fitting[0]
+        without = next(code.name for code in CODES.values() if not code.has_grid and not code.rules)
+        raise MethodError(
+            f"{checkpoint.folder}: hidden size {sizes[0]} and intermediate size {sizes[1]} are not multiples of "
+            f"--group-size {chosen or GROUP_SIZES[-1]}; "
+            + (f"use --group-size {fitting[0]}" if fitting else f"use --code {without}, which has no groups")
+        )
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises MethodError when the model is packed already, or its experts do not fit the recipe; UnsupportedModel
+        for routing groups that cannot be paired."""
+        super().check(checkpoint)
+        self.group_size(checkpoint)
+        check_groups(checkpoint.experts, expert_groups(checkpoint.config))
+        if self.recipe.sparsity == 0.25 and checkpoint.experts < 4:
+            raise MethodError(
+                f"--sparsity 0.25: half of the {checkpoint.experts} experts per layer of {checkpoint.folder} are no "
+                "pair; use --sparsity 0.5"
+            )
+
+    def bits_per_weight(self, checkpoint: Checkpoint) -> float:
+        """Half a word's and its step's of experts that merge, bf16 of the others."""
+        merged = merged_count(checkpoint.experts, self.recipe.sparsity, expert_groups(checkpoint.config))
+        share = merged / checkpoint.experts
+        return share * self.code.bits_per_pair(self.group_size(checkpoint)) / 2 + (1 - share) * 16
+
+    def choices(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The recipe's fields, with the group size that it comes to."""
+        return self.recipe.model_dump(exclude_none=True) | (
+            {"group_size": group} if (group := self.group_size(checkpoint)) else {}
+        )
+
+    def quantization(self, checkpoint: Checkpoint, records: list[LayerRecord]) -> PuzzleConfig:
+        """Which experts are in pairs, and how their words are read."""
+        merged = {record.layer: record.merged for record in records if record.merged}
+        return PuzzleConfig(code=self.recipe.code, group_size=self.group_size(checkpoint), merged_experts=merged)
+
+    def apply(self, layer: SourceLayer) -> NewLayer:
+        """Pairs partners, packs them, and measures what was lost."""
+        statistics, sample = None, SampledTokens()
+        if layer.passes:
+            statistics = layer.statistics(moments=self.recipe.compensate, record=sample.record)
+        record = LayerRecord(layer=layer.index)
+        began = time.perf_counter()
+        pairing = self._pair(layer, statistics)
+        record.seconds["pair"] = time.perf_counter() - began
+        began = time.perf_counter()
+        losses = Losses()
+        packed = self._pack(layer, statistics, pairing, losses)
+        record.order, record.merged = pairing.order, pairing.merged
+        record.pair_bytes = packed.pair_bytes
+        record.weight_error, record.clamped = losses.relative(), losses.clamped
+        if statistics:
+            record.tokens, record.few_tokens = statistics.tokens.tolist(), few_tokens(statistics.tokens)
+            record.output_error = sample.output_error(packed.expert)
+            groups = expert_groups(layer.checkpoint.config)
+            shared, if_random = shared_choices(pairing, statistics.together, groups)
+            record.shared_choices = {"this pairing": shared, "random partners": if_random}
+        record.seconds["merge"] = time.perf_counter() - began
+        return NewLayer(packed.tensors(layer.checkpoint, layer.index), record)
+
+    def _pair(self, layer: SourceLayer, statistics: ExpertStatistics | None) -> LayerPairing:
+        return pair_experts(
+            layer.checkpoint.experts,
+            self.recipe.sparsity,
+            expert_groups(layer.checkpoint.config),
+            statistics.tokens if statistics else None,
+            self.recipe.seed * 100_003 + layer.index,
+            self._costs(layer, statistics),
+        )
+
+    def _costs(self, layer: SourceLayer, statistics: ExpertStatistics | None) -> PairCosts | None:
+        """What the recipe's pairing minimises; None for random partners."""
+        if self.recipe.pairing == "search":
+
+            def errors(pool: list[int]) -> Tensor:
+                group, device = self.group_size(layer.checkpoint), torch.device(layer.device)
+                try:
+                    return merge_errors(pool, layer.expert, statistics, self.recipe, group, device)
+                except UnencodableWeight as error:
+                    raise UnencodableWeight(f"layer {layer.index}, {error}") from None
+
+            return errors
+        if self.recipe.pairing == "coactivation":
+            assert statistics is not None
+            return lambda pool: -statistics.together[pool][:, pool]
+        return None
+
+    def _pack(
+        self, layer: SourceLayer, statistics: ExpertStatistics | None, pairing: LayerPairing, losses: Losses
+    ) -> PackedLayer:
+        group, pairs = self.group_size(layer.checkpoint), []
+        for ids in pairing.pairs:
+            members = layer.expert(ids[0]), layer.expert(ids[1])
+            try:
+                pairs.append(pack_pair(members, ids, statistics, self.recipe, group, losses))
+            except UnencodableWeight as error:
+                raise UnencodableWeight(f"layer {layer.index}, {error}") from None
+        dense = [layer.expert(number) for number in pairing.order[pairing.merged :]]
+        return PackedLayer(pairing, pairs, dense, self.code)

@@ -7,12 +7,11 @@ The grids are asymmetric, from the least to the largest weight of the group and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.methods.base import BaselineError, Needs, NewLayer, SourceLayer
+from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, SourceLayer, dense_layer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_vllm.format.codes import GROUP_SIZES
@@ -44,12 +43,12 @@ class Grid:
 def group_of(columns: int) -> int:
     """Input columns that share a grid: 128, or 64 or 32 where those do not divide them.
 
-    Raises BaselineError when none does.
+    Raises MethodError when none does.
     """
     for size in GROUP_SIZES:
         if columns % size == 0:
             return size
-    raise BaselineError(
+    raise MethodError(
         f"an expert's projection has {columns} input columns, which groups of {', '.join(map(str, GROUP_SIZES))} do "
         "not divide: integer grids do not fit this model"
     )
@@ -62,21 +61,22 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
 
 
 def stored_bits(bits: int, checkpoint: Checkpoint) -> float:
-    """Bits per weight of grids of `bits`, scale and zero point included.  Raises BaselineError as `group_of` does."""
+    """Bits per weight of grids of `bits`, scale and zero point included.  Raises MethodError as `group_of` does."""
     hidden, intermediate = checkpoint.expert_sizes
     per_group = 16 + bits
     return bits + per_group * (2 / group_of(hidden) + 1 / group_of(intermediate)) / 3
 
 
 @dataclass(frozen=True)
-class RoundToNearest:
+class RoundToNearest(LayerMethod):
     """Integer grids without calibration."""
 
     bits: int
-    needs: ClassVar[Needs] = "nothing"
+    passes = 0
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises BaselineError when no group size divides the experts' sizes."""
+        """Raises MethodError when no group size divides the experts' sizes."""
+        super().check(checkpoint)
         stored_bits(self.bits, checkpoint)
 
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:
@@ -88,4 +88,4 @@ class RoundToNearest:
         rounded = [
             Expert(*(round_to_nearest(weight, self.bits) for weight in expert.matrices)) for expert in layer.experts
         ]
-        return NewLayer(list(range(len(rounded))), rounded)
+        return dense_layer(layer, rounded)

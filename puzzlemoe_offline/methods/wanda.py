@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.methods.base import BaselineError, Needs, NewLayer, SourceLayer
+from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, SourceLayer, dense_layer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
 
@@ -24,16 +23,15 @@ def prune(weight: Tensor, norms: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(LayerMethod):
     """2:4 sparsity on all routed experts.  An expert without tokens is pruned by magnitude."""
 
-    needs: ClassVar[Needs] = "norms"
-
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises BaselineError when the experts' sizes are not multiples of four."""
+        """Raises MethodError when the experts' sizes are not multiples of four."""
+        super().check(checkpoint)
         for key in ("hidden_size", checkpoint.family.intermediate):
             if int(checkpoint.config[key]) % 4:
-                raise BaselineError(
+                raise MethodError(
                     f"{checkpoint.folder}: {key} is {checkpoint.config[key]}, not a multiple of four, which wanda-2:4 "
                     "needs"
                 )
@@ -44,10 +42,9 @@ class Wanda:
 
     def apply(self, layer: SourceLayer) -> NewLayer:
         """Every expert, pruned."""
-        assert layer.statistics is not None
-        pruned = []
+        seen, pruned = layer.statistics(), []
         for number, expert in enumerate(layer.experts):
-            few = int(layer.statistics.tokens[number]) == 0
-            norms = [layer.statistics.inputs(number, projection, flat=few).norms for projection in range(3)]
+            few = int(seen.tokens[number]) == 0
+            norms = [seen.inputs(number, projection, flat=few).norms for projection in range(3)]
             pruned.append(Expert(*(prune(weight, norm) for weight, norm in zip(expert.matrices, norms, strict=True))))
-        return NewLayer(list(range(len(pruned))), pruned)
+        return dense_layer(layer, pruned)

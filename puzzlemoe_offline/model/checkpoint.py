@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.families import Family, family_of
-from puzzlemoe_vllm.format.codes import get_code
+from puzzlemoe_vllm.errors import UserError
+from puzzlemoe_vllm.format.codes import PairCode, get_code
 from puzzlemoe_vllm.format.layout import (
     GRID,
     QUANT_METHOD,
@@ -30,8 +33,20 @@ INDEX = "model.safetensors.index.json"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read; the text names the file or tensor and the way out."""
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """Tensor names of one decoder layer, sorted: those of its routed experts, and the others.
+
+    block: the MoE block's name on disk, e.g. `model.layers.3.mlp`; None in a layer without routed experts.
+    """
+
+    experts: tuple[str, ...]
+    plain: tuple[str, ...]
+    block: str | None
 
 
 class Checkpoint:
@@ -57,8 +72,8 @@ class Checkpoint:
                     f"{folder / 'config.json'}: quantization_config has clusters of {len(centres)} experts in layer "
                     f"{layer}, the model has {self.experts}: copy it again"
                 )
-        self._blocks = self._find_blocks()
-        if not self._blocks:
+        self._layers, self.outside = self._index()
+        if not self.moe_layers:
             raise CheckpointError(f"{folder}: no expert tensors found for model_type {self.config['model_type']!r}")
 
     def _quantization(self) -> PuzzleConfig | None:
@@ -83,28 +98,55 @@ class Checkpoint:
             )
         return size
 
-    def _find_blocks(self) -> dict[int, str]:
-        """Name on disk of the MoE block of every layer that has tensors of routed experts."""
-        blocks = {}
-        for name in self._where:
-            match = re.match(r"(model\.layers\.(\d+)\.(\w+))\.experts\.", name)
-            if match and match[3] in (self.family.block, "mlp") and int(match[2]) < self.layers:
-                blocks[int(match[2])] = match[1]
-        return blocks
+    def _index(self) -> tuple[list[LayerTensors], tuple[str, ...]]:
+        """Tensor names by decoder layer, and those outside layers: embedding, final norm and head."""
+        experts: list[list[str]] = [[] for _ in range(self.layers)]
+        plain: list[list[str]] = [[] for _ in range(self.layers)]
+        blocks: dict[int, str] = {}
+        outside = []
+        for name in sorted(self._where):
+            match = re.match(r"(model\.layers\.(\d+)\.(\w+))\.(experts\.)?", name)
+            layer = int(match[2]) if match else self.layers
+            if not match or layer >= self.layers:
+                outside.append(name)
+            elif match[4]:
+                experts[layer].append(name)
+                if match[3] in (self.family.block, "mlp"):
+                    blocks[layer] = match[1]
+            else:
+                plain[layer].append(name)
+        tensors = zip(experts, plain, strict=True)
+        layers = [
+            LayerTensors(tuple(routed), tuple(other), blocks.get(layer))
+            for layer, (routed, other) in enumerate(tensors)
+        ]
+        return layers, tuple(outside)
 
     @property
     def names(self) -> list[str]:
         """All tensor names, sorted."""
         return sorted(self._where)
 
-    @property
+    def layer(self, index: int) -> LayerTensors:
+        """Names of a decoder layer's tensors."""
+        return self._layers[index]
+
+    @functools.cached_property
     def moe_layers(self) -> list[int]:
         """Decoder layers that hold routed experts."""
-        return sorted(self._blocks)
+        return [index for index, layer in enumerate(self._layers) if layer.block]
 
     def block(self, layer: int) -> str:
-        """Name on disk of the layer's MoE block, e.g. `model.layers.3.mlp`."""
-        return self._blocks[layer]
+        """Name on disk of a layer's MoE block, e.g. `model.layers.3.mlp`."""
+        block = self._layers[layer].block
+        assert block
+        return block
+
+    @property
+    def code(self) -> PairCode:
+        """The code of a packed model's pairs."""
+        assert self.quantization and self.quantization.code, "a dense model, or one in clusters, has no code"
+        return get_code(self.quantization.code)
 
     def merged(self, layer: int) -> int:
         """Number of the layer's experts that are stored in pairs (0 in a dense checkpoint)."""
@@ -159,10 +201,6 @@ class Checkpoint:
             raise CheckpointError(f"{name} in {self.file_of(name)} holds NaN or infinite values: fetch it again")
         return tensor
 
-    def tensors_outside_layers(self) -> dict[str, Tensor]:
-        """Embedding, last norm and head by name, as `plain_tensor` gives them."""
-        return {name: self.plain_tensor(name) for name in self.names if self.layer_of(name) is None}
-
     def expert(self, layer: int, expert: int, device: str = "cpu") -> Expert:
         """The reconstructed bf16 weights of one routed expert, on a device.
 
@@ -175,9 +213,7 @@ class Checkpoint:
         if expert < self.merged(layer):
             words = self.pair_words(layer, expert & ~1, projection).to(device)
             grid = self.pair_grid(layer, expert & ~1, projection)
-            assert self.quantization is not None
-            code = get_code(self.quantization.code)
-            return code.decode(words, expert & 1, None if grid is None else grid.to(device))
+            return self.code.decode(words, expert & 1, None if grid is None else grid.to(device))
         fused = f"{experts}." + ("down_proj" if index == 2 else "gate_up_proj")
         if fused in self._where:
             weight = self._slice(fused)[expert]
@@ -201,9 +237,8 @@ class Checkpoint:
 
     def pair_words(self, layer: int, leader: int, projection: str) -> Tensor:
         """The stored words of a pair.  Raises CheckpointError for a missing tensor, a wrong dtype or shape."""
-        assert self.quantization is not None
         name = words_name(f"{self.block(layer)}.experts", leader, projection)
-        words, code = self.tensor(name), get_code(self.quantization.code)
+        words, code = self.tensor(name), self.code
         if words.dtype != code.dtype:
             raise CheckpointError(f"{name}: dtype {words.dtype}, {code.name} words are {code.dtype}")
         self._check_shape(name, tuple(words.shape), self.family.projections.index(projection))
@@ -233,7 +268,7 @@ class Checkpoint:
         hidden, intermediate = self.expert_sizes
         rows, columns = (hidden, intermediate) if index == 2 else (intermediate, hidden)
         if self.quantization and name.endswith(f".{WORDS}"):
-            return get_code(self.quantization.code).words_shape(rows, columns)
+            return self.code.words_shape(rows, columns)
         if self.quantization and self.quantization.group_size and name.endswith(f".{GRID}"):
             return rows, columns // self.quantization.group_size
         return rows, columns
@@ -241,16 +276,15 @@ class Checkpoint:
     def check_complete(self) -> None:
         """Every tensor of a router or a routed expert is there, with the right shape, and no tensor of an expert that
         config.json does not know; headers only.  Raises CheckpointError."""
-        known = set()
-        for layer in self.moe_layers:
-            for name, shape in self._expert_shapes(layer).items():
+        for layer, tensors in enumerate(self._layers):
+            shapes = self._expert_shapes(layer) if tensors.block else {}
+            for name, shape in shapes.items():
                 self.check_tensor(name, shape)
-                known.add(name)
-            self.check_tensor(f"{self.block(layer)}.gate.weight", (self.experts, self.expert_sizes[0]))
-        for name in self.names:
-            if self.is_expert(name) and self.layer_of(name) is not None and name not in known:
+            if tensors.block:
+                self.check_tensor(f"{tensors.block}.gate.weight", (self.experts, self.expert_sizes[0]))
+            if unknown := [name for name in tensors.experts if name not in shapes]:
                 raise CheckpointError(
-                    f"{self.folder}: {name} is none of the tensors that {self.config['model_type']} has with "
+                    f"{self.folder}: {unknown[0]} is none of the tensors that {self.config['model_type']} has with "
                     f"{self.experts} experts: config.json belongs to another model, or the model is no plain one"
                 )
 
@@ -290,20 +324,27 @@ class Checkpoint:
     def _slice(self, name: str) -> Any:
         return self._files[self._where[name]].get_slice(name)
 
-    def is_expert(self, name: str) -> bool:
-        """Whether a tensor belongs to a routed expert."""
-        return re.match(r"model\.layers\.\d+\.\w+\.experts\.", name) is not None
-
-    def layer_of(self, name: str) -> int | None:
-        """Decoder layer that a tensor belongs to; None for embeddings, final norm and head."""
-        match = re.match(r"model\.layers\.(\d+)\.", name)
-        layer = int(match[1]) if match else None
-        return layer if layer is not None and layer < self.layers else None
-
     @property
     def expert_sizes(self) -> tuple[int, int]:
         """Hidden and intermediate size of the routed experts."""
         return self._size("hidden_size"), self._size(self.family.intermediate)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one routed expert in bf16."""
+        hidden, intermediate = self.expert_sizes
+        return 3 * 2 * hidden * intermediate
+
+    @property
+    def routed_bytes(self) -> int:
+        """Bytes of all routed experts in bf16."""
+        return self.expert_bytes * self.experts * len(self.moe_layers)
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of everything but routed experts, as stored."""
+        plain = [name for layer in self._layers for name in layer.plain]
+        return sum(map(self.nbytes, [*plain, *self.outside]))
 
     @property
     def experts_per_token(self) -> int:

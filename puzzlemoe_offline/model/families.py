@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from puzzlemoe_vllm.errors import UserError
 
-class UnsupportedModel(ValueError):
+
+class UnsupportedModel(UserError):
     """A model that the tool cannot compress; the text lists what it can."""
 
 

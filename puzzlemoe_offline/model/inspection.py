@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from puzzlemoe_offline.model.checkpoint import Checkpoint
-from puzzlemoe_offline.model.layerwise import check_whole
+from puzzlemoe_offline.model.checkpoint import Checkpoint, LayerTensors
+from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_vllm.format.layout import GRID, WORDS
 
 
@@ -15,13 +15,19 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises CheckpointError naming the first tensor that is missing, misshapen, of a wrong dtype, or not finite.
     """
-    check_whole(checkpoint)
+    LayerwiseModel(checkpoint, "cpu")  # checks that it is whole
     for layer in checkpoint.moe_layers:
         for expert in range(checkpoint.experts):
             checkpoint.expert(layer, expert)
     sizes: Counter[str] = Counter()
-    for name in checkpoint.names:
-        sizes[_part(checkpoint, name)] += checkpoint.nbytes(name)
+    for name in checkpoint.outside:
+        sizes["head" if name.startswith("lm_head") else "embedding and final norm"] += checkpoint.nbytes(name)
+    for index in range(checkpoint.layers):
+        tensors = checkpoint.layer(index)
+        for name in tensors.experts:
+            sizes[_expert_part(checkpoint, index, name)] += checkpoint.nbytes(name)
+        for name in tensors.plain:
+            sizes[_plain_part(tensors, name)] += checkpoint.nbytes(name)
     packed = checkpoint.quantization
     return {
         "model_type": checkpoint.config["model_type"],
@@ -38,19 +44,18 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _part(checkpoint: Checkpoint, name: str) -> str:
+def _expert_part(checkpoint: Checkpoint, layer: int, name: str) -> str:
     if name.endswith((f".{WORDS}", f".{GRID}")):
         return "experts, merged"
-    if checkpoint.is_expert(name):
-        clustered = checkpoint.quantization and checkpoint.layer_of(name) in checkpoint.quantization.clusters
-        return "experts, in clusters" if clustered else "experts, dense"
-    layer = checkpoint.layer_of(name)
-    if layer is None:
-        return "head" if name.startswith("lm_head") else "embedding and final norm"
+    clustered = checkpoint.quantization and layer in checkpoint.quantization.clusters
+    return "experts, in clusters" if clustered else "experts, dense"
+
+
+def _plain_part(layer: LayerTensors, name: str) -> str:
     if "self_attn" in name:
         return "attention"
     if ".shared_expert" in name:
         return "shared experts"
-    if layer in checkpoint.moe_layers and name.startswith(f"{checkpoint.block(layer)}.gate."):
+    if layer.block and name.startswith(f"{layer.block}.gate."):
         return "routers"
     return "dense MLPs and norms"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -100,11 +101,16 @@ class _Recorder(nn.Module):
 
 
 class LayerwiseModel:
-    """A transformers model without weights, whose layers are filled from a checkpoint one at a time."""
+    """A transformers model without weights, whose layers are filled from a checkpoint one at a time.
+
+    Making one checks, by headers alone, that the checkpoint is whole.  vLLM does not miss what a quantized checkpoint
+    lacks: it would serve whatever its memory held.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: str):
         """Raises CheckpointError when the checkpoint lacks a tensor of the model, or has one of another shape, or when
         transformers does not know what config.json says."""
+        checkpoint.check_complete()
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.dtype = activation_dtype(device)
@@ -184,7 +190,7 @@ class LayerwiseModel:
 
     def _shares_embedding(self) -> bool:
         """Whether the head is the embedding, and has no tensor of its own."""
-        return bool(self.model.config.tie_word_embeddings) and "lm_head.weight" not in self.checkpoint.names
+        return bool(self.model.config.tie_word_embeddings) and "lm_head.weight" not in self.checkpoint.outside
 
     def _check_tensors(self) -> None:
         """Every tensor outside routed experts is there; `Checkpoint.check_complete` checks those."""
@@ -207,19 +213,10 @@ class LayerwiseModel:
                 set_module_tensor_to_device(module, name, self.device, value=value, dtype=self.dtype)
 
     def _on_disk(self, name: str) -> str:
-        layer = self.checkpoint.layer_of(name)
-        if layer in self.checkpoint.moe_layers:
-            return name.replace(f"model.layers.{layer}.mlp.", self.checkpoint.block(layer) + ".", 1)
-        return name
-
-
-def check_whole(checkpoint: Checkpoint) -> None:
-    """Every tensor of the model is there, with the right shape; headers only.  Raises CheckpointError.
-
-    vLLM does not miss what a quantized checkpoint lacks: it would serve whatever its memory held.
-    """
-    checkpoint.check_complete()
-    LayerwiseModel(checkpoint, "cpu")
+        """Name on disk of a parameter, whose MoE block transformers calls `mlp` in every family."""
+        match = re.match(r"model\.layers\.(\d+)\.mlp\.", name)
+        block = self.checkpoint.layer(int(match[1])).block if match else None
+        return name.replace(match[0], f"{block}.", 1) if match and block else name
 
 
 class DecoderLayer:

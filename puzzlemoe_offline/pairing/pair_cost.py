@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics
-from puzzlemoe_offline.methods.pairs import projection_inputs
+from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics, projection_inputs
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
-from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.nearest import fit, own_scale, pair_scales
 from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
 
@@ -26,7 +25,7 @@ def merge_errors(
     pool: list[int],
     expert: Callable[[int], Expert],
     statistics: ExpertStatistics | None,
-    recipe: Recipe,
+    recipe: PairRecipe,
     group: int | None,
     device: torch.device,
 ) -> Tensor:

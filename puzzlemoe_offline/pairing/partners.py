@@ -52,14 +52,26 @@ def pair_experts(
     return LayerPairing(order + sorted(set(range(experts)) - set(order)), len(order))
 
 
-def _pools(experts: int, sparsity: float, groups: int, tokens: Tensor | None, rng: random.Random) -> list[list[int]]:
-    """Experts that merge, in the pools from which partners come."""
+def check_groups(experts: int, groups: int) -> None:
+    """Raises UnsupportedModel when the router's groups of experts cannot be paired."""
     size = experts // groups
     if groups > 1 and size % 2:
         raise UnsupportedModel(
-            f"group-limited routing with groups of {size} experts: an odd number cannot be paired inside the group"
+            f"group-limited routing with groups of {size} experts: an odd number cannot be paired inside the group; "
+            "--method mergemoe merges experts of any number"
         )
-    unit = size if groups > 1 else 1
+
+
+def merged_count(experts: int, sparsity: float, groups: int) -> int:
+    """How many experts of a layer merge in pairs; arguments as in `pair_experts`."""
+    pools = _pools(experts, sparsity, groups, None, random.Random(0))
+    return sum(len(pool) // 2 * 2 for pool in pools)
+
+
+def _pools(experts: int, sparsity: float, groups: int, tokens: Tensor | None, rng: random.Random) -> list[list[int]]:
+    """Experts that merge, in the pools from which partners come."""
+    check_groups(experts, groups)
+    unit = experts // groups if groups > 1 else 1
     units = [list(range(start, start + unit)) for start in range(0, experts, unit)]
     rng.shuffle(units)
     if tokens is not None and sparsity == 0.25:

@@ -8,31 +8,42 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from puzzlemoe_offline.methods.base import LayerRecord
 from puzzlemoe_offline.model.checkpoint import INDEX
 from puzzlemoe_offline.model.hub import SMALL_FILES
+from puzzlemoe_vllm.errors import UserError
 
 WORK = ".puzzlemoe-work"
 
 
-class OutputError(ValueError):
+class OutputError(UserError):
     """An output folder that cannot be used; the text says what to do."""
+
+
+class ShardRecord(BaseModel):
+    """What is kept of a finished shard: its tensors' bytes, and what is known of its layer."""
+
+    tensors: dict[str, int]
+    layer: LayerRecord | None = None
 
 
 def check_space(folder: Path, needed: int) -> None:
     """Raises OutputError when a folder that is to hold `needed` bytes, with what it holds already, has no room."""
     path = folder.absolute()
     free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
-    held = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    held = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
     if needed > free + held:
         raise OutputError(
             f"{folder}: the run writes up to {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left: make "
@@ -47,33 +58,38 @@ class ModelFolder:
     def __init__(self, folder: Path, shards: int):
         self.folder, self.shards = folder, shards
         self.work = folder / WORK
+        self.run = self.work / "run.json"
 
-    def start(self, fingerprint: str, resume: bool) -> list[dict[str, Any]]:
+    def check(self, resume: bool) -> None:
+        """Raises OutputError when the folder holds something else, or an unfinished run that is not to be resumed."""
+        if self.run.exists() and not resume:
+            raise OutputError(
+                f"{self.folder} holds an unfinished run: go on with --resume, name a new folder or empty this one"
+            )
+        with self._writing():
+            used = not self.run.exists() and self.folder.exists() and any(self.folder.iterdir())
+        if used:
+            raise OutputError(f"{self.folder} is not empty: name a new folder or empty this one")
+
+    def start(self, fingerprint: str, resume: bool) -> list[LayerRecord | None]:
         """Prepares the folder and returns the records of the shards that an earlier run finished, in order.
 
-        Raises OutputError when the folder holds something else, or an unfinished run that `resume` does not match.
+        Raises OutputError as `check` does, and for an unfinished run of another fingerprint.
         """
-        state = self.work / "run.json"
-        with self._writing():
-            if not state.exists():
-                if self.folder.exists() and any(self.folder.iterdir()):
-                    raise OutputError(f"{self.folder} is not empty: name a new folder or empty this one")
+        self.check(resume)
+        if not self.run.exists():
+            with self._writing():
                 self.work.mkdir(parents=True, exist_ok=True)
-                _write_json(state, {"fingerprint": fingerprint})
-                return []
-        if not resume:
-            raise OutputError(
-                f"{self.folder} holds an unfinished run: name a new folder, empty this one or, if it was "
-                "`puzzlemoe compress`, go on with --resume"
-            )
-        if json.loads(state.read_text())["fingerprint"] != fingerprint:
+                _write_json(self.run, {"fingerprint": fingerprint})
+            return []
+        if json.loads(self.run.read_text())["fingerprint"] != fingerprint:
             raise OutputError(
                 f"{self.folder} holds an unfinished run of another source, recipe or calibration, or on another device "
                 "or by another version of this tool: repeat that run's options, or name a new folder"
             )
-        records: list[dict[str, Any]] = []
-        while (path := self._record(len(records))).exists():
-            records.append(json.loads(path.read_text()))
+        records: list[LayerRecord | None] = []
+        while self._record(len(records)).exists():
+            records.append(self._read_record(len(records)).layer)
         return records
 
     def shard_name(self, number: int) -> str:
@@ -81,9 +97,13 @@ class ModelFolder:
         return f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def write_shard(
-        self, number: int, tensors: dict[str, Tensor], record: dict[str, Any], state: Tensor | None
+        self, number: int, tensors: dict[str, Tensor], state: Tensor | None, record: LayerRecord | None
     ) -> None:
-        """Writes a shard, what the next shard needs to go on (`state`), and its record: only then is it finished."""
+        """Writes a shard, what the next shard needs to go on (`state`), and its record: only then is it finished.
+
+        The record gets the seconds that the shard took.
+        """
+        began = time.perf_counter()
         target = self.folder / self.shard_name(number)
         partial = self.work / target.name
         on_host = to_host(tensors)
@@ -94,13 +114,14 @@ class ModelFolder:
             os.replace(partial, target)
             if state is not None:
                 save_file({"state": state}, self._state(number))
-            _write_json(self._record(number), {"tensors": sizes, "record": record})
+            if record:
+                record.seconds["write"] = time.perf_counter() - began
+            _write_json(self._record(number), ShardRecord(tensors=sizes, layer=record).model_dump(exclude_none=True))
             self._state(number - 1).unlink(missing_ok=True)
 
-    def state_after(self, number: int) -> Tensor | None:
+    def state_after(self, number: int) -> Tensor:
         """The `state` that was written with shard `number`."""
-        path = self._state(number)
-        return load_file(path)["state"] if path.exists() else None
+        return load_file(self._state(number))["state"]
 
     def finish(self, config: dict[str, Any], source: Path, files: dict[str, str]) -> None:
         """Copies the source's small files, writes `files`, then index and config.json, and drops the work folder."""
@@ -116,7 +137,7 @@ class ModelFolder:
             weight_map: dict[str, str] = {}
             total = 0
             for number in range(self.shards):
-                sizes = json.loads(self._record(number).read_text())["tensors"]
+                sizes = self._read_record(number).tensors
                 weight_map |= dict.fromkeys(sizes, self.shard_name(number))
                 total += sum(sizes.values())
             _write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -130,11 +151,14 @@ class ModelFolder:
         except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"{self.folder} cannot be written ({error}): make room or name another folder; "
-                "if it was `puzzlemoe compress`, --resume goes on after the last whole layer"
+                "--resume goes on after the last whole layer"
             ) from None
 
     def _record(self, number: int) -> Path:
         return self.work / f"shard-{number:05d}.json"
+
+    def _read_record(self, number: int) -> ShardRecord:
+        return ShardRecord.model_validate_json(self._record(number).read_text())
 
     def _state(self, number: int) -> Path:
         return self.work / f"state-{number:05d}.safetensors"
@@ -163,9 +187,3 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def packed_dtype_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A source's config.json fields with the dtype set to bfloat16, whatever name the source used for it."""
-    fields = {key: value for key, value in config.items() if key not in ("torch_dtype", "quantization_config")}
-    return {**fields, "dtype": str(torch.bfloat16).removeprefix("torch.")}

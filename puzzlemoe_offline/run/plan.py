@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs, add_moments
-from puzzlemoe_offline.methods.pairs import ENTRIES, Losses, pack_matrix
+from puzzlemoe_offline.methods.mergemoe import MergeMoe
+from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.layerwise import activation_dtype
-from puzzlemoe_offline.run.compress import Job
-from puzzlemoe_offline.run.report import expert_bytes, other_bytes
+from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.words.nearest import SCORES
-from puzzlemoe_vllm.format.codes import get_code
+from puzzlemoe_offline.words.pack import ENTRIES, Losses, pack_matrix
 
 SCRATCH_BYTES_PER_ENTRY = 100
 """float32 tensors of a block of rows that fitting holds at once, and its words."""
@@ -42,99 +42,78 @@ class Plan:
 
 
 def make_plan(job: Job) -> Plan:
-    """Sizes from the headers, memory from the shapes, time from half a second of measuring this machine."""
-    checkpoint, recipe = job.checkpoint, job.recipe
-    job.check()
-    expert, share = expert_bytes(job), _share(job)
-    layer_experts = expert * checkpoint.experts
-    before = layer_experts * len(checkpoint.moe_layers)
-    other = other_bytes(job)
+    """Sizes from the headers, memory from the shapes, time from half a second of measuring this machine.
+
+    The job's method is that of a recipe.
+    """
+    checkpoint = job.checkpoint
     on_cpu = torch.device(job.device).type == "cpu"
     width = activation_dtype(job.device).itemsize
-    layer_other = max(
-        sum(
-            checkpoint.nbytes(n)
-            for n in checkpoint.names
-            if checkpoint.layer_of(n) == layer and not checkpoint.is_expert(n)
-        )
-        for layer in range(checkpoint.layers)
-    )
-    tokens = job.calibration.tokens.numel() if job.calibration else 0
-    states = _states(job)
-    scratch = SCRATCH_BYTES_PER_ENTRY * ENTRIES[torch.device(job.device).type] + (4 * SCORES if on_cpu else 0)
-    scratch = max(scratch, DECODED_BYTES_PER_ENTRY * expert // 6)
-    embedding = max(checkpoint.nbytes(n) for n in checkpoint.names if checkpoint.layer_of(n) is None)
-    if recipe.compensate:
-        # float32: every expert's moments; of one pair the factors, their inverses, and a projection with its errors.
-        hidden, intermediate = checkpoint.expert_sizes
-        moments = hidden**2 + intermediate**2
-        scratch += 4 * (checkpoint.experts * moments + 6 * max(hidden, intermediate) ** 2 + 4 * hidden * intermediate)
-    if recipe.experts:
-        # float32: every cluster's sums; float64: those of one, the factor and the solution.
-        hidden, intermediate = checkpoint.expert_sizes
-        scratch += (4 * recipe.experts + 8 * 3) * intermediate * (hidden + intermediate)
-    packed = int(layer_experts * share)
-    on_device = layer_experts + packed + layer_other * width // 2 + expert * width // 2 + scratch
-    on_device += embedding * width // 2
+    layer_other = max(sum(map(checkpoint.nbytes, checkpoint.layer(layer).plain)) for layer in range(checkpoint.layers))
+    embedding = max(map(checkpoint.nbytes, checkpoint.outside))
+    expert, moe_layers = checkpoint.expert_bytes, len(checkpoint.moe_layers)
+    layer_experts, packed = expert * checkpoint.experts, job.experts_after // moe_layers
+    on_device = layer_experts + packed + layer_other * width // 2 + expert * width // 2 + embedding * width // 2
+    on_device += _scratch_bytes(job)
     # From a GPU the packed layer goes to pinned memory, whose blocks have powers of two as sizes.
-    host = states + layer_other + (on_device if on_cpu else expert + 2 * packed)
+    host = job.states_bytes + layer_other + (on_device if on_cpu else expert + 2 * packed)
     return Plan(
-        experts_before=before,
-        experts_after=int(before * share),
-        other=other,
-        disk=disk_bytes(job),
+        experts_before=checkpoint.routed_bytes,
+        experts_after=job.experts_after,
+        other=checkpoint.other_bytes,
+        disk=job.disk_bytes,
         peak_host=host,
         peak_device=0 if on_cpu else on_device,
-        seconds=_seconds(job, tokens, before, other),
+        seconds=_seconds(job),
     )
 
 
-def disk_bytes(job: Job) -> int:
-    """The packed model and, while the run lasts, the hidden states after two layers; from the headers."""
-    experts = expert_bytes(job) * job.checkpoint.experts * len(job.checkpoint.moe_layers)
-    return int(experts * _share(job)) + other_bytes(job) + 2 * _states(job)
+def _scratch_bytes(job: Job) -> int:
+    """What merging a layer holds beside its experts."""
+    checkpoint, device = job.checkpoint, torch.device(job.device).type
+    hidden, intermediate = checkpoint.expert_sizes
+    scratch = SCRATCH_BYTES_PER_ENTRY * ENTRIES[device] + (4 * SCORES if device == "cpu" else 0)
+    scratch = max(scratch, DECODED_BYTES_PER_ENTRY * checkpoint.expert_bytes // 6)
+    match job.method:
+        case PairMethod(recipe) if recipe.compensate:
+            # float32: every expert's moments; of one pair the factors, their inverses, and a projection with its
+            # errors.
+            moments = hidden**2 + intermediate**2
+            pair = 6 * max(hidden, intermediate) ** 2 + 4 * hidden * intermediate
+            scratch += 4 * (checkpoint.experts * moments + pair)
+        case MergeMoe(recipe):
+            # float32: every cluster's sums; float64: those of one, the factor and the solution.
+            scratch += (4 * recipe.clusters + 8 * 3) * intermediate * (hidden + intermediate)
+    return scratch
 
 
-def _share(job: Job) -> float:
-    """Of the experts' bytes, what is left of them."""
-    recipe = job.recipe
-    if recipe.experts:
-        return recipe.experts / job.checkpoint.experts
-    return 1 - recipe.sparsity * (2 - get_code(recipe.code).bits_per_pair(job.group_size()) / 16)
-
-
-def _states(job: Job) -> int:
-    """Bytes of the calibration tokens' hidden states."""
-    tokens = job.calibration.tokens.numel() if job.calibration else 0
-    return tokens * job.checkpoint.expert_sizes[0] * activation_dtype(job.device).itemsize
-
-
-def _seconds(job: Job, tokens: int, expert_total: int, other: int) -> float:
+def _seconds(job: Job) -> float:
     """Matrix products of the calibration tokens plus merging every expert, at this machine's measured rates."""
     checkpoint = job.checkpoint
-    active = expert_total / checkpoint.experts * checkpoint.experts_per_token
-    products = 2 * tokens * (active + other) / 2
-    if job.recipe.experts:
-        return _clustering_products(job, products, tokens) / _product_rate(job.device)
-    seconds = products / _product_rate(job.device)
-    if job.recipe.compensate:
-        chosen = tokens * checkpoint.experts_per_token * len(checkpoint.moe_layers)
-        moments = 2 * chosen * sum(size**2 for size in checkpoint.expert_sizes)
-        seconds += moments / _moments_rate(job.device)
-    merged = expert_total / 2
-    if job.recipe.pairing == "search":
-        merged *= 2  # Trial merges are bounded by the layer's weights.
-    return seconds + merged / _merge_rate(job)
+    active = checkpoint.routed_bytes / checkpoint.experts * checkpoint.experts_per_token
+    products = 2 * job.tokens * (active + checkpoint.other_bytes) / 2
+    match job.method:
+        case MergeMoe(recipe):
+            return _clustering_products(job, products, recipe.clusters) / _product_rate(job.device)
+        case PairMethod(recipe) as method:
+            seconds = products / _product_rate(job.device)
+            if recipe.compensate:
+                chosen = job.tokens * checkpoint.experts_per_token * len(checkpoint.moe_layers)
+                moments = 2 * chosen * sum(size**2 for size in checkpoint.expert_sizes)
+                seconds += moments / _moments_rate(job.device)
+            # Trial merges of a search are bounded by the layer's weights.
+            merged = checkpoint.routed_bytes / 2 * (2 if recipe.pairing == "search" else 1)
+            return seconds + merged / _merge_rate(job, method)
+    raise AssertionError(f"no plan for {job.method}")
 
 
-def _clustering_products(job: Job, products: float, tokens: int) -> float:
+def _clustering_products(job: Job, products: float, clusters: int) -> float:
     """Operations of MergeMoE, given those of the calibration tokens in the model: these twice, every member of a chosen
     cluster, the sums and their solution."""
-    checkpoint, clusters = job.checkpoint, job.recipe.experts
-    assert clusters is not None
+    checkpoint = job.checkpoint
     hidden, intermediate = checkpoint.expert_sizes
     layers = len(checkpoint.moe_layers)
-    chosen = tokens * checkpoint.experts_per_token * layers
+    chosen = job.tokens * checkpoint.experts_per_token * layers
     members = 3 * hidden * intermediate * checkpoint.experts / clusters
     solution = layers * clusters * (intermediate**3 / 3 + 2 * hidden * intermediate**2)
     return 2 * products + 2 * chosen * (members + intermediate * (hidden + intermediate)) + solution
@@ -173,17 +152,19 @@ def _rate(product: Callable[[], Tensor]) -> float:
     return rounds * 2 * 1024**3 / (time.perf_counter() - began)
 
 
-def _merge_rate(job: Job) -> float:
+def _merge_rate(job: Job, method: PairMethod) -> float:
     """Measured weights per second of merging and packing."""
     # Compensation goes column by column: what a column takes depends little on its rows, if they are few.
     rows = min(*job.checkpoint.expert_sizes, ENTRIES[torch.device(job.device).type] // 1024)
     weights = torch.randn(2, rows, 1024, dtype=torch.bfloat16, device=job.device)
     seen = ProjectionInputs.unknown(1024, job.device)
-    if job.recipe.compensate:
+    if method.recipe.compensate:
         seen = replace(seen, moments=torch.eye(1024, device=job.device))
 
+    group = method.group_size(job.checkpoint)
+
     def pack(rows: int) -> None:
-        pack_matrix((weights[0, :rows], weights[1, :rows]), (seen, seen), job.recipe, job.group_size(), Losses(), 0)
+        pack_matrix((weights[0, :rows], weights[1, :rows]), (seen, seen), method.recipe, group, Losses(), 0)
 
     pack(16)  # compiles and loads what the first use does; strides of fewer rows would be compiled as constants
     began = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, pstdev
@@ -17,59 +17,75 @@ import transformers
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.text import Calibration
-from puzzlemoe_offline.methods import METHODS
-from puzzlemoe_offline.methods.base import BaselineError, Method
+from puzzlemoe_offline.methods import BASELINES
+from puzzlemoe_offline.methods.base import LayerMethod
 from puzzlemoe_offline.methods.dropping import remaining
 from puzzlemoe_offline.methods.merge_three import MergeThree
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
-from puzzlemoe_offline.recipe import NAMED, Recipe
-from puzzlemoe_offline.run.compress import Job, compress
-from puzzlemoe_offline.run.write_baseline import write_baseline
+from puzzlemoe_offline.methods.mergemoe import MergeMoe
+from puzzlemoe_offline.methods.pairs import PairMethod
+from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.layerwise import LayerwiseModel
+from puzzlemoe_offline.recipe import ClusterRecipe, PairRecipe, named_recipe
+from puzzlemoe_offline.run.job import Job
+from puzzlemoe_offline.run.runner import run
 from puzzlemoe_offline.score.perplexity import perplexity
 from puzzlemoe_offline.version import VERSION
-from puzzlemoe_vllm.format.codes import UnencodableWeight
+from puzzlemoe_vllm.errors import UserError
+from puzzlemoe_vllm.format.codes import CODES
 
 
 @dataclass(frozen=True)
-class MergeMoe:
-    """MergeMoE on any model.  sparsity: share of every layer's experts that goes by merging."""
+class Contender:
+    """A row of the comparison.  method: for a model and a seed; random: whether the seed changes anything."""
 
-    sparsity: float
-
-    def recipe(self, checkpoint: Checkpoint) -> Recipe:
-        """The recipe for a model, whose number of experts decides that of clusters."""
-        return Recipe(method="mergemoe", experts=remaining(checkpoint.experts, self.sparsity))
+    method: Callable[[Checkpoint, int], LayerMethod]
+    random: bool = False
 
 
-Contender = Recipe | MergeMoe | Method
+def _pairs(recipe: PairRecipe) -> Contender:
+    def method(checkpoint: Checkpoint, seed: int) -> LayerMethod:
+        return PairMethod(recipe.model_copy(update={"seed": seed}))
 
-RECIPES: dict[str, Recipe] = {
-    name: Recipe.model_validate(fields)
-    for name, fields in {
-        "paper": NAMED["paper"],
-        "default": NAMED["default"],
-        "least-squares": {"code": "mask16", "rule": "least-squares"},
-        "angle16": {"code": "angle16"},
-        "angle8": {"code": "angle8"},
-        "angle8-compensated": {"code": "angle8", "compensate": True},
-        "angle6": {"code": "angle6"},
-        "angle6-compensated": {"code": "angle6", "compensate": True},
-        "mask6": {"code": "mask6"},
-    }.items()
-}
-"""By the name that the table shows; partners are random in all but `default`."""
+    return Contender(method, random=recipe.pairing == "random")
+
+
+def _mergemoe(sparsity: float) -> Contender:
+    def method(checkpoint: Checkpoint, seed: int) -> LayerMethod:
+        return MergeMoe(ClusterRecipe(clusters=remaining(checkpoint.experts, sparsity)))
+
+    return Contender(method)
+
+
+def _baseline(method: LayerMethod) -> Contender:
+    return Contender(lambda checkpoint, seed: method)
+
+
+def _codes() -> dict[str, Contender]:
+    """Every code but the paper's, as it is and, where the words have steps, compensated."""
+    found = {}
+    for name, code in CODES.items():
+        if not code.rules:
+            found[name] = _pairs(PairRecipe(code=name))
+        if code.has_grid:
+            found[f"{name}-compensated"] = _pairs(PairRecipe(code=name, compensate=True))
+    return found
+
 
 CONTENDERS: dict[str, Contender] = {
-    **RECIPES,
-    "mergemoe-50": MergeMoe(0.5),
-    "mergemoe-25": MergeMoe(0.25),
-    **METHODS,
+    "paper": _pairs(named_recipe("paper")),
+    "default": _pairs(named_recipe("default")),
+    "least-squares": _pairs(named_recipe("paper", rule="least-squares")),
+    **_codes(),
+    "mergemoe-50": _mergemoe(0.5),
+    "mergemoe-25": _mergemoe(0.25),
+    **{name: _baseline(method) for name, method in BASELINES.items()},
+    "paper-3": Contender(lambda checkpoint, seed: MergeThree(seed=seed), random=True),
 }
-"""What `puzzlemoe compare` runs, by the name that --only takes; the number after mergemoe, as after drop and hc-smoe,
-is the percentage of experts that goes."""
+"""What `puzzlemoe compare` runs, by the name that the table shows and --only takes; partners are random in all recipes
+but `default`.  The number after mergemoe, drop and hc-smoe is the percentage of experts that goes."""
 
-TAU_SWEEP = {f"tau {tenth / 10}": RECIPES["paper"].model_copy(update={"tau": tenth / 10}) for tenth in range(11)}
-"""The paper's rule from sharing only equal magnitudes to sharing all (Fig. 5)."""
+TAU_SWEEP = {tenth / 10: _pairs(named_recipe("paper", tau=tenth / 10)) for tenth in range(11)}
+"""The paper's rule from sharing only equal magnitudes to sharing all (Fig. 5), by threshold."""
 
 
 @dataclass(frozen=True)
@@ -104,56 +120,39 @@ class Comparison:
     scratch: folder in which each contender's model is written, scored and deleted.
     """
 
-    checkpoint: Checkpoint
+    model: LayerwiseModel
     calibration: Calibration
     texts: dict[str, Tensor]
-    device: str
     scratch: Path
 
     def rows(self, contenders: Mapping[str, Contender], seeds: int = 1) -> Iterator[Row]:
-        """The dense model, then each contender.  Raises what reading the source raises."""
-        weights = expert_weights(self.checkpoint)
-        yield Row("dense", 16.0, 2 * weights, {name: [value] for name, value in self._score(self.checkpoint).items()})
+        """The dense model, then each contender; one that cannot be run is a row that says why."""
+        weights = expert_weights(self.model.checkpoint)
+        yield Row("dense", 16.0, 2 * weights, {name: [value] for name, value in self._score(self.model).items()})
         for name, contender in contenders.items():
             try:
                 yield self._row(name, contender, seeds, weights)
-            except (BaselineError, CheckpointError, UnencodableWeight) as error:
+            except (UserError, torch.cuda.OutOfMemoryError) as error:
                 yield Row(name, 0.0, 0, {}, refused=str(error))
 
     def _row(self, name: str, contender: Contender, seeds: int, weights: int) -> Row:
         scores: dict[str, list[float]] = {text: [] for text in self.texts}
-        seconds, bits = [], 0.0
-        for variant in variants(contender, seeds):
+        checkpoint, seconds, bits = self.model.checkpoint, [], 0.0
+        for seed in range(seeds if contender.random else 1):
+            method = contender.method(checkpoint, seed)
+            bits = method.bits_per_weight(checkpoint)
             with TemporaryDirectory(dir=self.scratch, prefix="puzzlemoe-compare-") as folder:
                 began = time.perf_counter()
-                bits = self._write(variant, Path(folder), weights)
+                job = Job(self.model, method, checkpoint.folder.name, tokens=self.calibration.tokens.numel())
+                run(job, self.calibration if method.passes else None, Path(folder))
                 seconds.append(time.perf_counter() - began)
-                for text, value in self._score(Checkpoint(Path(folder))).items():
+                written = LayerwiseModel(Checkpoint(Path(folder)), str(self.model.device))
+                for text, value in self._score(written).items():
                     scores[text].append(value)
         return Row(name, bits, round(bits * weights / 8), scores, mean(seconds))
 
-    def _write(self, contender: Contender, out: Path, weights: int) -> float:
-        """Writes a contender's model; returns the bits per weight of its experts."""
-        if isinstance(contender, MergeMoe):
-            contender = contender.recipe(self.checkpoint)
-        if isinstance(contender, Recipe):
-            job = Job(self.checkpoint, str(self.checkpoint.folder), None, contender, self.calibration, self.device)
-            report = compress(job, out, False, lambda layer, record: None)
-            return 8 * report["bytes"]["experts_after"] / weights
-        write_baseline(self.checkpoint, contender, self.calibration, self.device, out)
-        return contender.bits_per_weight(self.checkpoint)
-
-    def _score(self, checkpoint: Checkpoint) -> dict[str, float]:
-        return {name: perplexity(checkpoint, windows, self.device).perplexity for name, windows in self.texts.items()}
-
-
-def variants(contender: Contender, seeds: int) -> list[Contender]:
-    """The contender under seeds 0 .. seeds - 1, or alone when it draws no random numbers."""
-    if isinstance(contender, Recipe) and contender.pairing == "random":
-        return [contender.model_copy(update={"seed": seed}) for seed in range(seeds)]
-    if isinstance(contender, MergeThree):
-        return [dataclasses.replace(contender, seed=seed) for seed in range(seeds)]
-    return [contender]
+    def _score(self, model: LayerwiseModel) -> dict[str, float]:
+        return {name: perplexity(model, windows).perplexity for name, windows in self.texts.items()}
 
 
 def expert_weights(checkpoint: Checkpoint) -> int:
@@ -165,14 +164,14 @@ def expert_weights(checkpoint: Checkpoint) -> int:
 def machine(device: str) -> dict[str, Any]:
     """What figures depend on of the machine that a run's device is in."""
     facts: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    return facts | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
+    return facts | ({"gpu": torch.cuda.get_device_name()} if torch.device(device).type == "cuda" else {})
 
 
 def results(comparison: Comparison, rows: list[Row], seeds: int) -> dict[str, Any]:
     """The comparison as JSON data: model, settings, machine, versions, rows; seconds, bytes, bits."""
     calibration = comparison.calibration
     return {
-        "model": comparison.checkpoint.folder.resolve().name,
+        "model": comparison.model.checkpoint.folder.resolve().name,
         "calibration": {
             "source": Path(calibration.source).name,
             "windows": calibration.tokens.shape[0],
@@ -181,7 +180,7 @@ def results(comparison: Comparison, rows: list[Row], seeds: int) -> dict[str, An
         },
         "texts": {name: {"windows": len(text), "tokens": text.numel()} for name, text in comparison.texts.items()},
         "seeds": seeds,
-        "machine": machine(comparison.device),
+        "machine": machine(str(comparison.model.device)),
         "versions": {"puzzlemoe-vllm": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
         "rows": [dataclasses.asdict(row) for row in rows],
     }

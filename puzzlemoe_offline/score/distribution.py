@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.methods.pairs import rows_at_once
 from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
+from puzzlemoe_offline.words.pack import rows_at_once
 from puzzlemoe_vllm.format.codes import EXPONENT_OFFSET
 
 RATIO_BINS = 1000

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.layerwise import LayerExperts, LayerwiseModel, batch_size
 
 LOGIT_TOKENS = {"cpu": 256, "cuda": 2048}
@@ -49,13 +48,13 @@ def spread(windows: Tensor, count: int | None) -> Tensor:
 
 @torch.inference_mode()
 def perplexity(
-    checkpoint: Checkpoint, windows: Tensor, device: str, on_layer: Callable[[int], None] = lambda layer: None
+    model: LayerwiseModel, windows: Tensor, on_layer: Callable[[int], None] = lambda layer: None
 ) -> Perplexity:
     """windows: token ids [n, T].  Each window is scored on its own, its first token only conditions."""
-    model = LayerwiseModel(checkpoint, device)
+    device = str(model.device)
     size = batch_size(windows.shape[1])
     states = model.embed_all(windows, size)
-    for index, layer in model.layers(LayerExperts(checkpoint, device)):
+    for index, layer in model.layers(LayerExperts(model.checkpoint, device)):
         layer.advance(states, size, device)
         on_layer(index)
     # The last token of a window predicts none of it; what is below zero is not scored.

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from puzzlemoe_offline.methods import METHODS
+from puzzlemoe_offline.methods import BASELINES
 from puzzlemoe_offline.score.compare import Row
 from puzzlemoe_offline.score.distribution import Distribution, similar_share
 from puzzlemoe_vllm.format.codes import EXPONENT_OFFSET
@@ -33,7 +33,7 @@ def _comparison_panel(axes: Axes, rows: list[Row], text: str) -> None:
     base = rows[0].mean(text)
     for label, marker, ours in (("recipes", "o", True), ("baselines", "s", False)):
         for row in rows[1:]:
-            if (row.name not in METHODS) != ours:
+            if (row.name not in BASELINES) != ours:
                 continue
             rise, spread = 100 * (row.mean(text) / base - 1), 100 * row.spread(text) / base
             colour = "tab:blue" if ours else "tab:orange"

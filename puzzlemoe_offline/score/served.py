@@ -9,12 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from puzzlemoe_offline.score.perplexity import Perplexity
+from puzzlemoe_vllm.errors import UserError
 
 BATCH = 64
 """Windows handed to vLLM at a time; it returns a Python object for every token."""
 
 
-class ServingError(ValueError):
+class ServingError(UserError):
     """vLLM is missing, or does not serve the model; the text says why."""
 
 

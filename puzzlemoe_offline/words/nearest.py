@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ProjectionInputs
-from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.least_squares import merge_least_squares
 from puzzlemoe_offline.words.paper_rule import merge_pair
 from puzzlemoe_vllm.format.codes import SMALLEST, Angle16, GridCode, Mask16, UnencodableWeight, get_code
@@ -53,13 +53,13 @@ class PackedMatrix:
         )
 
 
-def own_scale(seen: ProjectionInputs, recipe: Recipe) -> Tensor:
+def own_scale(seen: ProjectionInputs, recipe: PairRecipe) -> Tensor:
     """How much an expert's input columns count by themselves, float32 [K]: norms for the paper's rule, squares over a
     power of the token count otherwise."""
     return seen.norms if recipe.is_paper else seen.norms.square() / max(seen.tokens, 1) ** BALANCE
 
 
-def pair_scales(own: tuple[Tensor, Tensor], few: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def pair_scales(own: tuple[Tensor, Tensor], few: Tensor, recipe: PairRecipe) -> tuple[Tensor, Tensor]:
     """How much the columns of two experts count in their pair, float32 [..., K] twice.
 
     own: as `own_scale` gives them, [..., K]; few: bool [..., 1], whether one of the two saw few tokens, so that the
@@ -72,14 +72,14 @@ def pair_scales(own: tuple[Tensor, Tensor], few: Tensor, recipe: Recipe) -> tupl
     return (own[0] / mean + UNSEEN).masked_fill(silent, 1), (own[1] / mean + UNSEEN).masked_fill(silent, 1)
 
 
-def column_scales(inputs: tuple[ProjectionInputs, ProjectionInputs], recipe: Recipe) -> tuple[Tensor, Tensor]:
+def column_scales(inputs: tuple[ProjectionInputs, ProjectionInputs], recipe: PairRecipe) -> tuple[Tensor, Tensor]:
     """The same of one pair, float32 [K] twice."""
     few = torch.tensor([any(seen.tokens < FEW_TOKENS for seen in inputs)], device=inputs[0].norms.device)
     return pair_scales((own_scale(inputs[0], recipe), own_scale(inputs[1], recipe)), few, recipe)
 
 
 def fit(
-    weights: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor], recipe: Recipe, group: int | None
+    weights: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor], recipe: PairRecipe, group: int | None
 ) -> PackedMatrix:
     """The words of two matrices [N, K].
 
@@ -93,7 +93,8 @@ def fit(
     if isinstance(code, Angle16):
         return PackedMatrix(fit_angle16(code, weights, scales))
     assert isinstance(code, Mask16)
-    pair = merge_pair(*weights, *scales, recipe.tau) if recipe.is_paper else merge_least_squares(*weights, *scales)
+    tau = recipe.tau
+    pair = merge_least_squares(*weights, *scales) if tau is None else merge_pair(*weights, *scales, tau)
     kept = pair.mask[0] | pair.mask[1]
     clamped = kept & (pair.magnitude > 0) & (pair.magnitude < SMALLEST)
     return PackedMatrix(code.encode(pair), clamped=int(clamped.sum()))

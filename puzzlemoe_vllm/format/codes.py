@@ -60,6 +60,8 @@ class PairCode(ABC):
     name: str
     bits: int
     dtype: torch.dtype
+    rules: tuple[str, ...] = ()
+    """Rules by which its words may be chosen; empty where it is always least squares."""
     has_grid = False
     """Whether a bf16 step per row and group of input columns comes with the words (`puzzle_grid`)."""
 
@@ -93,6 +95,7 @@ class Mask16(PairCode):
 
     name = "mask16"
     bits = 16
+    rules = ("paper", "least-squares")
     dtype = torch.int16
 
     def encode(self, pair: MergedPair) -> Tensor:

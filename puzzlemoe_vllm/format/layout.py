@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.codes import CODES, get_code
 
 QUANT_METHOD = "puzzlemoe"
@@ -19,7 +20,7 @@ GRID = "puzzle_grid"
 """Suffix of a pair's steps, bf16 [N, K / group_size], beside its words; only for codes that have steps."""
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """A packed checkpoint that this version cannot read; the text says what to do about it."""
 
 
@@ -49,7 +50,7 @@ class PuzzleConfig(BaseModel):
 
     quant_method: Literal["puzzlemoe"] = "puzzlemoe"
     format_version: int = FORMAT_VERSION
-    code: str
+    code: str | None = None
     group_size: int | None = None
     merged_experts: dict[int, int] = Field(default_factory=dict)
     clusters: dict[int, list[int]] = Field(default_factory=dict)
@@ -67,8 +68,8 @@ class PuzzleConfig(BaseModel):
 
     @field_validator("code")
     @classmethod
-    def _known_code(cls, code: str) -> str:
-        if code not in CODES:
+    def _known_code(cls, code: str | None) -> str | None:
+        if code is not None and code not in CODES:
             raise ValueError(f"code {code!r} is not known to this version (known: {', '.join(CODES)})")
         return code
 
@@ -99,7 +100,10 @@ class PuzzleConfig(BaseModel):
 
     @model_validator(mode="after")
     def _group_size_fits(self) -> PuzzleConfig:
-        get_code(self.code).check_group_size(self.group_size)
+        if self.code is not None:
+            get_code(self.code).check_group_size(self.group_size)
+        elif self.merged_experts:
+            raise ValueError("merged_experts need a code, and there is none")
         return self
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from puzzlemoe_offline.recipe import Recipe, RecipeError, named_recipe
+from puzzlemoe_offline.recipe import PairRecipe, RecipeError, named_recipe
 
 
 def test_the_paper_is_one_name_away():
     paper = named_recipe("paper", seed=0)
-    assert paper == Recipe()
+    assert paper == PairRecipe()
     assert (paper.code, paper.rule, paper.tau, paper.pairing) == ("mask16", "paper", 0.4, "random")
     assert (paper.saliency, paper.compensate, paper.sparsity) == ("wanda", False, 0.5)
 
@@ -16,7 +16,8 @@ def test_the_default_and_changes_to_it():
     default = named_recipe("default")
     assert (default.code, default.compensate, default.pairing) == ("angle8", True, "search")
     changed = named_recipe("default", code="angle16", compensate=False, tau=None, sparsity=0.25)
-    assert changed == default.model_copy(update={"code": "angle16", "compensate": False, "sparsity": 0.25})
+    assert changed == PairRecipe(code="angle16", compensate=False, pairing="search", sparsity=0.25)
+    assert changed.rule is None and changed.tau is None
     assert named_recipe("default", code="mask16").rule == "least-squares"
     assert named_recipe("paper", tau=0.2).tau == 0.2
 
@@ -25,7 +26,10 @@ def test_the_default_and_changes_to_it():
     "name, changes, message",
     [
         ("default", {"tau": 0.3}, r"tau is the threshold .* --recipe paper"),
-        ("default", {"rule": "paper"}, r"mask16 words, angle8 ones .* --recipe paper, or drop --rule"),
+        ("default", {"rule": "paper"}, r"rule paper: angle8 words are always chosen by least squares: drop --rule"),
+        ("default", {"rule": "least-squares"}, r"rule least-squares: angle8 words .* drop --rule"),
+        ("paper", {"code": "angle8", "rule": "paper"}, r"rule paper: angle8 words .* drop --rule"),
+        ("paper", {"code": "angle9"}, r"unknown pair-word code 'angle9'; this version knows angle16"),
         ("default", {"rule": "paper", "code": "mask16"}, r"--rule least-squares: use that, or --no-compensate"),
         ("default", {"saliency": "magnitude"}, r"--saliency wanda, or --no-compensate"),
         ("paper", {"compensate": True}, r"--rule least-squares: use that, or --no-compensate"),
@@ -40,3 +44,11 @@ def test_contradictions(name, changes, message):
     with pytest.raises(RecipeError, match=message) as caught:
         named_recipe(name, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_recorded_is_what_was_done():
+    """A rule and a threshold are there where they chose the words, and only there."""
+    assert named_recipe("paper").model_dump(exclude_none=True).items() >= {"rule": "paper", "tau": 0.4}.items()
+    for other in (named_recipe("paper", code="angle8"), named_recipe("default", code="mask16")):
+        assert "tau" not in other.model_dump(exclude_none=True)
+    assert "rule" not in named_recipe("paper", code="angle8").model_dump(exclude_none=True)

@@ -34,7 +34,7 @@ def compress_and_unpack(
     result = Models(folder / "packed", folder / "unpacked")
     options = ["--calibration", str(text), "--samples", "8", "--sequence-length", "128"]
     pairs = ["--recipe", "paper", "--sparsity", sparsity, "--code", code]
-    mergemoe = ["--method", "mergemoe", "--experts", str(clusters)]
+    mergemoe = ["--method", "mergemoe", "--clusters", str(clusters)]
     options += mergemoe if clusters else pairs
     for command in (
         ["compress", str(source), str(result.packed), *options, "--device", "cpu"],

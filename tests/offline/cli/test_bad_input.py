@@ -14,22 +14,20 @@ import torch
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from support.models import build
+from support.runs import compress_pairs, unpack
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from puzzlemoe_offline.calibration.text import CalibrationError, load_calibration
 from puzzlemoe_offline.cli.main import app, main
-from puzzlemoe_offline.methods.unpack import unpack
+from puzzlemoe_offline.methods.base import MethodError
 from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.model.families import UnsupportedModel
 from puzzlemoe_offline.model.hub import locate
 from puzzlemoe_offline.model.inspection import inspect
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.model.tokenizer import tokenizer_of
-from puzzlemoe_offline.recipe import Recipe
-from puzzlemoe_offline.run.compress import Job, compress
 from puzzlemoe_offline.run.output import OutputError
-from puzzlemoe_offline.run.plan import make_plan
 from puzzlemoe_offline.score.perplexity import perplexity
 from puzzlemoe_vllm.format.codes import UnencodableWeight
 from puzzlemoe_vllm.format.layout import LayoutError
@@ -63,7 +61,7 @@ def set_one(value: float):
 
 def run(source: Path, out: Path) -> None:
     """A compression run without calibration."""
-    compress(Job(Checkpoint(source), "source", None, Recipe(saliency="magnitude"), None, "cpu"), out, False, print)
+    compress_pairs(source, out)
 
 
 @pytest.fixture
@@ -92,7 +90,7 @@ def test_nan_that_a_forward_pass_meets(source, name):
     edit_tensor(source, name, set_one(float("nan")))
     windows = torch.randint(0, 200, (2, 16))
     with pytest.raises(CheckpointError, match=f"{name} .*NaN or infinite"):
-        perplexity(Checkpoint(source), windows, "cpu")
+        perplexity(LayerwiseModel(Checkpoint(source), "cpu"), windows)
 
 
 def test_a_weight_that_no_word_holds(source, tmp_path):
@@ -247,9 +245,8 @@ def test_a_gated_model_is_told_from_a_missing_one(monkeypatch):
 
 def test_too_few_experts_for_a_quarter(tmp_path):
     source = build("mixtral", tmp_path / "source", num_local_experts=3)
-    recipe = Recipe(saliency="magnitude", sparsity=0.25)
-    with pytest.raises(CheckpointError, match=r"--sparsity 0.25: half of the 3 experts .* use --sparsity 0.5"):
-        compress(Job(Checkpoint(source), "source", None, recipe, None, "cpu"), tmp_path / "out", False, print)
+    with pytest.raises(MethodError, match=r"--sparsity 0.25: half of the 3 experts .* use --sparsity 0.5"):
+        compress_pairs(source, tmp_path / "out", sparsity=0.25)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
@@ -263,13 +260,12 @@ def test_a_model_without_tokenizer(tmp_path, family):
 
 
 def test_packing_twice_and_unpacking_a_dense_model(packed, source, tmp_path):
-    with pytest.raises(CheckpointError, match="packed already"):
+    with pytest.raises(MethodError, match="packed already"):
         run(packed, tmp_path / "twice")
-    job = Job(Checkpoint(packed), "packed", None, Recipe(saliency="magnitude"), None, "cpu")
-    with pytest.raises(CheckpointError, match="packed already"):
-        make_plan(job)
-    with pytest.raises(CheckpointError, match="not a packed model"):
-        unpack(Checkpoint(source), tmp_path / "unpacked")
+    planned = CliRunner().invoke(app, ["compress", str(packed), str(tmp_path / "twice"), "--dry-run"])
+    assert isinstance(planned.exception, MethodError) and "packed already" in str(planned.exception)
+    with pytest.raises(MethodError, match="not a packed model"):
+        unpack(source, tmp_path / "unpacked")
 
 
 def test_a_foreign_format_version(packed):
@@ -294,7 +290,7 @@ def test_a_missing_tensor_that_inspect_finds(packed, tmp_path, name):
     # The index goes too: with it, opening the folder already fails.
     (packed / "model.safetensors.index.json").unlink()
     edit_tensor(packed, name, lambda tensor: None)
-    for read in (inspect, lambda checkpoint: unpack(checkpoint, tmp_path / "unpacked")):
+    for read in (inspect, lambda checkpoint: unpack(checkpoint.folder, tmp_path / "unpacked")):
         with pytest.raises(CheckpointError, match=f"{name} is missing"):
             read(Checkpoint(packed))
 
@@ -323,8 +319,8 @@ def test_an_output_folder_that_cannot_be_written(source, packed, tmp_path):
             run(source, out)
     with files_up_to(20_000), pytest.raises(OutputError, match=r"cannot be written .*File too large.*--resume"):
         run(source, tmp_path / "out")
-    with pytest.raises(OutputError, match="unfinished run: name a new folder, empty this one or,"):
-        unpack(Checkpoint(packed), tmp_path / "out")
+    with pytest.raises(OutputError, match="unfinished run: go on with --resume, name a new folder or"):
+        unpack(packed, tmp_path / "out")
 
 
 def test_a_disk_without_room(source, tmp_path, monkeypatch):
@@ -332,7 +328,7 @@ def test_a_disk_without_room(source, tmp_path, monkeypatch):
     text.write_text("It was the best of times, it was the worst of times. " * 40)
     words = [str(word) for word in ("compress", source, out, "--calibration", text, "--sequence-length", 64)]
     planned = CliRunner().invoke(app, [*words, "--dry-run"]).output
-    assert re.search(r"disk\W+0\.00 GB", planned)
+    assert re.search(r"disk\W+0\.01 GB", planned)
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2000, 1000, 1000))
     failed = CliRunner().invoke(app, words)

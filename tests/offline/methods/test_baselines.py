@@ -7,23 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models import EXPERT_COUNT, VOCABULARY, build
+from support.runs import run_method
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from puzzlemoe_offline.calibration.statistics import ExpertStatistics, ProjectionInputs
+from puzzlemoe_offline.calibration.statistics import ProjectionInputs
 from puzzlemoe_offline.calibration.text import Calibration
-from puzzlemoe_offline.methods import METHODS
-from puzzlemoe_offline.methods.base import BaselineError, SourceLayer
-from puzzlemoe_offline.methods.dropping import DropExperts
+from puzzlemoe_offline.methods import BASELINES
+from puzzlemoe_offline.methods.base import MethodError
+from puzzlemoe_offline.methods.dropping import most_used
 from puzzlemoe_offline.methods.gptq import gptq
 from puzzlemoe_offline.methods.hc_smoe import clusters_of
 from puzzlemoe_offline.methods.merge_three import groups_of_three, merge_group
 from puzzlemoe_offline.methods.rounding import group_of, round_to_nearest
 from puzzlemoe_offline.methods.wanda import prune
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
-from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import FAMILIES
-from puzzlemoe_offline.run.write_baseline import write_baseline
 from puzzlemoe_offline.words.paper_rule import merge_pair
 
 TOKENS = torch.randint(0, VOCABULARY - 1, (32, 64), generator=torch.Generator().manual_seed(0))
@@ -33,7 +32,7 @@ NATIVE = [family for family in FAMILIES if family != "deepseek"]
 
 def write(source: Path, out: Path, name: str) -> Checkpoint:
     """The baseline's model, opened."""
-    write_baseline(Checkpoint(source), METHODS[name], CALIBRATION, "cpu", out)
+    run_method(source, out, BASELINES[name], CALIBRATION)
     return Checkpoint(out)
 
 
@@ -94,7 +93,7 @@ def test_rounding_keeps_zero_and_a_constant_group():
 
 def test_columns_that_no_group_divides_are_refused():
     assert [group_of(columns) for columns in (256, 192, 96)] == [128, 64, 32]
-    with pytest.raises(BaselineError, match="40 input columns"):
+    with pytest.raises(MethodError, match="40 input columns"):
         group_of(40)
 
 
@@ -127,12 +126,8 @@ def test_wanda_keeps_the_two_most_salient_of_four():
 
 
 def test_dropping_keeps_the_experts_that_saw_most():
-    experts = [Expert(*(torch.full((2, 2), float(number)) for _ in range(3))) for number in range(4)]
-    statistics = ExpertStatistics.zeros(4, 2, 2, torch.device("cpu"))
-    statistics.tokens[:] = torch.tensor([5, 9, 0, 7])
-    new = DropExperts(0.5).apply(SourceLayer(0, experts, statistics, None))
-    assert new.order == [1, 3]
-    assert [float(expert.gate[0, 0]) for expert in new.experts] == [1, 3]
+    assert most_used([5, 9, 0, 7], 2) == [1, 3]
+    assert most_used([5, 5, 5, 7], 2) == [0, 3]
 
 
 def test_clusters_join_the_nearest():
@@ -163,7 +158,7 @@ def test_groups_of_three_hold_every_expert_once():
     assert sorted(expert for group in groups for expert in group) == list(range(8))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_written_mixtral_loads_in_transformers(name, mixtral, tmp_path):
     written = write(mixtral, tmp_path / "out", name)
     dense, changed = logits(mixtral), logits(tmp_path / "out")
@@ -171,7 +166,7 @@ def test_a_written_mixtral_loads_in_transformers(name, mixtral, tmp_path):
     bounds = {"int8": (1e-4, 0.05), "int4": (0.01, 0.5), "gptq-int4": (0.01, 0.5)}
     low, high = bounds.get(name, (0.01, 2.0))
     assert low < distance < high
-    bits = METHODS[name].bits_per_weight(Checkpoint(mixtral))
+    bits = BASELINES[name].bits_per_weight(Checkpoint(mixtral))
     assert 3 < bits < 13
     assert written.quantization is None
     if name == "wanda-2:4":
@@ -224,13 +219,11 @@ def test_fused_sources_are_written_expert_by_expert(tmp_path):
 
 def test_models_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
     grouped = build("deepseek_v2", tmp_path / "grouped")
-    with pytest.raises(BaselineError, match="picks from 4 groups"):
+    with pytest.raises(MethodError, match="picks from 4 groups"):
         write(grouped, tmp_path / "out", "drop-25")
     hungry = build("mixtral", tmp_path / "hungry", num_experts_per_tok=5)
-    with pytest.raises(BaselineError, match="leave 4 of 8 experts, and every token needs 5"):
+    with pytest.raises(MethodError, match="leave 4 of 8 experts, and every token needs 5"):
         write(hungry, tmp_path / "out", "drop-50")
-    with pytest.raises(BaselineError, match="needs calibration text"):
-        write_baseline(Checkpoint(hungry), METHODS["wanda-2:4"], None, "cpu", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -240,5 +233,5 @@ def test_a_packed_source_is_refused(mixtral, tmp_path):
     for file in mixtral.glob("*.safetensors"):
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    with pytest.raises(CheckpointError, match="packed already"):
-        write_baseline(Checkpoint(tmp_path), METHODS["int4"], None, "cpu", tmp_path / "out")
+    with pytest.raises(MethodError, match="packed already"):
+        BASELINES["int4"].check(Checkpoint(tmp_path))

@@ -6,14 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models import build
-from transformers import AutoTokenizer
+from support.runs import compress_pairs, job_of, sentences, unpack
 
-from puzzlemoe_offline.calibration.text import load_calibration
-from puzzlemoe_offline.methods.unpack import unpack
+from puzzlemoe_offline.methods.base import MethodError
+from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.model.inspection import inspect
-from puzzlemoe_offline.recipe import Recipe
-from puzzlemoe_offline.run.compress import Job, compress
+from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.run.plan import make_plan
 from puzzlemoe_vllm.backends import ExpertWeights, reference
 from puzzlemoe_vllm.format.codes import CODES, get_code
@@ -24,31 +23,34 @@ BITS = {"mask16": 16, "angle16": 16, "angle8": 8.5, "angle6": 6.5, "mask6": 6.5}
 
 def pack(source, out, **recipe) -> dict:
     """Compresses with 8 windows of 128 bytes; returns the report."""
-    text = source / "text.txt"
-    text.write_text("It was the best of times, it was the worst of times. " * 60)
-    checkpoint = Checkpoint(source)
-    calibration = load_calibration(str(text), AutoTokenizer.from_pretrained(source), 8, 128)
-    job = Job(checkpoint, str(source), None, Recipe(**recipe), calibration, "cpu")
-    assert make_plan(job).experts_after < make_plan(job).experts_before
-    return compress(job, out, False, lambda *_: None)
+    calibration = sentences(source, 8, 128)
+    plan = make_plan(job_of(source, PairMethod(PairRecipe(**recipe)), calibration))
+    report = compress_pairs(source, out, calibration, **recipe)
+    assert plan.experts_after == report["bytes"]["experts_after"] < plan.experts_before
+    return report
 
 
 @pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize("name", list(CODES))
 def test_written_unpacked_and_served_weights_agree(name, compensate, tmp_path):
     source = build("mixtral", tmp_path / "source")
-    report = pack(source, tmp_path / "packed", code=name, rule="least-squares", compensate=compensate)
+    report = pack(source, tmp_path / "packed", code=name, compensate=compensate, **least_squares(name))
     packed = Checkpoint(tmp_path / "packed")
     assert packed.quantization.group_size == (32 if get_code(name).has_grid else None)
     dense, facts = inspect(Checkpoint(source))["bytes"], inspect(packed)["bytes"]
     assert facts["experts, merged"] == dense["experts, dense"] * BITS[name] / 32 == report["bytes"]["experts_after"]
-    unpack(packed, tmp_path / "unpacked")
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
     unpacked = Checkpoint(tmp_path / "unpacked")
     for expert in range(8):
         ours, theirs = packed.expert(1, expert), unpacked.expert(1, expert)
         served = reference.expert_weights(one_pair(packed, expert & ~1), expert & 1)
         assert torch.equal(torch.cat([ours.gate, ours.up]), served[0]) and torch.equal(ours.down, served[1])
         assert torch.equal(torch.cat([theirs.gate, theirs.up]), served[0]) and torch.equal(theirs.down, served[1])
+
+
+def least_squares(name: str) -> dict[str, str]:
+    """That rule, of a code that has another too."""
+    return {"rule": "least-squares"} if get_code(name).rules else {}
 
 
 def one_pair(packed: Checkpoint, leader: int) -> ExpertWeights:
@@ -79,7 +81,7 @@ def test_codes_that_lose_less_lose_less(tmp_path):
 
 def test_a_group_size_that_does_not_fit_names_one_that_does(tmp_path):
     source = build("mixtral", tmp_path / "source")
-    with pytest.raises(CheckpointError, match=r"128 and intermediate size 96 .* --group-size 64; use --group-size 32"):
+    with pytest.raises(MethodError, match=r"128 and intermediate size 96 .* --group-size 64; use --group-size 32"):
         pack(source, tmp_path / "packed", code="angle8", group_size=64)
     assert not (tmp_path / "packed").exists()
 
@@ -109,4 +111,4 @@ def test_damaged_steps_are_found(tmp_path):
 )
 def test_choices_that_contradict_each_other(recipe):
     with pytest.raises(ValueError, match=r"compensation needs|no group steps"):
-        Recipe(**recipe)
+        PairRecipe(**recipe)

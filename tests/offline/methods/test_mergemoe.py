@@ -8,22 +8,22 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.models import VOCABULARY, build
+from support.runs import job_of, run_method, sentences, unpack
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from puzzlemoe_offline.calibration.text import load_calibration
 from puzzlemoe_offline.cli.main import app
+from puzzlemoe_offline.cli.options import OptionError
 from puzzlemoe_offline.methods import mergemoe
-from puzzlemoe_offline.methods.mergemoe import Cluster, LayerMerger, cluster
-from puzzlemoe_offline.methods.unpack import unpack
+from puzzlemoe_offline.methods.base import MethodError
+from puzzlemoe_offline.methods.mergemoe import Cluster, LayerMerger, MergeMoe, cluster
 from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.families import FAMILIES
 from puzzlemoe_offline.model.inspection import inspect
 from puzzlemoe_offline.model.layerwise import LayerExperts, LayerwiseModel
-from puzzlemoe_offline.recipe import Recipe
-from puzzlemoe_offline.run.compress import Job, compress
+from puzzlemoe_offline.recipe import ClusterRecipe
 from puzzlemoe_offline.run.plan import make_plan
 
 HIDDEN, INTERMEDIATE = 24, 16
@@ -123,15 +123,11 @@ def test_an_expert_alone_in_its_cluster_stays_as_it_is():
     assert layer.expert(3) is layer.expert(joined) is not experts[joined]
 
 
-def pack(source: Path, out: Path, experts: int) -> dict:
+def pack(source: Path, out: Path, clusters: int) -> dict:
     """Compresses with 16 windows of 96 bytes; returns the report."""
-    text = source / "text.txt"
-    text.write_text("It was the best of times, it was the worst of times. " * 60)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    recipe = Recipe(method="mergemoe", experts=experts)
-    job = Job(Checkpoint(source), str(source), None, recipe, load_calibration(str(text), tokenizer, 16, 96), "cpu")
-    report = compress(job, out, False, lambda *_: None)
-    assert report["bytes"]["experts_after"] == make_plan(job).experts_after
+    calibration, method = sentences(source, 16, 96), MergeMoe(ClusterRecipe(clusters=clusters))
+    report = run_method(source, out, method, calibration)
+    assert report["bytes"]["experts_after"] == make_plan(job_of(source, method, calibration)).experts_after
     return report
 
 
@@ -149,7 +145,7 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
 def test_written_unpacked_and_computed_models_agree(family, tmp_path):
     source, packed, unpacked = build(family, tmp_path / "source"), tmp_path / "packed", tmp_path / "unpacked"
     report = pack(source, packed, 3)
-    unpack(Checkpoint(packed), unpacked)
+    unpack(packed, unpacked)
     before, after = inspect(Checkpoint(source)), inspect(Checkpoint(packed))
     expert_bytes = after["bytes"].pop("experts, in clusters")
     assert expert_bytes == before["bytes"].pop("experts, dense") * 3 / 8 == report["bytes"]["experts_after"]
@@ -176,11 +172,11 @@ def test_fewer_experts_lose_more(tmp_path):
 
 def test_the_whole_command(example, tmp_path):
     out = tmp_path / "out"
-    done = run("compress", example / "model", out, "--method", "mergemoe", "--experts", "6", *calibration(example))
+    done = run("compress", example / "model", out, "--method", "mergemoe", "--clusters", "6", *calibration(example))
     assert done.exit_code == 0, done.output
     assert "8 in 6" in done.output
     config = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert config["provenance"]["recipe"] == {"method": "mergemoe", "experts": 6}
+    assert config["provenance"]["recipe"] == {"method": "mergemoe", "clusters": 6}
     assert [len(set(centres)) for centres in config["clusters"].values()] == [6] * 4
     card = (out / "README.md").read_text()
     assert json.loads((out / "puzzlemoe_report.json").read_text())["bytes_per_token"] is None
@@ -198,10 +194,10 @@ def calibration(example: Path) -> list[str]:
     return ["--calibration", str(example / "calibration.txt"), "--samples", "8", "--sequence-length", "128"]
 
 
-@pytest.mark.parametrize(("experts", "more"), [(0, []), (8, []), (8, ["--dry-run"])])
-def test_a_number_of_experts_that_cannot_be(experts, more, example, tmp_path):
-    command = ["compress", example / "model", tmp_path / "out", "--method", "mergemoe", "--experts", experts, *more]
-    with pytest.raises(CheckpointError, match=rf"--experts {experts}: .* has 8 experts per layer; choose 1 to 7"):
+@pytest.mark.parametrize(("clusters", "more"), [(0, []), (8, []), (8, ["--dry-run"])])
+def test_a_number_of_clusters_that_cannot_be(clusters, more, example, tmp_path):
+    command = ["compress", example / "model", tmp_path / "out", "--method", "mergemoe", "--clusters", clusters, *more]
+    with pytest.raises(MethodError, match=rf"--clusters {clusters}: .* has 8 experts per layer; choose 1 to 7"):
         raise run(*command, *calibration(example)).exception
     assert not (tmp_path / "out").exists()
 
@@ -209,10 +205,10 @@ def test_a_number_of_experts_that_cannot_be(experts, more, example, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "mergemoe"], "--method mergemoe needs --experts"),
-        (["--experts", "4"], "--experts is for --method mergemoe"),
+        (["--method", "mergemoe"], "--method mergemoe needs --clusters"),
+        (["--clusters", "4"], "--clusters is for --method mergemoe"),
         *(
-            (["--method", "mergemoe", "--experts", "4", *option], f"{option[0]} is for --method puzzlemoe")
+            (["--method", "mergemoe", "--clusters", "4", *option], f"{option[0]} is for --method puzzlemoe")
             for option in (
                 ["--recipe", "paper"],
                 ["--sparsity", "0.25"],
@@ -227,7 +223,7 @@ def test_a_number_of_experts_that_cannot_be(experts, more, example, tmp_path):
     ],
 )
 def test_options_of_the_other_method(options, message, example, tmp_path):
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(OptionError, match=message):
         raise run("compress", example / "model", tmp_path / "out", *options, *calibration(example)).exception
 
 

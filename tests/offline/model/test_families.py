@@ -7,16 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import VOCABULARY, build
+from support.runs import compress_pairs, unpack
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from puzzlemoe_offline.calibration.text import load_calibration
-from puzzlemoe_offline.methods.unpack import unpack
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import FAMILIES
 from puzzlemoe_offline.model.layerwise import LayerExperts, LayerwiseModel
-from puzzlemoe_offline.recipe import Recipe
-from puzzlemoe_offline.run.compress import Job, compress
+from puzzlemoe_offline.model.tokenizer import tokenizer_of
 from puzzlemoe_offline.words.paper_rule import merge_pair
 
 NATIVE = [family for family in FAMILIES if family != "deepseek"]
@@ -27,11 +26,8 @@ def pack(source: Path, out: Path, **recipe) -> dict:
     """Compresses with 32 windows of 96 bytes; returns the report."""
     text = source / "text.txt"
     text.write_text(TEXT)
-    checkpoint = Checkpoint(source)
-    calibration = load_calibration(str(text), AutoTokenizer.from_pretrained(source, trust_remote_code=False), 32, 96)
-    return compress(
-        Job(checkpoint, str(source), None, Recipe(**recipe), calibration, "cpu"), out, False, lambda *_: None
-    )
+    calibration = load_calibration(str(text), tokenizer_of(source), 32, 96)
+    return compress_pairs(source, out, calibration, **recipe)
 
 
 def layerwise_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -75,7 +71,7 @@ def merge_in_place(model: nn.Module, report: dict, tokens: torch.Tensor, tau: fl
 def test_packing_equals_merging_in_float(family, sparsity, tmp_path):
     source = build(family, tmp_path / "source")
     report = pack(source, tmp_path / "packed", sparsity=sparsity, tau=0.3)
-    unpack(Checkpoint(tmp_path / "packed"), tmp_path / "unpacked")
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
     calibration = load_calibration(
         str(source / "text.txt"), AutoTokenizer.from_pretrained(source, trust_remote_code=False), 32, 96
     ).tokens
@@ -112,7 +108,7 @@ def test_a_model_in_bf16_keeps_its_rotary_frequencies_in_float32(family, tmp_pat
 def test_deepseek_moe_packs_and_unpacks_to_the_same_model(tmp_path):
     source = build("deepseek", tmp_path / "source")
     report = pack(source, tmp_path / "packed")
-    unpack(Checkpoint(tmp_path / "packed"), tmp_path / "unpacked")
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
     tokens = torch.randint(0, VOCABULARY - 1, (2, 40))
     packed, unpacked = (layerwise_logits(tmp_path / name, tokens) for name in ("packed", "unpacked"))
     assert torch.equal(packed, unpacked)
@@ -154,7 +150,7 @@ def test_an_expert_that_saw_few_tokens_is_counted_and_merged_by_magnitude(tmp_pa
     counts = {(r["layer"], expert): n for r in report["layers"] for expert, n in enumerate(r["tokens"])}
     assert few == {key for key, count in counts.items() if count < 32}
     assert 0 < len(few) < len(counts)
-    compress(Job(Checkpoint(source), "x", None, Recipe(saliency="magnitude"), None, "cpu"), by_magnitude, False, print)
+    compress_pairs(source, by_magnitude)
     wanda, plain = Checkpoint(tmp_path / "packed"), Checkpoint(by_magnitude)
     same, differ = 0, 0
     for record in report["layers"]:

@@ -11,7 +11,7 @@ from puzzlemoe_offline.cli.main import app
 from puzzlemoe_offline.model.checkpoint import CheckpointError
 from puzzlemoe_offline.model.families import FAMILIES
 from puzzlemoe_offline.model.tokenizer import CONFIG, mended_config, tokenizer_of
-from puzzlemoe_offline.run.report import serve_command
+from puzzlemoe_offline.run.card import serve_command
 
 TEXT = "The quick brown fox\nhas 123 words,  doesn't it?\n"
 

@@ -5,22 +5,19 @@ import json
 import pytest
 import torch
 from support.models import build
-from transformers import AutoTokenizer
+from support.runs import compress_pairs, sentences
 
-from puzzlemoe_offline.calibration.statistics import ExpertStatistics
-from puzzlemoe_offline.calibration.text import load_calibration
-from puzzlemoe_offline.methods.pairs import projection_inputs
+from puzzlemoe_offline.calibration.statistics import ExpertStatistics, projection_inputs
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.pairing.pair_cost import merge_errors
 from puzzlemoe_offline.pairing.partners import pair_experts
-from puzzlemoe_offline.recipe import Recipe
-from puzzlemoe_offline.run.compress import Job, compress
+from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.nearest import column_scales, fit
 from puzzlemoe_vllm.format.codes import CODES, get_code
 
 CPU = torch.device("cpu")
-RECIPES = [{"code": "mask16", "rule": "paper"}, *({"code": name, "rule": "least-squares"} for name in CODES)]
+RECIPES = [{"code": name, "rule": rule} for name, code in CODES.items() for rule in code.rules or (None,)]
 
 
 def layer(experts: int, seed: int = 0) -> tuple[list[Expert], ExpertStatistics]:
@@ -40,7 +37,7 @@ def layer(experts: int, seed: int = 0) -> tuple[list[Expert], ExpertStatistics]:
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_they_are_the_weighted_errors_of_merging_on_the_sampled_rows(options, calibrated):
     experts, statistics = layer(4)
-    recipe, code = Recipe(**options), get_code(options["code"])
+    recipe, code = PairRecipe(**options), get_code(options["code"])
     seen, group = (statistics if calibrated else None), 16 if code.has_grid else None
     found = merge_errors([0, 1, 2, 3], experts.__getitem__, seen, recipe, group, CPU)
     assert torch.equal(found, found.T) and not found.diagonal().any()
@@ -64,7 +61,7 @@ def test_they_are_the_weighted_errors_of_merging_on_the_sampled_rows(options, ca
 
 def test_busy_experts_are_kept_apart_and_twins_are_brought_together():
     experts, statistics = layer(6)
-    recipe = Recipe(rule="least-squares")
+    recipe = PairRecipe(rule="least-squares")
     pairing = pair_experts(
         6,
         0.5,
@@ -83,22 +80,21 @@ def test_busy_experts_are_kept_apart_and_twins_are_brought_together():
 def test_experts_that_no_token_chose_cost_nothing():
     experts, _ = layer(4)
     silent = ExpertStatistics.zeros(4, 48, 64, CPU)
-    assert not merge_errors([0, 1, 2, 3], experts.__getitem__, silent, Recipe(rule="least-squares"), None, CPU).any()
+    assert not merge_errors(
+        [0, 1, 2, 3], experts.__getitem__, silent, PairRecipe(rule="least-squares"), None, CPU
+    ).any()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
 @pytest.mark.parametrize("sparsity", [0.5, 0.25])
 def test_what_the_pairings_are_for(family, sparsity, tmp_path):
     """Search loses less than random partners do, coactivation loads less, in groups and at 25% too."""
-    source, text = build(family, tmp_path / "source"), tmp_path / "text.txt"
-    text.write_text("It was the best of times, it was the worst of times. " * 60)
-    checkpoint = Checkpoint(source)
-    calibration = load_calibration(str(text), AutoTokenizer.from_pretrained(source), 8, 128)
+    source = build(family, tmp_path / "source")
+    checkpoint, calibration = Checkpoint(source), sentences(source, 8, 128)
     reports = {}
     for pairing in ("random", "search", "coactivation"):
-        recipe = Recipe(rule="least-squares", pairing=pairing, sparsity=sparsity)
-        job = Job(checkpoint, "source", None, recipe, calibration, "cpu")
-        reports[pairing] = compress(job, tmp_path / pairing, False, lambda *_: None)
+        choices = {"rule": "least-squares", "pairing": pairing, "sparsity": sparsity}
+        reports[pairing] = compress_pairs(source, tmp_path / pairing, calibration, **choices)
     lost = {
         pairing: sum(layer.get("output_error", 0) for layer in report["layers"]) for pairing, report in reports.items()
     }
@@ -122,10 +118,7 @@ def test_a_search_without_calibration(tmp_path):
     source = build("qwen3_moe", tmp_path / "source")
     orders, errors = {}, {}
     for pairing in ("random", "search"):
-        recipe = Recipe(saliency="magnitude", pairing=pairing)
-        report = compress(
-            Job(Checkpoint(source), "source", None, recipe, None, "cpu"), tmp_path / pairing, False, print
-        )
+        report = compress_pairs(source, tmp_path / pairing, pairing=pairing)
         assert report["bytes_per_token"] is None
         orders[pairing] = [layer["order"] for layer in report["layers"]]
         errors[pairing] = sum(sum(layer["weight_error"]) for layer in report["layers"])

@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics
 from puzzlemoe_offline.cli.main import app
+from puzzlemoe_offline.methods import mergemoe
+from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.model.inspection import inspect
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
-from puzzlemoe_offline.run import compress as compress_run
 from puzzlemoe_offline.run.output import ModelFolder
 
 OPTIONS = ["--recipe", "paper", "--samples", "8", "--sequence-length", "128", "--seed", "3"]
@@ -61,7 +62,7 @@ def quarter(example, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("recipe", [["--recipe", "default"], ["--method", "mergemoe", "--experts", "4"]])
+@pytest.mark.parametrize("recipe", [["--recipe", "default"], ["--method", "mergemoe", "--clusters", "4"]])
 def test_memory_holds_one_layer_at_a_time(example, tmp_path, monkeypatch, recipe):
     """Nothing that a layer gathered or that is to be written of it lives on when the next layer begins."""
     made: list[weakref.ref] = []
@@ -85,9 +86,8 @@ def test_memory_holds_one_layer_at_a_time(example, tmp_path, monkeypatch, recipe
     monkeypatch.setattr(LayerwiseModel, "layers", layers)
     zeros = watching(ExpertStatistics.zeros, lambda statistics: [statistics])
     monkeypatch.setattr(ExpertStatistics, "zeros", zeros)
-    monkeypatch.setattr(compress_run, "LayerMerger", watching(compress_run.LayerMerger, lambda merger: [merger]))
-    tensors = watching(compress_run._expert_tensors, dict.values)
-    monkeypatch.setattr(compress_run, "_expert_tensors", tensors)
+    monkeypatch.setattr(mergemoe, "LayerMerger", watching(mergemoe.LayerMerger, lambda merger: [merger]))
+    monkeypatch.setattr(PairMethod, "apply", watching(PairMethod.apply, lambda new: new.tensors.values()))
     words = ["compress", example / "model", tmp_path / "out", "--calibration", example / "calibration.txt", *recipe]
     done = CliRunner().invoke(app, [*map(str, words), "--samples", "4", "--sequence-length", "128"])
     assert done.exit_code == 0, done.output
@@ -168,7 +168,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(packed, example, tmp_path):
     out = tmp_path / "out"
     words = ["compress", example / "model", out, "--calibration", example / "calibration.txt", *OPTIONS]
     process = subprocess.Popen(
-        [sys.executable, "-m", "puzzlemoe_offline.cli.main", *map(str, words)],
+        [sys.executable, "-m", "puzzlemoe_offline", *map(str, words)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

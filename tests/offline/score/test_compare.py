@@ -7,9 +7,10 @@ import pytest
 from support.command import puzzlemoe
 from support.models import build
 
-from puzzlemoe_offline.methods import METHODS
+from puzzlemoe_offline.methods import BASELINES
 from puzzlemoe_offline.model.checkpoint import Checkpoint
-from puzzlemoe_offline.score.compare import CONTENDERS, RECIPES, TAU_SWEEP, Row, variants
+from puzzlemoe_offline.recipe import named_recipe
+from puzzlemoe_offline.score.compare import CONTENDERS, TAU_SWEEP, Row
 
 TEXT = "It was the best of times, it was the worst of times. "
 CHEAP = ["--samples", "16", "--sequence-length", "64", "--device", "cpu"]
@@ -68,7 +69,7 @@ def test_seeds_give_a_spread_where_pairs_are_random(source, tmp_path):
 
 
 def test_the_tau_sweep_runs_the_papers_rule_at_each_threshold(source, tmp_path, monkeypatch):
-    ends = {name: TAU_SWEEP[name] for name in ("tau 0.0", "tau 1.0")}
+    ends = {tau: TAU_SWEEP[tau] for tau in (0.0, 1.0)}
     monkeypatch.setattr("puzzlemoe_offline.cli.compare.TAU_SWEEP", ends)
     output = tmp_path / "tau.json"
     assert compare(source, output, "--tau-sweep") == 0
@@ -76,7 +77,9 @@ def test_the_tau_sweep_runs_the_papers_rule_at_each_threshold(source, tmp_path, 
     assert [row["name"] for row in rows] == ["dense", "tau 0.0", "tau 1.0"]
     assert rows[1]["perplexity"] != rows[2]["perplexity"]
     assert output.with_suffix(".png").exists()
-    assert all(recipe == RECIPES["paper"].model_copy(update={"tau": recipe.tau}) for recipe in TAU_SWEEP.values())
+    model = Checkpoint(source)
+    for tau, contender in TAU_SWEEP.items():
+        assert contender.method(model, 0).recipe == named_recipe("paper", tau=tau)
 
 
 def test_what_does_not_fit_a_model_is_said_and_the_rest_runs(source, tmp_path):
@@ -136,11 +139,13 @@ def test_baseline_writes_a_model(source, tmp_path, capsys):
 
 def test_an_unknown_baseline_is_an_error(source, tmp_path, capsys):
     assert puzzlemoe("baseline", source, tmp_path / "out", "--method", "int5") == 1
-    assert f"choose one of {', '.join(METHODS)}" in " ".join(capsys.readouterr().err.split())
+    assert f"choose one of {', '.join(BASELINES)}" in " ".join(capsys.readouterr().err.split())
 
 
-def test_only_what_draws_random_numbers_runs_under_every_seed():
-    assert [recipe.seed for recipe in variants(CONTENDERS["angle8"], 3)] == [0, 1, 2]
-    assert [method.seed for method in variants(CONTENDERS["paper-3"], 2)] == [0, 1]
-    assert len(variants(CONTENDERS["gptq-int4"], 4)) == 1
-    assert len(variants(CONTENDERS["default"], 4)) == 1
+def test_only_what_draws_random_numbers_runs_under_every_seed(source):
+    model = Checkpoint(source)
+    for name in ("angle8", "paper-3"):
+        assert CONTENDERS[name].random
+        assert CONTENDERS[name].method(model, 1) != CONTENDERS[name].method(model, 2)
+    for name in ("gptq-int4", "default", "mergemoe-50"):
+        assert not CONTENDERS[name].random

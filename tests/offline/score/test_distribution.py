@@ -3,11 +3,11 @@
 import pytest
 import torch
 from support.models import build
+from support.runs import compress_pairs
+from typer.testing import CliRunner
 
-from puzzlemoe_offline.cli.compare import draw_distribution
+from puzzlemoe_offline.cli.main import app
 from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
-from puzzlemoe_offline.recipe import Recipe
-from puzzlemoe_offline.run.compress import Job, compress
 from puzzlemoe_offline.score.distribution import (
     RATIO_BINS,
     Distribution,
@@ -58,14 +58,13 @@ def test_a_model_of_normal_weights_follows_the_curve(tmp_path):
 
 def test_both_figures_are_drawn(tmp_path):
     source = build("mixtral", tmp_path / "source")
-    draw_distribution(Checkpoint(source), tmp_path / "plots")
+    done = CliRunner().invoke(app, ["inspect", str(source), "--plots", str(tmp_path / "plots")])
+    assert done.exit_code == 0, done.output
     for name in ("exponents.png", "similarity.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_packed_model_has_no_such_figures(tmp_path):
-    source = Checkpoint(build("mixtral", tmp_path / "source"))
-    recipe = Recipe(saliency="magnitude")
-    compress(Job(source, "source", None, recipe, None, "cpu"), tmp_path / "packed", False, lambda *_: None)
+    compress_pairs(build("mixtral", tmp_path / "source"), tmp_path / "packed")
     with pytest.raises(CheckpointError, match="draws the weights of its dense source"):
         expert_distribution(Checkpoint(tmp_path / "packed"))

@@ -5,12 +5,17 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
-from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.compensate import DAMPING, fit_compensated, inverse_factor
 from puzzlemoe_offline.words.nearest import BALANCE, PackedMatrix, column_scales, fit
 from puzzlemoe_vllm.format.codes import CODES, get_code
 
-LEAST_SQUARES = Recipe(rule="least-squares")
+LEAST_SQUARES = PairRecipe(rule="least-squares")
+
+
+def least_squares(name: str) -> dict[str, str]:
+    """That rule, of a code that has another too."""
+    return {"rule": "least-squares"} if get_code(name).rules else {}
 
 
 def observed(x: Tensor) -> ProjectionInputs:
@@ -58,7 +63,7 @@ def test_it_lowers_the_error_of_both_outputs(name):
     group = 64 if get_code(name).has_grid else None
     plain = output_errors(
         name,
-        fit(weights, column_scales(inputs, LEAST_SQUARES), Recipe(code=name, rule="least-squares"), group),
+        fit(weights, column_scales(inputs, LEAST_SQUARES), PairRecipe(code=name, **least_squares(name)), group),
         weights,
         x,
     )
@@ -72,7 +77,7 @@ def test_without_correlation_there_is_nothing_to_push(name):
     weights = tuple(torch.randn(16, 160).bfloat16() for _ in (0, 1))
     inputs = (ProjectionInputs(torch.ones(160), 1, torch.eye(160)),) * 2
     group = 32 if get_code(name).has_grid else None
-    plain = fit(weights, column_scales(inputs, LEAST_SQUARES), Recipe(code=name, rule="least-squares"), group)
+    plain = fit(weights, column_scales(inputs, LEAST_SQUARES), PairRecipe(code=name, **least_squares(name)), group)
     pushed = fit_compensated(get_code(name), weights, inputs, group)
     code = get_code(name)
     decoded = [[code.decode(p.words, position, p.grid).float() for position in (0, 1)] for p in (plain, pushed)]

@@ -7,12 +7,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics, ProjectionInputs
-from puzzlemoe_offline.recipe import Recipe
+from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.least_squares import merge_least_squares
 from puzzlemoe_offline.words.nearest import column_scales, fit, fit_angle16, fit_grid, nearest
 from puzzlemoe_vllm.format.codes import CODES, UnencodableWeight, get_code
 
-LEAST_SQUARES = Recipe(rule="least-squares")
+LEAST_SQUARES = PairRecipe(rule="least-squares")
+
+
+def least_squares(name: str) -> dict[str, str]:
+    """That rule, of a code that has another too."""
+    return {"rule": "least-squares"} if get_code(name).rules else {}
+
+
 GRID_CODES = [name for name, code in CODES.items() if code.has_grid]
 weight = st.floats(-4, 4, width=32).map(lambda value: torch.tensor(value).bfloat16().item())
 scale = st.floats(2.0**-10, 2.0**10, width=32)
@@ -115,7 +122,7 @@ def test_what_no_code_holds_is_an_error(name, value):
         fit(
             weights,
             column_scales((seen, seen), LEAST_SQUARES),
-            Recipe(code=name, rule="least-squares"),
+            PairRecipe(code=name, **least_squares(name)),
             32 if get_code(name).has_grid else None,
         )
 
@@ -126,7 +133,12 @@ def test_more_bits_and_more_directions_lose_less(name):
     torch.manual_seed(3)
     code, weights = get_code(name), tuple(torch.randn(64, 256).bfloat16() for _ in (0, 1))
     seen = ProjectionInputs.unknown(256, "cpu")
-    packed = fit(weights, column_scales((seen, seen), LEAST_SQUARES), Recipe(code=name), 128 if code.has_grid else None)
+    packed = fit(
+        weights,
+        column_scales((seen, seen), LEAST_SQUARES),
+        PairRecipe(code=name, **least_squares(name)),
+        128 if code.has_grid else None,
+    )
     error = sum((code.decode(packed.words, p, packed.grid).float() - w).square().mean() for p, w in enumerate(weights))
     assert error / 2 < {"angle16": 0.014, "angle8": 0.0095, "angle6": 0.037, "mask6": 0.06}[name]
 
@@ -152,7 +164,7 @@ def test_an_expert_without_tokens_leaves_the_word_to_its_partner():
     assert torch.equal(inputs[1].moments, inputs[1].norms.square().diag())
     weights = torch.randn(32, 64).bfloat16(), torch.randn(32, 64).bfloat16()
     code = get_code("angle8")
-    packed = fit(weights, column_scales(inputs, LEAST_SQUARES), Recipe(code="angle8"), 32)
+    packed = fit(weights, column_scales(inputs, LEAST_SQUARES), PairRecipe(code="angle8"), 32)
     errors = [
         float((code.decode(packed.words, position, packed.grid).float() - weight.float()).square().mean())
         for position, weight in enumerate(weights)

@@ -1,0 +1,45 @@
+"""Calibration tokens on their way through a layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from puzzlemoe_offline.model.layerwise import DecoderLayer, Observer
+
+Recorder = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Gets a batch's hidden states [M, H], the router's ids and weights [M, k], and the routed experts' output [M, H]."""
+
+
+class LayerPasses:
+    """Runs the calibration tokens through one layer a given number of times; the last time moves their hidden states,
+    [samples, T, H] on the CPU, through it in place.
+
+    seconds: what all passes took so far.
+    """
+
+    def __init__(self, layer: DecoderLayer, states: Tensor, windows: int, device: str, count: int):
+        """windows: how many go through the layer at once."""
+        self._layer, self._states, self._windows, self._device = layer, states, windows, device
+        self.left = count
+        self.seconds = 0.0
+
+    def run(
+        self,
+        observe: Observer | None = None,
+        record: Recorder | None = None,
+    ) -> None:
+        """One pass.  observe sees every expert at work on every batch, record the layer's routed experts as a whole."""
+        assert self.left > 0, "more passes than the method said it needs"
+        began = time.perf_counter()
+        self.left -= 1
+        if self._layer.experts:
+            self._layer.experts.observe, self._layer.experts.record = observe, record
+        if self.left:
+            for batch in self._states.split(self._windows):
+                self._layer(batch.to(self._device))
+        else:
+            self._layer.advance(self._states, self._windows, self._device)
+        self.seconds += time.perf_counter() - began

@@ -1,0 +1,61 @@
+"""`puzzlemoe baseline`: what another method makes of the experts, as an ordinary checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from puzzlemoe_offline.cli.options import (
+    DEFAULT_CALIBRATION,
+    DEFAULT_DEVICE,
+    DEFAULT_SAMPLES,
+    DEFAULT_WINDOW,
+    CalibrationOption,
+    DeviceOption,
+    OptionError,
+    OutFolder,
+    ResumeOption,
+    RevisionOption,
+    SamplesOption,
+    SourceModel,
+    WindowOption,
+)
+from puzzlemoe_offline.cli.terminal import console, layer_progress
+from puzzlemoe_offline.cli.texts import calibration_of
+from puzzlemoe_offline.methods import BASELINES
+from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.hub import locate
+from puzzlemoe_offline.model.layerwise import LayerwiseModel
+from puzzlemoe_offline.run.job import Job
+from puzzlemoe_offline.run.runner import check, run
+
+
+def baseline_command(
+    source: SourceModel,
+    out: OutFolder,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(BASELINES)}.")],
+    calibration: CalibrationOption = DEFAULT_CALIBRATION,
+    samples: SamplesOption = DEFAULT_SAMPLES,
+    sequence_length: WindowOption = DEFAULT_WINDOW,
+    device: DeviceOption = DEFAULT_DEVICE,
+    revision: RevisionOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Write an ordinary bf16 checkpoint of what another compression method makes of the experts, for comparison."""
+    if method not in BASELINES:
+        raise OptionError(f"--method {method}: unknown; choose one of {', '.join(BASELINES)}")
+    chosen = BASELINES[method]
+    model = LayerwiseModel(Checkpoint(locate(source, revision)), device.usable())
+    folder = model.checkpoint.folder
+    job = Job(model, chosen, folder.resolve().name, revision, samples * sequence_length if chosen.passes else 0)
+    check(job, out, resume)
+    data = calibration_of(folder, calibration, samples, sequence_length) if chosen.passes else None
+    with layer_progress(method, model.checkpoint.layers) as advance:
+        run(job, data, out, resume, advance)
+    console.print(
+        f"dense model written to {out}; {method} itself would store {chosen.bits_per_weight(model.checkpoint):.3f} "
+        "bits per expert weight",
+        markup=False,
+        soft_wrap=True,
+    )

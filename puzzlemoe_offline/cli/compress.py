@@ -1,0 +1,127 @@
+"""`puzzlemoe compress`: a packed model of a dense one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.markup import escape
+from rich.table import Table
+
+from puzzlemoe_offline.cli.options import (
+    CLUSTER_FIELDS,
+    DEFAULT_CALIBRATION,
+    DEFAULT_DEVICE,
+    DEFAULT_SAMPLES,
+    DEFAULT_WINDOW,
+    PAIR_FIELDS,
+    CalibrationOption,
+    DeviceOption,
+    OptionError,
+    OutFolder,
+    ResumeOption,
+    RevisionOption,
+    SamplesOption,
+    SourceModel,
+    WindowOption,
+)
+from puzzlemoe_offline.cli.terminal import console, layer_progress
+from puzzlemoe_offline.cli.texts import calibration_of
+from puzzlemoe_offline.methods.base import LayerMethod
+from puzzlemoe_offline.methods.mergemoe import MergeMoe
+from puzzlemoe_offline.methods.pairs import PairMethod
+from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.hub import locate
+from puzzlemoe_offline.model.layerwise import LayerwiseModel
+from puzzlemoe_offline.recipe import ClusterRecipe, MethodName, RecipeError, RecipeName, named_recipe, reason
+from puzzlemoe_offline.run.card import serve_command
+from puzzlemoe_offline.run.job import Job
+from puzzlemoe_offline.run.plan import make_plan
+from puzzlemoe_offline.run.report import GB, summary
+from puzzlemoe_offline.run.runner import check, run
+
+
+def compress_command(
+    source: SourceModel,
+    out: OutFolder,
+    method: Annotated[
+        MethodName, typer.Option(help="puzzlemoe: in pairs, entry by entry; mergemoe: in clusters, each one expert.")
+    ] = "puzzlemoe",
+    recipe: Annotated[
+        RecipeName | None,
+        typer.Option(
+            help="Where the options below start from: what lost least when measured, or the paper's choices.",
+            show_default="default",
+        ),
+    ] = None,
+    *,
+    recipe_fields: dict[str, Any],
+    calibration: CalibrationOption = DEFAULT_CALIBRATION,
+    samples: SamplesOption = DEFAULT_SAMPLES,
+    sequence_length: WindowOption = DEFAULT_WINDOW,
+    device: DeviceOption = DEFAULT_DEVICE,
+    revision: RevisionOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes, peak memory and time; write nothing.")
+    ] = False,
+    resume: ResumeOption = False,
+) -> None:
+    """Merge a model's experts and write a packed model that vLLM serves."""
+    chosen = chosen_method(method, recipe, recipe_fields)
+    model = LayerwiseModel(Checkpoint(locate(source, revision)), device.usable())
+    folder = model.checkpoint.folder
+    tokens = samples * sequence_length if chosen.passes else 0
+    # What is written may be published: a folder here goes by its name.
+    name = folder.resolve().name if Path(source).exists() else source
+    job = Job(model, chosen, name, revision, tokens)
+    check(job, out, resume)
+    if dry_run:
+        console.print(_plan_table(job))
+        return
+    seed = recipe_fields.get("seed", 0)
+    data = calibration_of(folder, calibration, samples, sequence_length, seed) if chosen.passes else None
+    with layer_progress("compressing", model.checkpoint.layers) as advance:
+        report = run(job, data, out, resume, advance)
+    console.print(summary(report))
+    serve = serve_command(str(out), model.checkpoint.family)
+    console.print(f"packed model written to {out}; serve it with: {serve}", markup=False, soft_wrap=True)
+
+
+def chosen_method(method: MethodName, recipe: RecipeName | None, fields: dict[str, Any]) -> LayerMethod:
+    """The method with its recipe.  Raises OptionError for a field of the other method, RecipeError for a contradiction.
+
+    fields: of either method's recipe, those that were given.
+    """
+    other = CLUSTER_FIELDS if method == "puzzlemoe" else PAIR_FIELDS
+    foreign = [name for name in fields if name in other]
+    if method == "mergemoe" and recipe:
+        foreign.append("recipe")
+    if foreign:
+        owner = "mergemoe" if method == "puzzlemoe" else "puzzlemoe"
+        raise OptionError(f"--{foreign[0].replace('_', '-')} is for --method {owner}: drop it, or choose that")
+    if method == "puzzlemoe":
+        return PairMethod(named_recipe(recipe or "default", **fields))
+    if "clusters" not in fields:
+        raise OptionError("--method mergemoe needs --clusters, the number of experts left in every layer")
+    try:
+        return MergeMoe(ClusterRecipe(**fields))
+    except ValidationError as error:
+        raise RecipeError(reason(error)) from None
+
+
+def _plan_table(job: Job) -> Table:
+    plan = make_plan(job)
+    table = Table(title=f"{escape(job.source)}: plan (memory and time are estimates)", show_header=False)
+    rows = [
+        ("expert weights", f"{plan.experts_before / GB:.3f} GB -> {plan.experts_after / GB:.3f} GB"),
+        ("other weights", f"{plan.other / GB:.3f} GB, unchanged"),
+        ("peak host memory", f"{plan.peak_host / GB:.2f} GB"),
+        ("peak GPU memory", f"{plan.peak_device / GB:.2f} GB" if plan.peak_device else "none"),
+        ("disk", f"{plan.disk / GB:.2f} GB"),
+        ("time", f"{plan.seconds:.0f} s"),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,66 @@
+"""`puzzlemoe inspect`: what a model folder holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from puzzlemoe_offline.cli.options import Model
+from puzzlemoe_offline.cli.terminal import console, errors
+from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.hub import locate
+from puzzlemoe_offline.model.inspection import inspect
+from puzzlemoe_offline.run.report import GB
+from puzzlemoe_offline.score.distribution import expert_distribution
+
+
+def inspect_command(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plots: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", file_okay=False, help="Draw a dense model's exponents and similar entries."),
+    ] = None,
+) -> None:
+    """Show what a packed or dense model holds and check that it is whole."""
+    checkpoint = Checkpoint(locate(model))
+    facts = inspect(checkpoint)
+    if plots:
+        _draw(checkpoint, plots)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(title=escape(model))
+    table.add_column("part")
+    table.add_column("GB", justify="right")
+    for part, size in facts["bytes"].items():
+        table.add_row(part, f"{size / GB:.3f}")
+    table.add_row("total", f"{facts['total_bytes'] / GB:.3f}", style="bold")
+    console.print(table)
+    console.print(
+        f"{facts['model_type']}: {facts['moe_layers']} of {facts['layers']} layers with "
+        f"{facts['experts_per_layer']} experts, {facts['pairs']} pairs"
+        + (f", {facts['clusters']} clusters" if facts["clusters"] else "")
+        + (f", code {facts['code']}" if facts["code"] else "")
+    )
+    if facts["provenance"]:
+        console.print(facts["provenance"])
+    console.print("every tensor is present and well-formed, those of experts are finite")
+
+
+def _draw(checkpoint: Checkpoint, folder: Path) -> None:
+    """Draws exponents.png and similarity.png into a folder, which is made, and says so on stderr."""
+    # matplotlib takes a second to import, which no other use of `inspect` should wait for.
+    from puzzlemoe_offline.score.plots import draw_exponents, draw_similarity
+
+    found = expert_distribution(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = checkpoint.folder.resolve().name
+    draw_exponents(found, name, folder / "exponents.png")
+    draw_similarity(found, name, folder / "similarity.png")
+    errors.print(f"written: {folder / 'exponents.png'} and {folder / 'similarity.png'}", markup=False, soft_wrap=True)

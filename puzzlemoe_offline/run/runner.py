@@ -1,0 +1,118 @@
+"""The one loop over a model's layers: calibrate, change the experts, write; for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from puzzlemoe_offline.calibration.passes import LayerPasses
+from puzzlemoe_offline.calibration.text import Calibration
+from puzzlemoe_offline.methods.base import LayerRecord, NewLayer, SourceLayer
+from puzzlemoe_offline.model.layerwise import LayerExperts, batch_size
+from puzzlemoe_offline.model.tensors import plain_tensors, tensors_outside_layers
+from puzzlemoe_offline.model.tokenizer import mended_config
+from puzzlemoe_offline.run.card import CARD, model_card
+from puzzlemoe_offline.run.job import Job
+from puzzlemoe_offline.run.output import ModelFolder, check_space
+from puzzlemoe_offline.run.report import REPORT, Report, build_report, provenance
+
+
+def check(job: Job, out: Path, resume: bool) -> ModelFolder:
+    """What can be refused before any weight or text is read, from headers alone.
+
+    Raises MethodError for a model that the method does not fit, OutputError for a folder that cannot take the result.
+    """
+    job.method.check(job.checkpoint)
+    folder = ModelFolder(out, job.shards)
+    folder.check(resume)
+    check_space(out, job.disk_bytes)
+    return folder
+
+
+def run(
+    job: Job,
+    calibration: Calibration | None,
+    out: Path,
+    resume: bool = False,
+    on_layer: Callable[[LayerRecord], None] = lambda record: None,
+) -> Report:
+    """Writes the model to `out` and returns the report.
+
+    calibration: None for a method that needs none.  on_layer is called as each layer is finished, also for those that
+    an earlier run finished.
+    Raises UserError; finished layers stay and `resume` goes on from there.
+    """
+    checkpoint = job.checkpoint
+    folder = check(job, out, resume)
+    tokenizer = mended_config(checkpoint.folder)
+    finished = folder.start(job.fingerprint(calibration), resume)
+    records = [record for record in finished if record]
+    for record in records:
+        on_layer(record)
+    for new, states in _layers(job, calibration, folder, len(records)):
+        record = new.record
+        tensors = plain_tensors(checkpoint, record.layer, record.order) | new.tensors
+        del new  # not to be held while the next layer is made
+        last = record.layer + 1 == checkpoint.layers
+        folder.write_shard(record.layer, tensors, None if last else states, record)
+        del tensors
+        records.append(record)
+        on_layer(record)
+    if len(finished) < job.shards:
+        folder.write_shard(checkpoint.layers, tensors_outside_layers(checkpoint), None, None)
+    report = build_report(job, calibration, records)
+    files = {REPORT: report.text(), CARD: model_card(job, report)}
+    folder.finish(_config(job, calibration, records), checkpoint.folder, files | tokenizer)
+    return report
+
+
+def _config(job: Job, calibration: Calibration | None, records: list[LayerRecord]) -> dict[str, object]:
+    """config.json of the result."""
+    checkpoint = job.checkpoint
+    dropped = ("torch_dtype", "quantization_config")
+    config = {key: value for key, value in checkpoint.config.items() if key not in dropped} | {"dtype": "bfloat16"}
+    config[checkpoint.family.experts_key(checkpoint.config)] = job.method.experts_left(checkpoint)
+    if quantization := job.method.quantization(checkpoint, records):
+        known = quantization.model_copy(update={"provenance": provenance(job, calibration)})
+        config["quantization_config"] = known.model_dump(mode="json")
+    return config
+
+
+def _layers(
+    job: Job, calibration: Calibration | None, folder: ModelFolder, start: int
+) -> Iterator[tuple[NewLayer, Tensor | None]]:
+    """Every layer from `start` on, with the calibration tokens' hidden states after it."""
+    checkpoint, device = job.checkpoint, job.device
+    experts = LayerExperts(checkpoint, device)
+    if start == checkpoint.layers:
+        return
+    if not job.method.passes:
+        for index in range(start, checkpoint.layers):
+            yield _new_layer(job, index, experts, None), None
+        return
+    assert calibration, f"{job.method} needs calibration text"
+    tokens, model = calibration.tokens, job.model
+    windows = batch_size(tokens.shape[1])
+    states = folder.state_after(start - 1) if start else model.embed_all(tokens, windows)
+    if start:  # layers take arguments that depend on a batch's size
+        batches = tokens.split(windows)
+        for batch in (batches[0], batches[-1]):
+            model.embed(batch)
+    for index, layer in model.layers(experts, start):
+        passes = LayerPasses(layer, states, windows, device, job.method.passes if layer.experts else 1)
+        if not layer.experts:
+            passes.run()
+        yield _new_layer(job, index, experts, passes), states
+
+
+def _new_layer(job: Job, index: int, experts: LayerExperts, passes: LayerPasses | None) -> NewLayer:
+    if job.checkpoint.layer(index).block:
+        new = job.method.apply(SourceLayer(job.checkpoint, index, job.device, experts, passes))
+    else:
+        new = NewLayer({}, LayerRecord(layer=index))
+    if passes:
+        assert passes.left == 0, f"{job.method} made fewer passes than it said"
+        new.record.seconds = {"calibrate": passes.seconds} | new.record.seconds
+    return new
