@@ -7,7 +7,7 @@ from typing import Any
 
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.layerwise import check_whole
-from puzzlemoe_vllm.format.layout import GRID, WORDS
+from puzzlemoe_vllm.format.layout import STEPS, WORDS
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _part(checkpoint: Checkpoint, name: str) -> str:
-    if name.endswith((f".{WORDS}", f".{GRID}")):
+    if name.endswith((f".{WORDS}", f".{STEPS}")):
         return "experts, merged"
     if checkpoint.is_expert(name):
         clustered = checkpoint.quantization and checkpoint.layer_of(name) in checkpoint.quantization.clusters

@@ -36,8 +36,8 @@ from puzzlemoe_offline.recipe import Recipe
 from puzzlemoe_offline.run.output import ModelFolder, packed_dtype_config
 from puzzlemoe_offline.run.report import CARD, REPORT, build_report, model_card
 from puzzlemoe_offline.version import VERSION
-from puzzlemoe_vllm.format.codes import GROUP_SIZES, UnencodableWeight, get_code
-from puzzlemoe_vllm.format.layout import Provenance, PuzzleConfig, grid_name, weight_name, words_name
+from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.layout import Provenance, PuzzleConfig, steps_name, weight_name, words_name
 
 ERROR_TOKENS = 2048
 """Calibration tokens on which the merged layer's output is compared with the original's."""
@@ -59,16 +59,17 @@ class Job:
 
         Raises CheckpointError when it does not divide the model's sizes.
         """
-        if not get_code(self.recipe.code).has_grid:
+        if not get_code(self.recipe.code).has_steps:
             return None
         chosen, sizes = self.recipe.group_size, self.checkpoint.expert_sizes
         fitting = [size for size in GROUP_SIZES if all(columns % size == 0 for columns in sizes)]
         if chosen in fitting or (chosen is None and fitting):
             return chosen or fitting[0]
+        without = " or ".join(name for name, code in CODES.items() if not code.has_steps)
         raise CheckpointError(
             f"{self.checkpoint.folder}: hidden size {sizes[0]} and intermediate size {sizes[1]} are not multiples of "
             f"--group-size {chosen or GROUP_SIZES[-1]}; "
-            + (f"use --group-size {fitting[0]}" if fitting else "use --code angle16, which has no groups")
+            + (f"use --group-size {fitting[0]}" if fitting else f"use --code {without}, which has no groups")
         )
 
     def choices(self) -> dict[str, Any]:
@@ -364,8 +365,8 @@ def _expert_tensors(checkpoint: Checkpoint, layer: int, packed: PackedLayer) -> 
     for pair, matrices in enumerate(packed.pairs):
         for name, matrix in zip(projections, matrices, strict=True):
             tensors[words_name(experts, 2 * pair, name)] = matrix.words
-            if matrix.grid is not None:
-                tensors[grid_name(experts, 2 * pair, name)] = matrix.grid
+            if matrix.steps is not None:
+                tensors[steps_name(experts, 2 * pair, name)] = matrix.steps
     for row, expert in enumerate(packed.dense, packed.pairing.merged):
         tensors |= dense_tensors(checkpoint, layer, row, expert)
     return tensors

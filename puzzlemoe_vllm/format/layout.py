@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.codes import CODES, get_code
 
 QUANT_METHOD = "puzzlemoe"
@@ -15,11 +16,11 @@ WORDS = "puzzle"
 """Suffix of a pair's words: `...experts.{leader}.{projection}.puzzle`.  It must not end in `.weight`, or vLLM's expert
 parallel filter would drop a pair whose leader lives on another rank."""
 
-GRID = "puzzle_grid"
+STEPS = "puzzle_grid"
 """Suffix of a pair's steps, bf16 [N, K / group_size], beside its words; only for codes that have steps."""
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """A packed checkpoint that this version cannot read; the text says what to do about it."""
 
 
@@ -119,9 +120,9 @@ def words_name(experts: str, leader: int, projection: str) -> str:
     return f"{experts}.{leader}.{projection}.{WORDS}"
 
 
-def grid_name(experts: str, leader: int, projection: str) -> str:
+def steps_name(experts: str, leader: int, projection: str) -> str:
     """Name of the steps of the pair (leader, leader + 1), e.g. `model.layers.0.mlp.experts.4.up_proj.puzzle_grid`."""
-    return f"{experts}.{leader}.{projection}.{GRID}"
+    return f"{experts}.{leader}.{projection}.{STEPS}"
 
 
 def weight_name(experts: str, expert: int, projection: str) -> str:
