@@ -2,7 +2,7 @@
 
 import pytest
 
-from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig, steps_name, parse_config, weight_name, words_name
+from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig, parse_config, steps_name, weight_name, words_name
 
 GOOD = {
     "quant_method": "puzzlemoe",

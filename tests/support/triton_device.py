@@ -28,16 +28,22 @@ def run_interpreted(file: str) -> None:
 
 
 def machine_code(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, **options: int
+    kernel: Any, types: Mapping[str, Any], constants: Mapping[str, Any], capability: int, **options: int
 ) -> bytes:
     """The kernel compiled for a GPU, which needs none: what the interpreter lets pass the compiler may not.
 
-    types: of the parameters that are not among `constants`.
+    types: of the parameters that are not among `constants`; of a named tuple's fields in such a tuple, None for one
+    that is None.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    places = {(names.index(name),): value for name, value in constants.items() if name in names}
+    places: dict[tuple[int, ...], Any] = {(names.index(name),): constants[name] for name in constants if name in names}
+    for name, fields in signature.items():
+        if isinstance(fields, tuple):
+            missing = {field: "constexpr" for field, kind in fields._asdict().items() if kind is None}
+            places |= {(names.index(name), fields._fields.index(field)): None for field in missing}
+            signature[name] = fields._replace(**missing)
     return compile(ASTSource(kernel, signature, places), GPUTarget("cuda", capability, 32), options).asm["cubin"]

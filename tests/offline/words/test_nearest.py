@@ -8,7 +8,6 @@ from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics, ProjectionInputs
 from puzzlemoe_offline.recipe import Recipe
-from puzzlemoe_offline.words.least_squares import merge_least_squares
 from puzzlemoe_offline.words.nearest import column_importance, fit, fit_angle16, fit_mask16, fit_table, nearest
 from puzzlemoe_vllm.format.codes import CODES, UnencodableWeight, get_code
 
@@ -80,7 +79,9 @@ def test_no_other_step_is_much_better(name):
 
     def error(words: Tensor, steps: Tensor) -> Tensor:
         decoded = [code.decode(words, position, steps).float() for position in (0, 1)]
-        return sum(a * (w.float() - v).square() for a, w, v in zip(importance, weights, decoded, strict=True)).sum(dim=1)
+        return sum(a * (w.float() - v).square() for a, w, v in zip(importance, weights, decoded, strict=True)).sum(
+            dim=1
+        )
 
     packed = fit_table(code, weights, importance, 128)
     found = error(packed.words, packed.steps)
@@ -126,7 +127,9 @@ def test_more_bits_and_more_directions_lose_less(name):
     torch.manual_seed(3)
     code, weights = get_code(name), tuple(torch.randn(64, 256).bfloat16() for _ in (0, 1))
     seen = ProjectionInputs.unknown(256, "cpu")
-    packed = fit(weights, column_importance((seen, seen), LEAST_SQUARES), Recipe(code=name), 128 if code.has_steps else None)
+    packed = fit(
+        weights, column_importance((seen, seen), LEAST_SQUARES), Recipe(code=name), 128 if code.has_steps else None
+    )
     error = sum((code.decode(packed.words, p, packed.steps).float() - w).square().mean() for p, w in enumerate(weights))
     assert error / 2 < {"angle16": 0.014, "angle8": 0.0095, "angle6": 0.037, "mask6": 0.06}[name]
 
