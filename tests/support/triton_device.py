@@ -20,9 +20,10 @@ starts_the_interpreter = pytest.mark.skipif(GPU or INTERPRETED, reason="the test
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
 
 
-def run_interpreted(file: str) -> None:
-    """Runs a file's tests under the interpreter, which must be chosen before anything imports triton."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+def run_interpreted(file: str, only: str = "") -> None:
+    """Runs a file's tests whose name contains `only` under the interpreter, which must be chosen before anything
+    imports triton."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", only, file]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
