@@ -223,9 +223,9 @@ def _project(
 
 
 @triton.jit
-def _silu_mul(gate_up, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, BLOCK_N / 2] of SiLU(gate) * up from products whose columns alternate between gate and up."""
-    gate, up = tl.split(gate_up.reshape(BLOCK_M, BLOCK_N // 2, 2))
+def _silu_mul(gate_up, TILES: tl.constexpr):
+    """[tokens, rows / 2] of SiLU(gate) * up from products whose columns alternate between gate and up."""
+    gate, up = tl.split(gate_up.reshape(TILES.tokens, TILES.rows // 2, 2))
     return gate * tl.sigmoid(gate) * up
 
 
@@ -246,25 +246,23 @@ def gate_up_kernel(
         return
     block = load_block(blocks.table, index)
     m = tl.arange(0, TILES.tokens)
-    keep_leader, keep_partner = m < block.leader_rows, m < block.partner_rows
-    leader_slot = tl.load(blocks.order + block.leader_row + m, mask=keep_leader, other=0)
-    partner_slot = tl.load(blocks.order + block.partner_row + m, mask=keep_partner, other=0)
+    leader_slot = tl.load(blocks.order + block.leader_row + m, mask=m < block.leader_rows, other=0)
+    partner_slot = tl.load(blocks.order + block.partner_row + m, mask=m < block.partner_rows, other=0)
     n = tl.arange(0, TILES.rows)
     row = tl.minimum((row_tile * TILES.rows + n) // 2, intermediate - 1) + n % 2 * intermediate
     tokens = Tokens(
-        x + (leader_slot // top_k).to(tl.int64) * hidden_size, keep_leader,
-        x + (partner_slot // top_k).to(tl.int64) * hidden_size, keep_partner,
+        x + (leader_slot // top_k).to(tl.int64) * hidden_size, m < block.leader_rows,
+        x + (partner_slot // top_k).to(tl.int64) * hidden_size, m < block.partner_rows,
     )  # fmt: skip
     leader, partner = _project(
         projection, word_table, block.expert, pairs, 2 * intermediate, hidden_size, row, tokens, 0, hidden_size,
         STORAGE, TILES,
     )  # fmt: skip
     channel = row_tile * (TILES.rows // 2) + tl.arange(0, TILES.rows // 2)
-    value = _silu_mul(leader, TILES.tokens, TILES.rows)
-    _store_tokens(hidden, intermediate, channel, block.leader_row + m, keep_leader, value)
+    _store_tokens(hidden, intermediate, channel, block.leader_row + m, m < block.leader_rows, _silu_mul(leader, TILES))
     if STORAGE.pairs and TILES.shared:
-        value = _silu_mul(partner, TILES.tokens, TILES.rows)
-        _store_tokens(hidden, intermediate, channel, block.partner_row + m, keep_partner, value)
+        value = _silu_mul(partner, TILES)
+        _store_tokens(hidden, intermediate, channel, block.partner_row + m, m < block.partner_rows, value)
 
 
 @triton.jit(do_not_specialize=["most", "slots", "pairs"])
@@ -277,24 +275,24 @@ def down_kernel(
         return
     block = load_block(blocks.table, index)
     m = tl.arange(0, TILES.tokens)
-    keep_leader, keep_partner = m < block.leader_rows, m < block.partner_rows
     channel = row_tile * TILES.rows + tl.arange(0, TILES.rows)
     depth = tl.cdiv(tl.cdiv(intermediate, TILES.depth), tl.num_programs(1)) * TILES.depth
     start = tl.program_id(1) * depth
+    row = tl.minimum(channel, hidden_size - 1)
     tokens = Tokens(
-        hidden + (block.leader_row + m).to(tl.int64) * intermediate, keep_leader,
-        hidden + (block.partner_row + m).to(tl.int64) * intermediate, keep_partner,
+        hidden + (block.leader_row + m).to(tl.int64) * intermediate, m < block.leader_rows,
+        hidden + (block.partner_row + m).to(tl.int64) * intermediate, m < block.partner_rows,
     )  # fmt: skip
     leader, partner = _project(
-        projection, word_table, block.expert, pairs, hidden_size, intermediate, tl.minimum(channel, hidden_size - 1),
-        tokens, start, tl.minimum(start + depth, intermediate), STORAGE, TILES,
+        projection, word_table, block.expert, pairs, hidden_size, intermediate, row, tokens, start,
+        tl.minimum(start + depth, intermediate), STORAGE, TILES,
     )  # fmt: skip
     down += tl.program_id(1).to(tl.int64) * slots * hidden_size
-    slot = tl.load(blocks.order + block.leader_row + m, mask=keep_leader, other=0)
-    _store_tokens(down, hidden_size, channel, slot, keep_leader, leader)
+    slot = tl.load(blocks.order + block.leader_row + m, mask=m < block.leader_rows, other=0)
+    _store_tokens(down, hidden_size, channel, slot, m < block.leader_rows, leader)
     if STORAGE.pairs and TILES.shared:
-        slot = tl.load(blocks.order + block.partner_row + m, mask=keep_partner, other=0)
-        _store_tokens(down, hidden_size, channel, slot, keep_partner, partner)
+        slot = tl.load(blocks.order + block.partner_row + m, mask=m < block.partner_rows, other=0)
+        _store_tokens(down, hidden_size, channel, slot, m < block.partner_rows, partner)
 
 
 @triton.jit(do_not_specialize=["slots", "size"])
