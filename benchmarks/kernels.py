@@ -22,12 +22,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.backends import ExpertWeights, cuda, triton
+from puzzlemoe_vllm.backends import Backend, ExpertWeights, cuda, triton
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, get_code
 
 WARM_SECONDS = 0.02
@@ -51,7 +50,7 @@ class Model:
 
 
 def group_size(code: str) -> int | None:
-    return GROUP_SIZES[0] if get_code(code).has_grid else None
+    return GROUP_SIZES[0] if get_code(code).has_steps else None
 
 
 MODELS = {
@@ -113,7 +112,7 @@ Call = Callable[[Tensor, Tensor, Tensor], object]
 
 def random_words(shape: tuple[int, ...], code: str) -> Tensor:
     """Stored words; those of the 16-bit codes with the exponents of usual weights."""
-    if get_code(code).has_grid:
+    if get_code(code).has_steps:
         return torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
     words = torch.randint(0, 1 << 16, shape, dtype=torch.int32, device="cuda")
     return ((words & 0xF07F) | ((words >> 7 & 3) + 6 << 7)).to(torch.int16)
@@ -121,18 +120,18 @@ def random_words(shape: tuple[int, ...], code: str) -> Tensor:
 
 def pair_weights(model: Model, code: str) -> ExpertWeights:
     pairs, hidden, intermediate = model.experts // 2, model.hidden, model.intermediate
-    words, grids = [], []
+    words, steps = [], []
     for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
         shape = get_code(code).words_shape(rows, columns)
         words.append(torch.stack([random_words(shape, code) for _ in range(pairs)]))
         size = group_size(code)
-        steps = (pairs, rows, columns // size) if size else None
-        grids.append(torch.full(steps, columns**-0.5, dtype=torch.bfloat16, device="cuda") if steps else None)
+        groups = (pairs, rows, columns // size) if size else None
+        steps.append(torch.full(groups, columns**-0.5, dtype=torch.bfloat16, device="cuda") if groups else None)
     dense = torch.empty(0, 2 * intermediate, hidden, dtype=torch.bfloat16, device="cuda")
-    return ExpertWeights(*words, dense, dense.new_empty(0, hidden, intermediate), None, code, *grids)
+    return ExpertWeights(*words, dense, dense.new_empty(0, hidden, intermediate), None, code, *steps)
 
 
-def ours(model: Model, backend: ModuleType, code: str) -> Call:
+def ours(model: Model, backend: Backend, code: str) -> Call:
     weights = pair_weights(model, code)
     backend.prepare(weights)
     return lambda x, topk_weights, topk_ids: backend.fused_experts(x, topk_weights, topk_ids, weights)
@@ -323,7 +322,8 @@ def main() -> None:
         capability = "".join(map(str, torch.cuda.get_device_capability()))
         table = json.loads(cuda.DISPATCH.read_text())
         table["kernels"][capability] = {
-            code: tune(arguments.models, arguments.tokens, kernels, code) for code in ("mask16", "angle8")
+            cuda.kind_of(get_code(code)): tune(arguments.models, arguments.tokens, kernels, code)
+            for code in ("mask16", "angle8")  # they stand for the other codes of their kind
         }
         table.setdefault("measured", {})[capability] = machine()
         text = json.dumps(table, indent=2) + "\n"

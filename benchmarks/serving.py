@@ -87,7 +87,7 @@ def config_of(model: str, weights: str) -> dict[str, Any]:
             "quant_method": "puzzlemoe",
             "format_version": 1,
             "code": weights,
-            "group_size": GROUP_SIZES[0] if CODES[weights].has_grid else None,
+            "group_size": GROUP_SIZES[0] if CODES[weights].has_steps else None,
             "merged_experts": {str(layer): experts for layer in range(config["num_hidden_layers"])},
         }
     return config

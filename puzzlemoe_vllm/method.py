@@ -83,8 +83,8 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             self._add(layer, f"{name}_puzzle", words, self.code.dtype, pair_rows, shards)
             self._add(layer, f"{name}_weight", (len(dense), rows, columns), torch.bfloat16, dense_rows, shards)
             if self.group_size:
-                grid = (len(pairs), rows, columns // self.group_size)
-                self._add(layer, f"{name}_puzzle_grid", grid, torch.bfloat16, pair_rows, shards)
+                steps = (len(pairs), rows, columns // self.group_size)
+                self._add(layer, f"{name}_puzzle_grid", steps, torch.bfloat16, pair_rows, shards)
         self._missing = set(self._expected)
         layer.register_buffer("puzzle_map", self._expert_map(layer, local, pair_rows, dense_rows), persistent=False)
         centres = None if self.centres is None else torch.tensor(self.centres, dtype=torch.int32)

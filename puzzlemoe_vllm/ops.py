@@ -5,16 +5,14 @@ The backend is chosen inside the op, where torch.compile does not look; a choice
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.backends import ExpertWeights
+from puzzlemoe_vllm.backends import Backend, ExpertWeights
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +24,14 @@ _library = torch.library.Library("puzzlemoe", "FRAGMENT")
 _library.define(
     "fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13_pairs, Tensor w2_pairs, "
     "Tensor w13_dense, Tensor w2_dense, Tensor? expert_map, str code, "
-    "Tensor? w13_grid=None, Tensor? w2_grid=None) -> Tensor",
+    "Tensor? w13_steps=None, Tensor? w2_steps=None) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
 
 @cache
-def backend_for(device_type: str) -> ModuleType:
-    """The backend module that serves tensors of a device type, `cuda` or `cpu`.
+def backend_for(device_type: str) -> Backend:
+    """The backend that serves tensors of a device type, `cuda` or `cpu`.
 
     PUZZLEMOE_BACKEND names one; otherwise a CPU gets the reference, and a GPU the CUDA library, or Triton (with one log
     line that says why) where the library is not there.  Raises ValueError for an unknown or unusable choice.
@@ -44,20 +42,30 @@ def backend_for(device_type: str) -> ModuleType:
     if device_type == "cpu":
         if wanted in ("cuda", "triton"):
             raise ValueError(f"{VARIABLE}={wanted}, but the model is on the CPU: unset it or use a GPU")
-        return _module("reference")
-    if wanted in (None, "cuda"):
-        problem = _module("cuda").unavailable()
-        if problem is None:
-            return _module("cuda")
-        if wanted == "cuda":
-            raise ValueError(f"{VARIABLE}=cuda: {problem}")
-        logger.warning("puzzlemoe: using the Triton kernels, which are slower: %s", problem)
-        return _module("triton")
-    return _module(wanted)
+        return _load("reference")
+    backend = _load(wanted or "cuda")
+    problem = backend.unavailable()
+    if problem is None:
+        return backend
+    if wanted is not None:
+        raise ValueError(f"{VARIABLE}={wanted}: {problem}")
+    logger.warning("puzzlemoe: using the Triton kernels, which are slower: %s", problem)
+    return _load("triton")
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"puzzlemoe_vllm.backends.{name}")
+def _load(name: str) -> Backend:
+    """Imports one backend and no other."""
+    if name == "cuda":
+        from puzzlemoe_vllm.backends import cuda
+
+        return cuda
+    if name == "triton":
+        from puzzlemoe_vllm.backends import triton
+
+        return triton
+    from puzzlemoe_vllm.backends import reference
+
+    return reference
 
 
 def _fused_experts(
@@ -70,10 +78,10 @@ def _fused_experts(
     w2_dense: Tensor,
     expert_map: Tensor | None,
     code: str,
-    w13_grid: Tensor | None = None,
-    w2_grid: Tensor | None = None,
+    w13_steps: Tensor | None = None,
+    w2_steps: Tensor | None = None,
 ) -> Tensor:
-    weights = ExpertWeights(w13_pairs, w2_pairs, w13_dense, w2_dense, expert_map, code, w13_grid, w2_grid)
+    weights = ExpertWeights(w13_pairs, w2_pairs, w13_dense, w2_dense, expert_map, code, w13_steps, w2_steps)
     if not weights.total:
         # An expert-parallel rank none of whose experts is the centre of a cluster.
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
@@ -101,6 +109,6 @@ def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: Ex
         weights.w2_dense,
         weights.expert_map,
         weights.code,
-        weights.w13_grid,
-        weights.w2_grid,
+        weights.w13_steps,
+        weights.w2_steps,
     )

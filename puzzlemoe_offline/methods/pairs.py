@@ -29,7 +29,7 @@ from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.nearest import PackedMatrix
 from puzzlemoe_offline.words.pack import Losses, pack_matrix
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, PairCode, UnencodableWeight, get_code
-from puzzlemoe_vllm.format.layout import PuzzleConfig, grid_name, words_name
+from puzzlemoe_vllm.format.layout import PuzzleConfig, steps_name, words_name
 
 PackedPair = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
 """A pair's gate, up and down projection."""
@@ -75,12 +75,12 @@ class PackedLayer:
         new = self.pairing.order.index(source_id)
         if new >= self.pairing.merged:
             return self.dense[new - self.pairing.merged]
-        return Expert(*(self.code.decode(matrix.words, new & 1, matrix.grid) for matrix in self.pairs[new >> 1]))
+        return Expert(*(self.code.decode(matrix.words, new & 1, matrix.steps) for matrix in self.pairs[new >> 1]))
 
     @property
     def pair_bytes(self) -> int:
         """Of one pair's words and steps."""
-        steps = [matrix.grid.nbytes for matrix in self.pairs[0] if matrix.grid is not None]
+        steps = [matrix.steps.nbytes for matrix in self.pairs[0] if matrix.steps is not None]
         return sum(matrix.words.nbytes for matrix in self.pairs[0]) + sum(steps)
 
     def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
@@ -89,8 +89,8 @@ class PackedLayer:
         for pair, matrices in enumerate(self.pairs):
             for name, matrix in zip(checkpoint.family.projections, matrices, strict=True):
                 tensors[words_name(experts, 2 * pair, name)] = matrix.words
-                if matrix.grid is not None:
-                    tensors[grid_name(experts, 2 * pair, name)] = matrix.grid
+                if matrix.steps is not None:
+                    tensors[steps_name(experts, 2 * pair, name)] = matrix.steps
         for number, expert in enumerate(self.dense, self.pairing.merged):
             tensors |= dense_tensors(checkpoint, layer, number, expert)
         return tensors
@@ -118,13 +118,13 @@ class PairMethod(LayerMethod):
 
         Raises MethodError when it does not divide the model's sizes.
         """
-        if not self.code.has_grid:
+        if not self.code.has_steps:
             return None
         chosen, sizes = self.recipe.group_size, checkpoint.expert_sizes
         fitting = [size for size in GROUP_SIZES if all(columns % size == 0 for columns in sizes)]
         if chosen in fitting or (chosen is None and fitting):
             return chosen or fitting[0]
-        without = next(code.name for code in CODES.values() if not code.has_grid and not code.rules)
+        without = next(code.name for code in CODES.values() if not code.has_steps and not code.rules)
         raise MethodError(
             f"{checkpoint.folder}: hidden size {sizes[0]} and intermediate size {sizes[1]} are not multiples of "
             f"--group-size {chosen or GROUP_SIZES[-1]}; "

@@ -19,12 +19,12 @@ from puzzlemoe_offline.model.families import Family, family_of
 from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.codes import PairCode, get_code
 from puzzlemoe_vllm.format.layout import (
-    GRID,
     QUANT_METHOD,
+    STEPS,
     WORDS,
     PuzzleConfig,
-    grid_name,
     parse_config,
+    steps_name,
     weight_name,
     words_name,
 )
@@ -212,8 +212,8 @@ class Checkpoint:
         experts, projection = f"{self.block(layer)}.experts", self.family.projections[index]
         if expert < self.merged(layer):
             words = self.pair_words(layer, expert & ~1, projection).to(device)
-            grid = self.pair_grid(layer, expert & ~1, projection)
-            return self.code.decode(words, expert & 1, None if grid is None else grid.to(device))
+            steps = self.pair_steps(layer, expert & ~1, projection)
+            return self.code.decode(words, expert & 1, None if steps is None else steps.to(device))
         fused = f"{experts}." + ("down_proj" if index == 2 else "gate_up_proj")
         if fused in self._where:
             weight = self._slice(fused)[expert]
@@ -244,20 +244,20 @@ class Checkpoint:
         self._check_shape(name, tuple(words.shape), self.family.projections.index(projection))
         return words
 
-    def pair_grid(self, layer: int, leader: int, projection: str) -> Tensor | None:
+    def pair_steps(self, layer: int, leader: int, projection: str) -> Tensor | None:
         """The stored steps of a pair; None for a code without steps.  Raises CheckpointError for a missing tensor, a
         wrong dtype or shape, or a NaN or infinite step."""
         assert self.quantization is not None
         if self.quantization.group_size is None:
             return None
-        name = grid_name(f"{self.block(layer)}.experts", leader, projection)
-        grid = self.tensor(name)
-        if grid.dtype != torch.bfloat16:
-            raise CheckpointError(f"{name}: dtype {grid.dtype}, steps are {torch.bfloat16}")
-        self._check_shape(name, tuple(grid.shape), self.family.projections.index(projection))
-        if not bool(torch.isfinite(grid).all()):
+        name = steps_name(f"{self.block(layer)}.experts", leader, projection)
+        steps = self.tensor(name)
+        if steps.dtype != torch.bfloat16:
+            raise CheckpointError(f"{name}: dtype {steps.dtype}, steps are {torch.bfloat16}")
+        self._check_shape(name, tuple(steps.shape), self.family.projections.index(projection))
+        if not bool(torch.isfinite(steps).all()):
             raise CheckpointError(f"{name} in {self.folder} holds NaN or infinite values: copy it again")
-        return grid
+        return steps
 
     def _check_shape(self, name: str, shape: tuple[int, ...], index: int) -> None:
         if shape != (expected := self._expected_shape(name, index)):
@@ -269,7 +269,7 @@ class Checkpoint:
         rows, columns = (hidden, intermediate) if index == 2 else (intermediate, hidden)
         if self.quantization and name.endswith(f".{WORDS}"):
             return self.code.words_shape(rows, columns)
-        if self.quantization and self.quantization.group_size and name.endswith(f".{GRID}"):
+        if self.quantization and self.quantization.group_size and name.endswith(f".{STEPS}"):
             return rows, columns // self.quantization.group_size
         return rows, columns
 
@@ -307,7 +307,7 @@ class Checkpoint:
                 elif expert % 2 == 0:
                     names = [words_name(experts, expert, projection)]
                     if self.quantization and self.quantization.group_size:
-                        names.append(grid_name(experts, expert, projection))
+                        names.append(steps_name(experts, expert, projection))
                     shapes |= {name: self._expected_shape(name, index) for name in names}
         return shapes
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from puzzlemoe_offline.model.checkpoint import Checkpoint, LayerTensors
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
-from puzzlemoe_vllm.format.layout import GRID, WORDS
+from puzzlemoe_vllm.format.layout import STEPS, WORDS
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _expert_part(checkpoint: Checkpoint, layer: int, name: str) -> str:
-    if name.endswith((f".{WORDS}", f".{GRID}")):
+    if name.endswith((f".{WORDS}", f".{STEPS}")):
         return "experts, merged"
     clustered = checkpoint.quantization and layer in checkpoint.quantization.clusters
     return "experts, in clusters" if clustered else "experts, dense"

@@ -11,7 +11,7 @@ from torch import Tensor
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics, projection_inputs
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.words.nearest import fit, own_scale, pair_scales
+from puzzlemoe_offline.words.nearest import fit, own_importance, pair_importance
 from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
 
 ROWS = 128
@@ -53,20 +53,20 @@ def merge_errors(
         ]
         squares = torch.stack([seen.norms.square() for seen in inputs])
         energy = float((sample.float().square().sum(dim=1) * squares).sum())
-        own = torch.stack([own_scale(seen, recipe) for seen in inputs])
+        own = torch.stack([own_importance(seen, recipe) for seen in inputs])
         few = torch.tensor([[seen.tokens < FEW_TOKENS] for seen in inputs], device=device)
         at_once = max(1, ENTRIES[device.type] // (sampled * columns))
         for pairs in zip(first.to(device).split(at_once), second.to(device).split(at_once), strict=True):
             a, b = pairs
-            scales = pair_scales((own[a], own[b]), few[a] | few[b], recipe)
+            importance = pair_importance((own[a], own[b]), few[a] | few[b], recipe)
             weights = sample[a].transpose(0, 1).flatten(1), sample[b].transpose(0, 1).flatten(1)
             try:
-                packed = fit(weights, (scales[0].flatten(), scales[1].flatten()), recipe, group)
+                packed = fit(weights, (importance[0].flatten(), importance[1].flatten()), recipe, group)
             except UnencodableWeight as error:
                 raise UnencodableWeight(f"one of experts {pool}, {projection} projection: {error}") from None
             lost = torch.zeros(len(a), device=device)
             for position, (exact, members) in enumerate(zip(weights, pairs, strict=True)):
-                difference = exact.float() - code.decode(packed.words, position, packed.grid).float()
+                difference = exact.float() - code.decode(packed.words, position, packed.steps).float()
                 by_column = difference.square().sum(dim=0).view(-1, columns)
                 lost += (by_column * squares[members]).sum(dim=1)
             errors[a, b] += lost.double() / energy if energy else 0.0

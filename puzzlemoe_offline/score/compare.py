@@ -66,7 +66,7 @@ def _codes() -> dict[str, Contender]:
     for name, code in CODES.items():
         if not code.rules:
             found[name] = _pairs(PairRecipe(code=name))
-        if code.has_grid:
+        if code.has_steps:
             found[f"{name}-compensated"] = _pairs(PairRecipe(code=name, compensate=True))
     return found
 

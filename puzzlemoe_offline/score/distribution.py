@@ -11,7 +11,7 @@ from torch import Tensor
 from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.words.pack import rows_at_once
-from puzzlemoe_vllm.format.codes import EXPONENT_OFFSET
+from puzzlemoe_vllm.format.codes.mask16 import EXPONENT_OFFSET
 
 RATIO_BINS = 1000
 """Bins of the ratio of Eq. 1, which lies between 0 and 1."""

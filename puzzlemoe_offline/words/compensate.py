@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
-from puzzlemoe_offline.words.least_squares import merge_least_squares
-from puzzlemoe_offline.words.nearest import BALANCE, STEP_SCALES, PackedMatrix, check_finite, fit_angle16, fit_grid
-from puzzlemoe_vllm.format.codes import Angle16, GridCode, Mask16, PairCode
+from puzzlemoe_offline.words.nearest import (
+    BALANCE,
+    STEP_MULTIPLES,
+    PackedMatrix,
+    check_finite,
+    fit_least_squares,
+    fit_table,
+)
+from puzzlemoe_vllm.format.codes import PairCode, TableCode
 
 DAMPING = 0.1
 """Added to the moments' diagonal, relative to its mean.  GPTQ's usual 0.01 trusts the moments of a few thousand tokens
@@ -44,9 +50,9 @@ def fit_compensated(
     coder = coder_of(code, group, left)
     words = []
     for start in range(0, left.shape[1], BLOCK):
-        block, scale = left[:, start : start + BLOCK], importance[:, start : start + BLOCK]
+        block, weighed = left[:, start : start + BLOCK], importance[:, start : start + BLOCK]
         factor = factors[:, start : start + BLOCK]
-        coded, errors = coder.code_block(block, scale, factor[:, :, start : start + BLOCK])
+        coded, errors = coder.code_block(block, weighed, factor[:, :, start : start + BLOCK])
         words.append(coded)
         later = slice(start + BLOCK, None)
         left[:, later].baddbmm_(factor[:, :, later].mT, errors, alpha=-1)
@@ -67,7 +73,7 @@ def inverse_factor(inputs: ProjectionInputs) -> Tensor:
 
 def coder_of(code: PairCode, group: int | None, matrix: Tensor) -> Columns | ColumnsInKernel:
     """What codes the columns of a matrix, float32 [2, K, N]."""
-    if not isinstance(code, GridCode):
+    if not isinstance(code, TableCode):
         return Columns(code)
     assert group is not None
     return ColumnsInKernel(code, group) if matrix.is_cuda else ColumnsWithSteps(code, group, matrix)
@@ -79,15 +85,15 @@ class Columns:
     def __init__(self, pair_code: PairCode):
         self.pair_code = pair_code
 
-    def code_block(self, block: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    def code_block(self, block: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Words [B, N] of columns [2, B, N], which stay as they are, and errors [2, B, N], each over its column's
         diagonal element of the factor.
 
-        scale: weights of the squared errors [2, B]; factor: [2, B, B].
+        importance: weights of the squared errors [2, B]; factor: [2, B, B].
         """
         block = block.clone()  # a column changes until it is coded
         errors = torch.empty_like(block)
-        self.begin(block, scale)
+        self.begin(block, importance)
         for column in range(block.shape[1]):
             error = errors[:, column]
             torch.sub(block[:, column], self.code(column), out=error)
@@ -95,20 +101,16 @@ class Columns:
             block[:, column + 1 :].baddbmm_(factor[:, column, column + 1 :, None], error[:, None], alpha=-1)
         return self.words(), errors
 
-    def begin(self, block: Tensor, scale: Tensor) -> None:
-        """A block of columns and its scale, as `code_block` has them."""
-        self.block, self.scale = block, scale
+    def begin(self, block: Tensor, importance: Tensor) -> None:
+        """A block of columns and its importance, as `code_block` has them."""
+        self.block, self.importance = block, importance
         self.coded: list[Tensor] = []
 
     def code(self, column: int) -> Tensor:
         """What the nearest words of a column decode to, float32 [2, N]."""
         weights = self.block[0, column, :, None], self.block[1, column, :, None]
-        scales = self.scale[:1, column], self.scale[1:, column]
-        if isinstance(self.pair_code, Angle16):
-            words = fit_angle16(self.pair_code, weights, scales)
-        else:
-            assert isinstance(self.pair_code, Mask16)
-            words = self.pair_code.encode(merge_least_squares(*weights, *scales))
+        importance = self.importance[:1, column], self.importance[1:, column]
+        words = fit_least_squares(self.pair_code, weights, importance, group=None).words
         self.coded.append(words[:, 0])
         return torch.stack([self.pair_code.decode(words, position)[:, 0].float() for position in (0, 1)])
 
@@ -124,30 +126,30 @@ class Columns:
 class ColumnsWithSteps(Columns):
     """The same for codes with steps; what does not depend on earlier columns is computed for a whole block."""
 
-    def __init__(self, grid_code: GridCode, group: int, matrix: Tensor):
+    def __init__(self, table_code: TableCode, group: int, matrix: Tensor):
         """matrix: [2, K, N] of the columns to come, for its device and shape."""
-        super().__init__(grid_code)
-        self.grid_code, self.group = grid_code, group
-        self.magnitudes = grid_code.magnitudes.to(matrix.device).T.contiguous()
+        super().__init__(table_code)
+        self.table_code, self.group = table_code, group
+        self.magnitudes = table_code.magnitudes.to(matrix.device).T.contiguous()
         self.steps: list[Tensor] = []
         """float32 [N] of every group so far."""
         self.index = torch.empty(BLOCK, matrix.shape[2], dtype=torch.int64, device=matrix.device)
 
-    def begin(self, block: Tensor, scale: Tensor) -> None:
+    def begin(self, block: Tensor, importance: Tensor) -> None:
         """As in `Columns`."""
-        self.block, self.scale = block, scale
+        self.block, self.importance = block, importance
         # The terms of the scores that `nearest` computes, for each column of the block.
-        self.linear = -scale.T[:, :, None] * self.magnitudes
-        self.constant = scale.T @ (self.magnitudes.square() / 2)
+        self.linear = -importance.T[:, :, None] * self.magnitudes
+        self.constant = importance.T @ (self.magnitudes.square() / 2)
 
     def code(self, column: int) -> Tensor:
         """As in `Columns`; a group's steps are fitted when its first column is coded."""
         if column % self.group == 0:
             part = slice(column, column + self.group)
-            block, scale = self.block[:, part], self.scale[:, part]
-            grid = fit_grid(self.grid_code, (block[0].T, block[1].T), (scale[0], scale[1]), self.group).grid
-            assert grid is not None
-            self.steps.append(grid[:, 0].float())
+            block, importance = self.block[:, part].mT, self.importance[:, part]
+            fitted = fit_table(self.table_code, (block[0], block[1]), (importance[0], importance[1]), self.group)
+            assert fitted.steps is not None
+            self.steps.append(fitted.steps[:, 0].float())
             self.inverse = 1 / self.steps[-1].clamp(min=torch.finfo(torch.float32).tiny)
         weights, index = self.block[:, column], self.index[column]
         scores = torch.addmm(self.constant[column], (weights.abs() * self.inverse).T, self.linear[column])
@@ -157,35 +159,34 @@ class ColumnsWithSteps(Columns):
 
     def words(self) -> Tensor:
         """As in `Columns`."""
-        negative = torch.signbit(self.block).int()
-        index = self.index[: self.block.shape[1]]
-        return self.grid_code.words.to(index.device)[index, negative[0], negative[1]]
+        negative = torch.signbit(self.block)
+        return self.table_code.words_of(self.index[: self.block.shape[1]], (negative[0], negative[1]))
 
     def packed(self, words: Tensor) -> PackedMatrix:
         """As in `Columns`."""
-        return packed_with_steps(self.grid_code, words, self.steps)
+        return packed_with_steps(self.table_code, words, self.steps)
 
 
 class ColumnsInKernel:
     """The same on a GPU, a block at a time."""
 
-    def __init__(self, grid_code: GridCode, group: int):
-        self.grid_code, self.group = grid_code, group
+    def __init__(self, table_code: TableCode, group: int):
+        self.table_code, self.group = table_code, group
         self.steps: list[Tensor] = []
 
-    def code_block(self, block: Tensor, scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    def code_block(self, block: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """As in `Columns`."""
         from puzzlemoe_offline.words.nearest_kernels import code_columns
 
-        words, steps, errors = code_columns(self.grid_code, block, scale, factor, self.group, STEP_SCALES)
+        words, steps, errors = code_columns(self.table_code, block, importance, factor, self.group, STEP_MULTIPLES)
         self.steps.extend(steps)
         return words, errors
 
     def packed(self, words: Tensor) -> PackedMatrix:
         """As in `Columns`."""
-        return packed_with_steps(self.grid_code, words, self.steps)
+        return packed_with_steps(self.table_code, words, self.steps)
 
 
-def packed_with_steps(code: GridCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:
+def packed_with_steps(code: TableCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:
     """Words [N, K], one a column, and the steps [N] of every group of columns, as they are stored."""
     return PackedMatrix(code.pack(words), torch.stack(steps, dim=1).to(torch.bfloat16))

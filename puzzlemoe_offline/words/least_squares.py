@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.format.codes import MergedPair
+from puzzlemoe_offline.words.merged_pair import MergedPair, state_of
 
 
 def merge_least_squares(weight0: Tensor, weight1: Tensor, importance0: Tensor, importance1: Tensor) -> MergedPair:
@@ -23,7 +23,7 @@ def merge_least_squares(weight0: Tensor, weight1: Tensor, importance0: Tensor, i
     first = lose0 >= lose1
     mean = (importance0 * magnitude0 + importance1 * magnitude1) / total
     return MergedPair(
-        magnitude=torch.where(both, mean, torch.where(first, magnitude0, magnitude1)),
-        mask=(both | first, both | ~first),
+        state=state_of(both, first),
         negative=(torch.signbit(value0), torch.signbit(value1)),
+        magnitude=torch.where(both, mean, torch.where(first, magnitude0, magnitude1)),
     )

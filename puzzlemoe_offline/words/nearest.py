@@ -7,6 +7,7 @@ code can hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,11 @@ from torch import Tensor
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ProjectionInputs
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.least_squares import merge_least_squares
+from puzzlemoe_offline.words.merged_pair import MergedPair
 from puzzlemoe_offline.words.paper_rule import merge_pair
-from puzzlemoe_vllm.format.codes import SMALLEST, Angle16, GridCode, Mask16, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import PairCode, TableCode, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes.angle16 import Angle16
+from puzzlemoe_vllm.format.codes.mask16 import SMALLEST, Mask16
 
 UNSEEN = 1e-4
 """Importance, relative to the mean, of an input column that no calibration token touched."""
@@ -25,7 +29,7 @@ BALANCE = 0.5
 """Each expert's squares are divided by its token count to this power.  The sum over all calibration tokens, power 0,
 gives up too much of the rarer expert of a pair; the mean per token, power 1, too much of the other."""
 
-STEP_SCALES = (0.85, 0.95, 1.05, 1.15)
+STEP_MULTIPLES = (0.85, 0.95, 1.05, 1.15)
 """A group's step is the best of these multiples of the best step for normally distributed weights, then fitted to the
 words that it gave.  Trying more multiples lowers the error more than fitting words and step by turns does."""
 
@@ -39,31 +43,32 @@ class PackedMatrix:
     entries were clamped to the code's smallest magnitude or to zero."""
 
     words: Tensor
-    grid: Tensor | None = None
+    steps: Tensor | None = None
     clamped: int = 0
 
     @staticmethod
     def stack(blocks: list[PackedMatrix]) -> PackedMatrix:
         """Blocks of rows as one."""
-        grids = [block.grid for block in blocks if block.grid is not None]
+        steps = [block.steps for block in blocks if block.steps is not None]
         return PackedMatrix(
             torch.cat([block.words for block in blocks]),
-            torch.cat(grids) if grids else None,
+            torch.cat(steps) if steps else None,
             sum(block.clamped for block in blocks),
         )
 
 
-def own_scale(seen: ProjectionInputs, recipe: PairRecipe) -> Tensor:
+def own_importance(seen: ProjectionInputs, recipe: PairRecipe) -> Tensor:
     """How much an expert's input columns count by themselves, float32 [K]: norms for the paper's rule, squares over a
     power of the token count otherwise."""
     return seen.norms if recipe.is_paper else seen.norms.square() / max(seen.tokens, 1) ** BALANCE
 
 
-def pair_scales(own: tuple[Tensor, Tensor], few: Tensor, recipe: PairRecipe) -> tuple[Tensor, Tensor]:
+def pair_importance(own: tuple[Tensor, Tensor], few: Tensor, recipe: PairRecipe) -> tuple[Tensor, Tensor]:
     """How much the columns of two experts count in their pair, float32 [..., K] twice.
 
-    own: as `own_scale` gives them, [..., K]; few: bool [..., 1], whether one of the two saw few tokens, so that the
-    paper's rule goes by magnitude alone.  Other fits take weights of the squared errors, relative to the pair's mean.
+    own: as `own_importance` gives them, [..., K]; few: bool [..., 1], whether one of the two saw few tokens, so that
+    the paper's rule goes by magnitude alone.  Other fits take weights of the squared errors, relative to the pair's
+    mean.
     """
     if recipe.is_paper:
         return own[0].masked_fill(few, 1), own[1].masked_fill(few, 1)
@@ -72,32 +77,44 @@ def pair_scales(own: tuple[Tensor, Tensor], few: Tensor, recipe: PairRecipe) -> 
     return (own[0] / mean + UNSEEN).masked_fill(silent, 1), (own[1] / mean + UNSEEN).masked_fill(silent, 1)
 
 
-def column_scales(inputs: tuple[ProjectionInputs, ProjectionInputs], recipe: PairRecipe) -> tuple[Tensor, Tensor]:
+def column_importance(inputs: tuple[ProjectionInputs, ProjectionInputs], recipe: PairRecipe) -> tuple[Tensor, Tensor]:
     """The same of one pair, float32 [K] twice."""
     few = torch.tensor([any(seen.tokens < FEW_TOKENS for seen in inputs)], device=inputs[0].norms.device)
-    return pair_scales((own_scale(inputs[0], recipe), own_scale(inputs[1], recipe)), few, recipe)
+    return pair_importance((own_importance(inputs[0], recipe), own_importance(inputs[1], recipe)), few, recipe)
 
 
 def fit(
-    weights: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor], recipe: PairRecipe, group: int | None
+    weights: tuple[Tensor, Tensor], importance: tuple[Tensor, Tensor], recipe: PairRecipe, group: int | None
 ) -> PackedMatrix:
-    """The words of two matrices [N, K].
+    """The words of two matrices [N, K] by the recipe's code and rule.
 
-    scales: as `column_scales` gives them.  No column's words depend on other columns, but for those of its group.
+    importance: as `column_importance` gives it.  No column's words depend on other columns, but for those of its group.
     Raises UnencodableWeight for a weight that the recipe's code cannot hold.
     """
     code = get_code(recipe.code)
-    if isinstance(code, GridCode):
-        assert group is not None
-        return fit_grid(code, weights, scales, group)
-    if isinstance(code, Angle16):
-        return PackedMatrix(fit_angle16(code, weights, scales))
-    assert isinstance(code, Mask16)
-    tau = recipe.tau
-    pair = merge_least_squares(*weights, *scales) if tau is None else merge_pair(*weights, *scales, tau)
-    kept = pair.mask[0] | pair.mask[1]
-    clamped = kept & (pair.magnitude > 0) & (pair.magnitude < SMALLEST)
-    return PackedMatrix(code.encode(pair), clamped=int(clamped.sum()))
+    if recipe.tau is not None:
+        return pack_merged(code, merge_pair(*weights, *importance, recipe.tau))
+    return fit_least_squares(code, weights, importance, group)
+
+
+def fit_least_squares(
+    code: PairCode, weights: tuple[Tensor, Tensor], importance: tuple[Tensor, Tensor], group: int | None
+) -> PackedMatrix:
+    """The words of two matrices [N, K] with the least weighted squared error; importance: float32 [K] twice."""
+    return FITS[type(code)](code, weights, importance, group)
+
+
+def pack_merged(code: PairCode, pair: MergedPair) -> PackedMatrix:
+    """A merged pair as mask16 words."""
+    clamped = (pair.magnitude > 0) & (pair.magnitude < SMALLEST)
+    return PackedMatrix(code.encode(pair.state, pair.negative, pair.magnitude), clamped=int(clamped.sum()))
+
+
+def fit_mask16(
+    code: Mask16, weights: tuple[Tensor, Tensor], importance: tuple[Tensor, Tensor], group: int | None
+) -> PackedMatrix:
+    """As `merge_least_squares` merges; no group."""
+    return pack_merged(code, merge_least_squares(*weights, *importance))
 
 
 def check_finite(weights: tuple[Tensor, Tensor]) -> None:
@@ -106,48 +123,50 @@ def check_finite(weights: tuple[Tensor, Tensor]) -> None:
         raise UnencodableWeight("a weight is NaN or infinite")
 
 
-def fit_angle16(code: Angle16, weights: tuple[Tensor, Tensor], importances: tuple[Tensor, Tensor]) -> Tensor:
-    """int16 words [N, K]: for each direction the magnitude is the weighted projection onto it, and the direction with
-    the least error wins, which is the one with the most energy in its projection."""
+def fit_angle16(
+    code: Angle16, weights: tuple[Tensor, Tensor], importance: tuple[Tensor, Tensor], group: int | None
+) -> PackedMatrix:
+    """For each direction the magnitude is the weighted projection onto it, and the direction with the least error wins,
+    which is the one with the most energy in its projection; no group."""
+    check_finite(weights)
     value0, value1 = (weight.float().abs() for weight in weights)
     best, magnitude = torch.full_like(value0, -1), torch.zeros_like(value0)
     direction = torch.zeros_like(value0, dtype=torch.uint8)
     for d, (multiplier0, multiplier1) in enumerate(zip(code.multipliers(0), code.multipliers(1), strict=True)):
-        product = importances[0] * multiplier0 * value0 + importances[1] * multiplier1 * value1
-        along = product / (importances[0] * multiplier0**2 + importances[1] * multiplier1**2)
+        product = importance[0] * multiplier0 * value0 + importance[1] * multiplier1 * value1
+        along = product / (importance[0] * multiplier0**2 + importance[1] * multiplier1**2)
         better = product * along > best
         best = torch.where(better, product * along, best)
         magnitude = torch.where(better, along, magnitude)
         direction.masked_fill_(better, d)
-    if not bool(torch.isfinite(value0 + value1).all()):
-        raise UnencodableWeight("a weight is NaN or infinite")
-    return code.encode(magnitude, direction, (torch.signbit(weights[0]), torch.signbit(weights[1])))
+    return PackedMatrix(code.encode(direction, (torch.signbit(weights[0]), torch.signbit(weights[1])), magnitude))
 
 
-def fit_grid(
-    code: GridCode, weights: tuple[Tensor, Tensor], importances: tuple[Tensor, Tensor], group: int
+def fit_table(
+    code: TableCode, weights: tuple[Tensor, Tensor], importance: tuple[Tensor, Tensor], group: int | None
 ) -> PackedMatrix:
     """Words and steps of a code with steps, for groups of `group` columns.
 
-    Of the steps of `STEP_SCALES` the one with the least error stays, and is replaced by the least-squares step of the
-    words that it gave.
+    Of the steps of `STEP_MULTIPLES` the one with the least error stays, and is replaced by the least-squares step of
+    the words that it gave.
     """
+    assert group is not None
     check_finite(weights)
     if weights[0].is_cuda:
         from puzzlemoe_offline.words.nearest_kernels import fit_groups
 
-        fitted, steps = fit_groups(code, weights, importances, group, STEP_SCALES)
+        fitted, steps = fit_groups(code, weights, importance, group, STEP_MULTIPLES)
         return PackedMatrix(code.pack(fitted), steps.to(torch.bfloat16))
     pair = torch.stack([weight.float().abs().unflatten(1, (-1, group)) for weight in weights])
-    scale = torch.stack(importances)[:, None].unflatten(2, (-1, group))
-    magnitudes, words = code.magnitudes.to(pair.device), code.words.to(pair.device)
-    energy = (scale * pair.square()).sum(dim=(0, 3))
-    typical = (energy / scale.sum(dim=(0, 3))).sqrt() * code.unit_step
+    by_group = torch.stack(importance)[:, None].unflatten(2, (-1, group))
+    magnitudes = code.magnitudes.to(pair.device)
+    energy = (by_group * pair.square()).sum(dim=(0, 3))
+    typical = (energy / by_group.sum(dim=(0, 3))).sqrt() * code.unit_step
     least = torch.full_like(typical, torch.inf)
     index = torch.zeros(pair.shape[1:], dtype=torch.uint8, device=pair.device)
-    for multiple in STEP_SCALES:
+    for multiple in STEP_MULTIPLES:
         step = typical * multiple
-        tried, score = nearest(magnitudes, pair, step, scale)
+        tried, score = nearest(magnitudes, pair, step, by_group)
         error = energy + 2 * step.square() * score.sum(dim=2)
         better = error < least
         least = torch.where(better, error, least)
@@ -156,22 +175,29 @@ def fit_grid(
     product, square = torch.zeros_like(energy), torch.zeros_like(energy)
     for position in (0, 1):
         value = magnitudes[:, position][index]
-        weighted = scale[position] * value
+        weighted = by_group[position] * value
         product += (weighted * pair[position]).sum(dim=2)
         square += (weighted * value).sum(dim=2)
-    negative = [torch.signbit(weight).int() for weight in weights]
-    return PackedMatrix(
-        code.pack(words[index.flatten(1), negative[0], negative[1]]), (product / square).to(torch.bfloat16)
-    )
+    words = code.encode(index.flatten(1), (torch.signbit(weights[0]), torch.signbit(weights[1])))
+    return PackedMatrix(words, (product / square).to(torch.bfloat16))
 
 
-def nearest(magnitudes: Tensor, pair: Tensor, step: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+FITS: dict[type[PairCode], Callable[..., PackedMatrix]] = {
+    Mask16: fit_mask16,
+    Angle16: fit_angle16,
+    TableCode: fit_table,
+}
+"""The least-squares fit of every kind of code."""
+
+
+def nearest(magnitudes: Tensor, pair: Tensor, step: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Index into `magnitudes` of the word with the least weighted error, uint8 [N, groups, group], and float32 scores:
     half that error over the squared step, less what does not depend on the word.
 
-    magnitudes: [C, 2]; pair: absolute weights [2, N, groups, group]; step: [N, groups]; scale: [2, 1, groups, group].
+    magnitudes: [C, 2]; pair: absolute weights [2, N, groups, group]; step: [N, groups]; importance: [2, 1, groups,
+    group].
     """
-    # sum_p scale_p (v_p^2 / 2 - x_p v_p) of all candidates v is one matrix product.
+    # sum_p importance_p (v_p^2 / 2 - x_p v_p) of all candidates v is one matrix product.
     table = torch.cat([-magnitudes.T, magnitudes.T.square() / 2])
     scaled = pair / step.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     index = torch.empty(pair.shape[1:], dtype=torch.uint8, device=pair.device)
@@ -179,7 +205,7 @@ def nearest(magnitudes: Tensor, pair: Tensor, step: Tensor, scale: Tensor) -> tu
     rows = max(1, SCORES // (len(magnitudes) * pair[0, 0].numel()))
     for first in range(0, pair.shape[1], rows):
         block = scaled[:, first : first + rows]
-        features = torch.cat([scale * block, scale.expand_as(block)]).flatten(1)
+        features = torch.cat([importance * block, importance.expand_as(block)]).flatten(1)
         least = (features.T @ table).min(dim=1)
         index[first : first + rows] = least.indices.view(block.shape[1:])
         score[first : first + rows] = least.values.view(block.shape[1:])

@@ -1,7 +1,8 @@
 """The fits of codes with steps as Triton kernels, for a GPU.
 
-They are those of fit.py and compensate.py but for roundings.  There a matrix of scores, of every candidate for every
-pair of weights, goes through memory, and a column of compensation is a dozen operations; here both stay in registers.
+They are those of nearest.py and compensate.py but for roundings.  There a matrix of scores, of every candidate for
+every pair of weights, goes through memory, and a column of compensation is a dozen operations; here both stay in
+registers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puzzlemoe_vllm.format.codes import GridCode
+from puzzlemoe_vllm.format.codes import TableCode
 
 GROUPS_SHAPE = 8, 4
 COLUMNS_SHAPE = 4, 1
@@ -22,15 +23,15 @@ COLUMNS_SHAPE = 4, 1
 
 
 def fit_groups(
-    code: GridCode,
+    code: TableCode,
     weights: tuple[Tensor, Tensor],
-    importances: tuple[Tensor, Tensor],
+    importance: tuple[Tensor, Tensor],
     group: int,
     multiples: tuple[float, ...],
 ) -> tuple[Tensor, Tensor]:
     """Words uint8 [N, K], one a column, and steps float32 [N, K / group] of two matrices [N, K] of equal strides.
 
-    importances: float32 [K] twice; multiples: of the step that suits normal weights, to choose from.
+    importance: float32 [K] twice; multiples: of the step that suits normal weights, to choose from.
     """
     rows, columns = weights[0].shape
     device = weights[0].device
@@ -41,8 +42,8 @@ def fit_groups(
     fit_groups_kernel[(triton.cdiv(rows, rows_each), columns // group)](
         *weights,
         *weights[0].stride(),
-        importances[0].contiguous(),
-        importances[1].contiguous(),
+        importance[0].contiguous(),
+        importance[1].contiguous(),
         *_tables(code, multiples, device),
         words,
         steps,
@@ -56,13 +57,13 @@ def fit_groups(
 
 
 def code_columns(
-    code: GridCode, block: Tensor, scale: Tensor, factor: Tensor, group: int, multiples: tuple[float, ...]
+    code: TableCode, block: Tensor, importance: Tensor, factor: Tensor, group: int, multiples: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes the columns of a block one after another, as `fit_compensated` does: words uint8 [B, N], steps float32
     [B / group, N] and errors float32 [2, B, N], each over its column's diagonal element of the factor.
 
-    block: [2, B, N] with B up to 128, rows contiguous, left as it is; scale: weights of squared errors [2, B]; factor:
-    [2, B, B].
+    block: [2, B, N] with B up to 128, rows contiguous, left as it is; importance: weights of squared errors [2, B];
+    factor: [2, B, B].
     """
     _, columns, rows = block.shape
     words = torch.empty(columns, rows, dtype=torch.uint8, device=block.device)
@@ -72,7 +73,7 @@ def code_columns(
     code_columns_kernel[(triton.cdiv(rows, rows_each),)](
         block,
         *block.stride()[:2],
-        scale.contiguous(),
+        importance.contiguous(),
         factor.contiguous(),
         *_tables(code, multiples, block.device),
         words,
@@ -90,12 +91,12 @@ def code_columns(
 
 
 @functools.cache
-def _tables(code: GridCode, multiples: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(code: TableCode, multiples: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The candidates [C, 2], their words [C, 2, 2] and the multiples, on a device."""
     return code.magnitudes.to(device), code.words.to(device), torch.tensor(multiples, device=device)
 
 
-def _constants(code: GridCode, multiples: tuple[float, ...], group: int) -> dict[str, Any]:
+def _constants(code: TableCode, multiples: tuple[float, ...], group: int) -> dict[str, Any]:
     return {
         "unit_step": code.unit_step,
         "CANDIDATES": len(code.magnitudes),
@@ -117,15 +118,15 @@ def inverse(step):
 
 
 @triton.jit
-def nearest(value0, value1, scale0, scale1, candidates, CANDIDATES: tl.constexpr):
+def nearest(value0, value1, importance0, importance1, candidates, CANDIDATES: tl.constexpr):
     """Of absolute values over their step, the candidates with the least weighted error, and half that error less what
     does not depend on the candidate; all broadcast to one shape."""
-    linear0, linear1 = scale0 * value0, scale1 * value1
+    linear0, linear1 = importance0 * value0, importance1 * value1
     least = tl.zeros_like(linear0) + float("inf")
     index = tl.zeros_like(linear0).to(tl.int32)
     for candidate in range(CANDIDATES):
         level0, level1 = tl.load(candidates + 2 * candidate), tl.load(candidates + 2 * candidate + 1)
-        constant = (scale0 * level0 * level0 + scale1 * level1 * level1) * 0.5
+        constant = (importance0 * level0 * level0 + importance1 * level1 * level1) * 0.5
         score = constant - linear0 * level0 - linear1 * level1
         better = score < least
         least = tl.where(better, score, least)
@@ -134,35 +135,39 @@ def nearest(value0, value1, scale0, scale1, candidates, CANDIDATES: tl.constexpr
 
 
 @triton.jit
-def nearest_of_all(value0, value1, scale0, scale1, level0, level1, candidate, CANDIDATES: tl.constexpr):
-    """The same of values [1, N] and numbers for scales, with the candidates' levels as [slots, 1]: one column alone
+def nearest_of_all(value0, value1, importance0, importance1, level0, level1, candidate, CANDIDATES: tl.constexpr):
+    """The same of values [1, N] and numbers for importance, with the candidates' levels as [slots, 1]: one column alone
     would leave a thread to go through them all."""
-    constant = (scale0 * level0 * level0 + scale1 * level1 * level1) * 0.5
+    constant = (importance0 * level0 * level0 + importance1 * level1 * level1) * 0.5
     constant = tl.where(candidate < CANDIDATES, constant, float("inf"))
-    score = constant - scale0 * value0 * level0 - scale1 * value1 * level1
+    score = constant - importance0 * value0 * level0 - importance1 * value1 * level1
     return tl.argmin(score, axis=0)[None, :]
 
 
 @triton.jit
 def fit_steps(
-    value0, value1, scale0, scale1, candidates, multiples, unit_step, CANDIDATES: tl.constexpr, MULTIPLES: tl.constexpr
-):
-    """Candidates [K, N] and steps [1, N] of absolute values [K, N].  scales: [K, 1], zero for other groups' columns."""
-    energy = tl.sum(scale0 * value0 * value0 + scale1 * value1 * value1, axis=0)[None, :]
-    typical = tl.sqrt(energy / tl.sum(scale0 + scale1, axis=0)[None, :]) * unit_step
+    value0, value1, importance0, importance1, candidates, multiples, unit_step,
+    CANDIDATES: tl.constexpr, MULTIPLES: tl.constexpr,
+):  # fmt: skip
+    """Candidates [K, N] and steps [1, N] of absolute values [K, N].
+
+    importance0, importance1: [K, 1], zero for other groups' columns.
+    """
+    energy = tl.sum(importance0 * value0 * value0 + importance1 * value1 * value1, axis=0)[None, :]
+    typical = tl.sqrt(energy / tl.sum(importance0 + importance1, axis=0)[None, :]) * unit_step
     least = tl.zeros_like(energy) + float("inf")
     best = tl.zeros_like(value0).to(tl.int32)
     for multiple in range(MULTIPLES):
         step = typical * tl.load(multiples + multiple)
         over = inverse(step)
-        tried, score = nearest(value0 * over, value1 * over, scale0, scale1, candidates, CANDIDATES)
+        tried, score = nearest(value0 * over, value1 * over, importance0, importance1, candidates, CANDIDATES)
         error = energy + 2.0 * step * step * tl.sum(score, axis=0)[None, :]
         better = error < least
         least = tl.where(better, error, least)
         best = tl.where(better, tried, best)
     level0, level1 = tl.load(candidates + 2 * best), tl.load(candidates + 2 * best + 1)
-    product = tl.sum(scale0 * level0 * value0 + scale1 * level1 * value1, axis=0)
-    square = tl.sum(scale0 * level0 * level0 + scale1 * level1 * level1, axis=0)
+    product = tl.sum(importance0 * level0 * value0 + importance1 * level1 * value1, axis=0)
+    square = tl.sum(importance0 * level0 * level0 + importance1 * level1 * level1, axis=0)
     return best, (product / square)[None, :]
 
 
@@ -191,8 +196,8 @@ def fit_groups_kernel(
     weights1,
     row_stride,
     column_stride,
-    scales0,
-    scales1,
+    importances0,
+    importances1,
     candidates,
     words,
     multiples,
@@ -212,9 +217,17 @@ def fit_groups_kernel(
     place = row * row_stride + column * column_stride
     value0 = tl.load(weights0 + place, mask=inside, other=1.0).to(tl.float32)
     value1 = tl.load(weights1 + place, mask=inside, other=1.0).to(tl.float32)
-    scale0, scale1 = tl.load(scales0 + column), tl.load(scales1 + column)
+    importance0, importance1 = tl.load(importances0 + column), tl.load(importances1 + column)
     best, step = fit_steps(
-        tl.abs(value0), tl.abs(value1), scale0, scale1, candidates, multiples, unit_step, CANDIDATES, MULTIPLES
+        tl.abs(value0),
+        tl.abs(value1),
+        importance0,
+        importance1,
+        candidates,
+        multiples,
+        unit_step,
+        CANDIDATES,
+        MULTIPLES,
     )
     tl.store(words_out + row * columns + column, word_of(best, value0, value1, words), mask=inside)
     tl.store(steps_out + row * (columns // GROUP) + tl.program_id(1), step, mask=row < rows)
@@ -231,7 +244,7 @@ def code_columns_kernel(
     block,
     expert_stride,
     column_stride,
-    scales,
+    importances,
     factors,
     candidates,
     words,
@@ -254,15 +267,15 @@ def code_columns_kernel(
     inside = (row < rows) & (column < columns)
     left0 = tl.load(block + column * column_stride + row, mask=inside, other=1.0)
     left1 = tl.load(block + expert_stride + column * column_stride + row, mask=inside, other=1.0)
-    scale0 = tl.load(scales + column, mask=column < columns, other=0.0)
-    scale1 = tl.load(scales + columns + column, mask=column < columns, other=0.0)
+    importance0 = tl.load(importances + column, mask=column < columns, other=0.0)
+    importance1 = tl.load(importances + columns + column, mask=column < columns, other=0.0)
     factors1 = factors + columns * columns
     candidate = tl.arange(0, SLOTS)[:, None]
     level0 = tl.load(candidates + 2 * candidate, mask=candidate < CANDIDATES, other=0.0)
     level1 = tl.load(candidates + 2 * candidate + 1, mask=candidate < CANDIDATES, other=0.0)
     for group in range(columns // GROUP):
         own = column // GROUP == group
-        own0, own1 = tl.where(own, scale0, 0.0), tl.where(own, scale1, 0.0)
+        own0, own1 = tl.where(own, importance0, 0.0), tl.where(own, importance1, 0.0)
         _best, exact = fit_steps(
             tl.abs(left0), tl.abs(left1), own0, own1, candidates, multiples, unit_step, CANDIDATES, MULTIPLES
         )
@@ -275,8 +288,8 @@ def code_columns_kernel(
             index = nearest_of_all(
                 tl.abs(value0) * over,
                 tl.abs(value1) * over,
-                tl.load(scales + place),
-                tl.load(scales + columns + place),
+                tl.load(importances + place),
+                tl.load(importances + columns + place),
                 level0,
                 level1,
                 candidate,

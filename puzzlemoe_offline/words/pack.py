@@ -10,7 +10,7 @@ from torch import Tensor
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.compensate import fit_compensated
-from puzzlemoe_offline.words.nearest import PackedMatrix, column_scales, fit
+from puzzlemoe_offline.words.nearest import PackedMatrix, column_importance, fit
 from puzzlemoe_vllm.format.codes import get_code
 
 ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}
@@ -53,14 +53,14 @@ def pack_matrix(
     if recipe.compensate and inputs[0].moments is not None:
         packed = fit_compensated(code, weights, inputs, group)
     else:
-        scales = column_scales(inputs, recipe)
-        packed = PackedMatrix.stack([fit(block, scales, recipe, group) for block in blocks])
-    grids = [None] * len(blocks) if packed.grid is None else packed.grid.split(rows)
+        importance = column_importance(inputs, recipe)
+        packed = PackedMatrix.stack([fit(block, importance, recipe, group) for block in blocks])
+    steps = [None] * len(blocks) if packed.steps is None else packed.steps.split(rows)
     error, energy = torch.zeros(2, dtype=torch.float64, device=weights[0].device)
-    for block, words, grid in zip(blocks, packed.words.split(rows), grids, strict=True):
+    for block, words, step in zip(blocks, packed.words.split(rows), steps, strict=True):
         for position, weight in enumerate(block):
             exact = weight.float()
-            error += (exact - code.decode(words, position, grid).float()).square().sum()
+            error += (exact - code.decode(words, position, step).float()).square().sum()
             energy += exact.square().sum()
     losses.error[index] += float(error)
     losses.energy[index] += float(energy)

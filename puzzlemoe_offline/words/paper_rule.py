@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.format.codes import MergedPair
+from puzzlemoe_offline.words.merged_pair import MergedPair, state_of
 
 
 def similar(magnitude0: Tensor, magnitude1: Tensor, tau: float) -> Tensor:
@@ -41,7 +41,7 @@ def merge_pair(weight0: Tensor, weight1: Tensor, norm0: Tensor, norm1: Tensor, t
     first = keeps_first(magnitude0, magnitude1, norm0.float(), norm1.float())
     alone = torch.where(first, magnitude0, magnitude1)
     return MergedPair(
-        magnitude=torch.where(both, (magnitude0 + magnitude1) / 2, alone),
-        mask=(both | first, both | ~first),
+        state=state_of(both, first),
         negative=(torch.signbit(value0), torch.signbit(value1)),
+        magnitude=torch.where(both, (magnitude0 + magnitude1) / 2, alone),
     )

@@ -1,13 +1,11 @@
-"""Backends of the fused-experts op.  Each module offers
-
-- `prepare(weights)`: rewrites a layer's weights, in place, into the order that its kernels read, once after loading;
-- `fused_experts(x, topk_weights, topk_ids, weights)` on prepared weights.
-"""
+"""What serves a layer's experts: the weights as a rank holds them, and what each module of this folder offers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -22,7 +20,7 @@ class ExpertWeights:
     w13_dense, w2_dense: bf16 [D, 2I, H] and [D, H, I].
     expert_map: int32 [global experts], local expert id or -1 when it lives on another rank; None when all are local.
     code: name of the pair words' code (`puzzlemoe_vllm.format.codes`).
-    w13_grid, w2_grid: bf16 steps [P, 2I, groups of H] and [P, H, groups of I]; None for codes without steps.
+    w13_steps, w2_steps: bf16 steps [P, 2I, groups of H] and [P, H, groups of I]; None for codes without steps.
     """
 
     w13_pairs: Tensor
@@ -31,8 +29,8 @@ class ExpertWeights:
     w2_dense: Tensor
     expert_map: Tensor | None
     code: str
-    w13_grid: Tensor | None = None
-    w2_grid: Tensor | None = None
+    w13_steps: Tensor | None = None
+    w2_steps: Tensor | None = None
 
     @property
     def merged(self) -> int:
@@ -43,3 +41,22 @@ class ExpertWeights:
     def total(self) -> int:
         """Local experts, merged and dense."""
         return self.merged + self.w13_dense.shape[0]
+
+
+class Backend(Protocol):
+    """A backend of the fused-experts op."""
+
+    __name__: str
+
+    def unavailable(self, device: torch.device | None = None) -> str | None:
+        """Why it cannot serve a device, this machine's usual one by default, or None when it can."""
+
+    def prepare(self, weights: ExpertWeights) -> None:
+        """Rewrites a layer's weights, in place, into the order that its kernels read, once after loading."""
+
+    def fused_experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeights) -> Tensor:
+        """sum_k topk_weights[m, k] * down(SiLU(gate x) * up x) over the local experts of row m, on prepared weights.
+
+        x: bf16 [M, H]; topk_weights float32 [M, k]; topk_ids [M, k], below 0: skip.  Returns bf16 [M, H]; inputs are
+        not written.
+        """

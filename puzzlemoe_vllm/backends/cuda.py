@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
-from puzzlemoe_vllm.format.codes import GridCode, get_code, word_table
+from puzzlemoe_vllm.format.codes import Decoder, PairCode, get_code
 
 ABI_VERSION = 3
-DECODERS = {"mask16": 0, "angle16": 1, "angle8": 2, "angle6": 3, "mask6": 3}
-"""The library's decoder of each code."""
-
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
 DISPATCH = Path(__file__).with_name("cuda_dispatch.json")
 """Which kernel serves how many tokens; written by `benchmarks/kernels.py --tune`."""
@@ -98,30 +95,33 @@ def runnable_kernels(device: torch.device) -> list[str]:
 
 
 @functools.cache
-def _dispatch_rows(capability: int, code: str) -> list[tuple[float, str]]:
+def _dispatch_rows(capability: int, kind: str) -> list[tuple[float, str]]:
     tables = json.loads(DISPATCH.read_text())["kernels"]
     table = tables[str(capability)] if str(capability) in tables else tables["other"]
-    rows = table["mask16" if get_code(code).bits == 16 else "angle8"]
-    return [(float(row["slots_per_expert"]), row["kernel"]) for row in rows]
+    return [(float(row["slots_per_expert"]), row["kernel"]) for row in table[kind]]
 
 
-def choose_kernel(slots_per_expert: float, capability: int, code: str) -> str:
+def kind_of(code: PairCode) -> str:
+    """Whose times in the dispatch table serve a code: `table` with steps, else `16-bit`."""
+    return "table" if code.has_steps else "16-bit"
+
+
+def choose_kernel(slots_per_expert: float, capability: int, code: PairCode) -> str:
     """The kernel for a layer whose experts are chosen `slots_per_expert` times on average.
 
-    capability: compute capability without its dot, 90 for an H100.  code: mask16 was timed for the 16-bit codes, angle8
-    for the smaller ones.
+    capability: compute capability without its dot, 90 for an H100.
     """
-    rows = _dispatch_rows(capability, code)
+    rows = _dispatch_rows(capability, kind_of(code))
     return next((kernel for limit, kernel in rows if slots_per_expert <= limit), rows[-1][1])
 
 
-def kernel_words(tiles: Tensor, code: str) -> Tensor:
+def kernel_words(tiles: Tensor, decoder: Decoder) -> Tensor:
     """Tiles of one word per element, [..., 256], in the bit order that the kernels read (cuda/words.cuh): int16 for the
     16-bit codes, else uint8 [..., bytes of a tile]."""
-    if code == "mask16":
+    if decoder is Decoder.MASK16:
         swapped = ((tiles >> 13) & 1) << 14 | ((tiles >> 14) & 1) << 13
         return (tiles & ~0x6000) | swapped
-    if get_code(code).bits != 6:
+    if decoder is not Decoder.TABLE6:
         return tiles
     first, second = tiles.unflatten(-1, (32, 2, 4)).unbind(-2)
     three_bytes = [
@@ -159,31 +159,29 @@ def blocks(tiles: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def tile_steps(grid: Tensor, gate_up: bool) -> Tensor:
+def tile_steps(steps: Tensor, gate_up: bool) -> Tensor:
     """Steps [N, groups] in the order of cuda/words.cuh, [groups, N/16, 8, 2]."""
-    rows, groups = grid.shape
+    rows, groups = steps.shape
     if gate_up:
-        return grid.view(2, rows // 16, 8, groups).permute(3, 1, 2, 0)
-    return grid.view(rows // 16, 2, 8, groups).permute(3, 0, 2, 1)
+        return steps.view(2, rows // 16, 8, groups).permute(3, 1, 2, 0)
+    return steps.view(rows // 16, 2, 8, groups).permute(3, 0, 2, 1)
 
 
 def prepare(weights: ExpertWeights) -> None:
     """Rewrites a layer's weights, as they were loaded, into the order that the kernels read.  In place, one matrix at a
     time: the extra memory is a few copies of one expert's largest matrix."""
     code = get_code(weights.code)
-    if weights.w13_grid is not None:
-        word_table(code.name, weights.w13_grid.device)  # no graph capture could fetch it
-    for words, grid, dense, gate_up in (
-        (weights.w13_pairs, weights.w13_grid, weights.w13_dense, True),
-        (weights.w2_pairs, weights.w2_grid, weights.w2_dense, False),
+    code.word_table(weights.w13_pairs.device)  # no graph capture could fetch it
+    for words, steps, dense, gate_up in (
+        (weights.w13_pairs, weights.w13_steps, weights.w13_dense, True),
+        (weights.w2_pairs, weights.w2_steps, weights.w2_dense, False),
     ):
         for matrix in words.detach():
-            elements = code.unpack(matrix) if isinstance(code, GridCode) else matrix
-            matrix.copy_(blocks(kernel_words(tile(elements, gate_up), code.name)).view_as(matrix))
+            matrix.copy_(blocks(kernel_words(tile(code.unpack(matrix), gate_up), code.decoder)).view_as(matrix))
         for matrix in dense.detach():
             matrix.copy_(blocks(tile(matrix, gate_up)).view_as(matrix))
-        for steps in grid.detach() if grid is not None else ():
-            steps.copy_(tile_steps(steps, gate_up).reshape(steps.shape))
+        for matrix in steps.detach() if steps is not None else ():
+            matrix.copy_(tile_steps(matrix, gate_up).reshape(matrix.shape))
 
 
 def fused_experts(
@@ -197,14 +195,14 @@ def fused_experts(
     """
     if x.dtype != torch.bfloat16:
         raise ValueError(f"the CUDA kernels take bfloat16 activations, not {x.dtype}")
-    library = load_library()
+    library, code = load_library(), get_code(weights.code)
     tokens, topk = topk_ids.shape
     hidden, intermediate = x.shape[1], weights.w2_dense.shape[2]
     experts = weights.total if weights.expert_map is None else weights.expert_map.numel()
     with torch.cuda.device(x.device):
         if kernel is None:
             major, minor = torch.cuda.get_device_capability()
-            kernel = choose_kernel(tokens * topk / experts, 10 * major + minor, weights.code)
+            kernel = choose_kernel(tokens * topk / experts, 10 * major + minor, code)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         # Held here until the launches are queued: the allocator reuses memory in stream order.
         inputs = {
@@ -217,9 +215,9 @@ def fused_experts(
             "w2_dense": weights.w2_dense,
             "out": out,
         }
-        if weights.w13_grid is not None and weights.w2_grid is not None:
-            inputs |= {"w13_steps": weights.w13_grid, "w2_steps": weights.w2_grid}
-            inputs["table"] = word_table(weights.code, x.device)
+        table = code.word_table(x.device)
+        if table is not None and weights.w13_steps is not None and weights.w2_steps is not None:
+            inputs |= {"w13_steps": weights.w13_steps, "w2_steps": weights.w2_steps, "table": table}
         if weights.expert_map is not None:
             inputs["expert_map"] = weights.expert_map
         layer = _Layer(
@@ -230,8 +228,8 @@ def fused_experts(
             intermediate=intermediate,
             pairs=weights.w13_pairs.shape[0],
             dense=weights.w13_dense.shape[0],
-            code=DECODERS[weights.code],
-            group_size=0 if weights.w13_grid is None else hidden // weights.w13_grid.shape[2],
+            code=code.decoder,
+            group_size=0 if weights.w13_steps is None else hidden // weights.w13_steps.shape[2],
             kernel=kernel_names().index(kernel),
         )
         scratch = torch.empty(library.pm_scratch_bytes(layer), dtype=torch.uint8, device=x.device)

@@ -13,6 +13,11 @@ from puzzlemoe_vllm.backends import ExpertWeights
 from puzzlemoe_vllm.format.codes import get_code
 
 
+def unavailable(device: torch.device | None = None) -> str | None:
+    """None: it serves any device."""
+    return None
+
+
 def prepare(weights: ExpertWeights) -> None:
     """Nothing to do: this backend reads the checkpoint's own order."""
 
@@ -24,8 +29,8 @@ def expert_weights(weights: ExpertWeights, expert: int) -> tuple[Tensor, Tensor]
         return weights.w13_dense[row], weights.w2_dense[row]
     code, pair, position = get_code(weights.code), expert >> 1, expert & 1
     w13, w2 = (
-        code.decode(words[pair], position, None if grid is None else grid[pair])
-        for words, grid in ((weights.w13_pairs, weights.w13_grid), (weights.w2_pairs, weights.w2_grid))
+        code.decode(words[pair], position, None if steps is None else steps[pair])
+        for words, steps in ((weights.w13_pairs, weights.w13_steps), (weights.w2_pairs, weights.w2_steps))
     )
     return w13, w2
 

@@ -16,7 +16,7 @@ WORDS = "puzzle"
 """Suffix of a pair's words: `...experts.{leader}.{projection}.puzzle`.  It must not end in `.weight`, or vLLM's expert
 parallel filter would drop a pair whose leader lives on another rank."""
 
-GRID = "puzzle_grid"
+STEPS = "puzzle_grid"
 """Suffix of a pair's steps, bf16 [N, K / group_size], beside its words; only for codes that have steps."""
 
 
@@ -123,9 +123,9 @@ def words_name(experts: str, leader: int, projection: str) -> str:
     return f"{experts}.{leader}.{projection}.{WORDS}"
 
 
-def grid_name(experts: str, leader: int, projection: str) -> str:
+def steps_name(experts: str, leader: int, projection: str) -> str:
     """Name of the steps of the pair (leader, leader + 1), e.g. `model.layers.0.mlp.experts.4.up_proj.puzzle_grid`."""
-    return f"{experts}.{leader}.{projection}.{GRID}"
+    return f"{experts}.{leader}.{projection}.{STEPS}"
 
 
 def weight_name(experts: str, expert: int, projection: str) -> str:

@@ -7,14 +7,15 @@ same with racecheck.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import functools
 
 import pytest
 import torch
+from support.layers import DEEPSEEK, MIXTRAL, QWEN3, QWEN15, Layer, copied, generator, random_inputs, random_weights
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda, reference
-from puzzlemoe_vllm.format.codes import CODES, Angle16, GridCode, Mask16, MergedPair, get_code
+from puzzlemoe_vllm.format.codes import CODES, get_code
 
 REASON = cuda.unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -27,87 +28,33 @@ STEP_TOLERANCE = 8e-3
 """With steps: kernels for few tokens multiply sums by them, which leaves out the rounding of each weight."""
 
 
-@dataclass(frozen=True)
-class Layer:
-    pairs: int
-    dense: int
-    topk: int
-    hidden: int
-    intermediate: int
-    code: str = "mask16"
-    group_size: int | None = None
-
-
 MODELS = {
-    "Mixtral-8x7B": Layer(4, 0, 2, 4096, 14336),
-    "Qwen3-30B-A3B": Layer(64, 0, 8, 2048, 768),
-    "DeepSeek-MoE-16B": Layer(32, 0, 6, 2048, 1408),
-    "Qwen1.5-MoE": Layer(30, 0, 4, 2048, 1408),
-    "Mixtral-8x7B angle16": Layer(4, 0, 2, 4096, 14336, "angle16"),
-    "Mixtral-8x7B angle8": Layer(4, 0, 2, 4096, 14336, "angle8", 128),
-    "Mixtral-8x7B angle6": Layer(4, 0, 2, 4096, 14336, "angle6", 128),
-    "Mixtral-8x7B mask6": Layer(4, 0, 2, 4096, 14336, "mask6", 128),
-    "Qwen3-30B-A3B angle8": Layer(64, 0, 8, 2048, 768, "angle8", 128),
+    "Mixtral-8x7B": MIXTRAL,
+    "Qwen3-30B-A3B": QWEN3,
+    "DeepSeek-MoE-16B": DEEPSEEK,
+    "Qwen1.5-MoE": QWEN15,
+    "Mixtral-8x7B angle16": MIXTRAL.coded("angle16"),
+    **{f"Mixtral-8x7B {code}": MIXTRAL.coded(code, 128) for code in ("angle8", "angle6", "mask6")},
+    "Qwen3-30B-A3B angle8": QWEN3.coded("angle8", 128),
 }
 
 
-def pair_words(layer: Layer, rows: int, columns: int) -> Tensor:
-    """Stored words [pairs, rows, columns] of weights of usual size, on the GPU."""
-    code = get_code(layer.code)
-    words = torch.empty(layer.pairs, *code.words_shape(rows, columns), dtype=code.dtype, device="cuda")
-    if isinstance(code, GridCode):
-        return words.random_(0, 256)
-    for matrix in words:
-        magnitude = torch.randn(rows, columns, device="cuda").abs() * columns**-0.5
-        state = torch.randint(0, 4, (rows, columns), device="cuda")
-        negative = tuple(torch.rand(rows, columns, device="cuda") < 0.5 for _ in range(2))
-        if isinstance(code, Mask16):
-            matrix.copy_(code.encode(MergedPair(magnitude, (state != 1, state != 2), negative)))
-        elif isinstance(code, Angle16):
-            matrix.copy_(code.encode(magnitude, state, negative))
-    return words
-
-
-def pair_steps(layer: Layer, rows: int, columns: int) -> Tensor | None:
-    """Steps [pairs, rows, groups] of usual size, no two alike, on the GPU; None for a code without steps."""
-    if layer.group_size is None:
-        return None
-    steps = torch.rand(layer.pairs, rows, columns // layer.group_size, device="cuda") + 0.5
-    return (steps * columns**-0.5).bfloat16()
-
-
-def make_weights(layer: Layer, seed: int = 0) -> tuple[ExpertWeights, ExpertWeights]:
+def make_weights(layer: Layer) -> tuple[ExpertWeights, ExpertWeights]:
     """The same random layer as loaded and as prepared for the kernels."""
-    torch.manual_seed(seed)
-    w13, w2 = (2 * layer.intermediate, layer.hidden), (layer.hidden, layer.intermediate)
-    loaded = ExpertWeights(
-        *(pair_words(layer, *shape) for shape in (w13, w2)),
-        *(
-            torch.randn(layer.dense, *shape, device="cuda", dtype=torch.bfloat16) * shape[1] ** -0.5
-            for shape in (w13, w2)
-        ),
-        expert_map=None,
-        code=layer.code,
-        w13_grid=pair_steps(layer, *w13),
-        w2_grid=pair_steps(layer, *w2),
-    )
+    loaded = random_weights(layer, generator(0, "cuda"))
     prepared = copied(loaded)
     cuda.prepare(prepared)
     return loaded, prepared
 
 
-def copied(weights: ExpertWeights) -> ExpertWeights:
-    """With tensors of its own."""
-    values = {field.name: getattr(weights, field.name) for field in dataclasses.fields(weights)}
-    return ExpertWeights(**{name: value.clone() if torch.is_tensor(value) else value for name, value in values.items()})
+@functools.cache
+def draw() -> torch.Generator:
+    """Of all inputs, no two alike."""
+    return generator(1, "cuda")
 
 
 def make_inputs(layer: Layer, tokens: int, experts: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """x, topk_weights, topk_ids of random routing over `experts`."""
-    x = torch.randn(tokens, layer.hidden, device="cuda", dtype=torch.bfloat16)
-    scores = torch.rand(tokens, experts or 2 * layer.pairs + layer.dense, device="cuda")
-    topk_weights, topk_ids = scores.topk(layer.topk)
-    return x, topk_weights, topk_ids.to(torch.int32)
+    return random_inputs(layer, tokens, draw(), experts)
 
 
 def poison() -> None:
@@ -124,7 +71,7 @@ def error(out: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, loaded
 
 
 def tolerance(weights: ExpertWeights) -> float:
-    return TOLERANCE if weights.w13_grid is None else STEP_TOLERANCE
+    return TOLERANCE if weights.w13_steps is None else STEP_TOLERANCE
 
 
 def check(loaded: ExpertWeights, prepared: ExpertWeights, inputs: tuple[Tensor, Tensor, Tensor], kernel: str) -> None:
@@ -150,7 +97,7 @@ def test_real_shapes(model, kernel):
 
 
 SMALL = {
-    "mask16": Layer(pairs=3, dense=2, topk=2, hidden=256, intermediate=176),
+    "mask16": Layer(pairs=3, dense=2, top_k=2, hidden=256, intermediate=176),
     "angle16": Layer(3, 2, 2, 256, 176, "angle16"),
     "angle8": Layer(3, 2, 2, 256, 224, "angle8", 32),
     "angle6": Layer(3, 2, 2, 256, 192, "angle6", 64),
@@ -323,13 +270,10 @@ def every_word(code: str) -> Tensor:
     return torch.arange(1 << get_code(code).bits, device="cuda", dtype=torch.uint8)
 
 
-def decoded(code: str, words: Tensor, position: int, step: Tensor | None) -> Tensor:
-    """float32 weights of words [N, K] that are one an element, with a step per row."""
+def decoded(code: str, words: Tensor, position: int, step: Tensor) -> Tensor:
+    """float32 weights of words [N, K] that are one an element, with a step per row where the code has them."""
     kind = get_code(code)
-    if not isinstance(kind, GridCode):
-        return kind.decode(words, position).float()
-    assert step is not None
-    return kind.decode(kind.pack(words), position, step).float()
+    return kind.decode(kind.pack(words), position, step if kind.has_steps else None).float()
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -339,7 +283,7 @@ def test_every_word_decodes_as_the_format_says(code):
     Gate and up hold one magnitude with the signs of a Hadamard matrix, and token t is its row t: hidden activations are
     then exactly diagonal, and the output is the decoded matrix.
     """
-    size, grid = 256, isinstance(get_code(code), GridCode)
+    size, has_steps, pack = 256, get_code(code).has_steps, get_code(code).pack
     words = every_word(code)
     unit = torch.ones(len(words), 1, dtype=torch.bfloat16, device="cuda")
     first, second = (decoded(code, words[:, None].repeat(1, 32), p, unit)[:, 0] for p in (0, 1))
@@ -351,7 +295,6 @@ def test_every_word_decodes_as_the_format_says(code):
         signs = torch.kron(signs, torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cuda"))
     hadamard = torch.where(signs > 0, words[plus], words[minus]).repeat(2, 1)
     down = words.repeat(size * size // len(words)).view(size, size)
-    pack = get_code(code).pack if grid else lambda matrix: matrix
     step = (torch.rand(size, 2, device="cuda") + 0.5).bfloat16()
     weights = ExpertWeights(
         pack(hadamard)[None].clone(),
@@ -360,14 +303,14 @@ def test_every_word_decodes_as_the_format_says(code):
         torch.empty(0, size, size, dtype=torch.bfloat16, device="cuda"),
         expert_map=None,
         code=code,
-        w13_grid=torch.ones(1, 2 * size, 2, dtype=torch.bfloat16, device="cuda") if grid else None,
-        w2_grid=step[None].clone() if grid else None,
+        w13_steps=torch.ones(1, 2 * size, 2, dtype=torch.bfloat16, device="cuda") if has_steps else None,
+        w2_steps=step[None].clone() if has_steps else None,
     )
     cuda.prepare(weights)
     x = signs.bfloat16() / 64
     for position, value in ((0, first[plus]), (1, second[plus])):
         activation = torch.nn.functional.silu(value * size / 64) * value * size / 64
-        expected = decoded(code, down, position, step if grid else None) * activation.bfloat16().float()
+        expected = decoded(code, down, position, step) * activation.bfloat16().float()
         ids = torch.full((size, 1), position, dtype=torch.int32, device="cuda")
         for kernel in KERNELS:
             out = cuda.fused_experts(x, torch.ones(size, 1, device="cuda"), ids, weights, kernel=kernel)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from support.layers import DEEPSEEK, MIXTRAL, QWEN3, Layer, generator, random_inputs, random_weights
 from support.triton_device import (
     DEVICE,
     GPU,
@@ -20,7 +21,7 @@ from support.triton_device import (
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights, reference
-from puzzlemoe_vllm.format.codes import Angle16, Mask16, MergedPair, PairCode, get_code
+from puzzlemoe_vllm.format.codes import Decoder, get_code
 
 TOLERANCE = 1.2e-2 if INTERPRETED else 6e-3  # the interpreter truncates to bf16 where a GPU rounds
 
@@ -29,11 +30,12 @@ if GPU or INTERPRETED:
     import triton.language as tl
 
     from puzzlemoe_vllm.backends import triton as backend
+    from puzzlemoe_vllm.backends.triton.decode import decode
 
     @triton.jit
-    def decode_kernel(words, out, POSITION: tl.constexpr, CODE: tl.constexpr, BLOCK: tl.constexpr):
+    def decode_kernel(words, out, POSITION: tl.constexpr, DECODER: tl.constexpr, BLOCK: tl.constexpr):
         index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        weight = backend._decode(tl.load(words + index), POSITION, None, None, CODE)
+        weight = decode(tl.load(words + index), POSITION, None, None, DECODER)
         tl.store(out + index, weight.to(tl.float32))
 
 
@@ -42,75 +44,15 @@ def test_under_the_interpreter():
     run_interpreted(__file__)
 
 
-@dataclass(frozen=True)
-class Layer:
-    pairs: int
-    dense: int
-    hidden: int
-    intermediate: int
-    top_k: int
-    code: str = "mask16"
-    group_size: int | None = None
+TINY = Layer(pairs=2, dense=0, top_k=2, hidden=64, intermediate=32)
 
 
-TINY = Layer(pairs=2, dense=0, hidden=64, intermediate=32, top_k=2)
-MIXTRAL = Layer(pairs=4, dense=0, hidden=4096, intermediate=14336, top_k=2)
-QWEN3 = Layer(pairs=64, dense=0, hidden=2048, intermediate=768, top_k=8)
-QWEN3_ANGLE8 = replace(QWEN3, code="angle8", group_size=128)
-DEEPSEEK = Layer(pairs=32, dense=0, hidden=2048, intermediate=1408, top_k=6)
-
-
-def pair_words(code: PairCode, pairs: int, rows: int, columns: int, seed: int) -> Tensor:
-    draw = torch.Generator(DEVICE).manual_seed(seed)
-    shape = (pairs, rows, columns)
-    if code.has_grid:
-        return torch.randint(256, (pairs, *code.words_shape(rows, columns)), generator=draw, device=DEVICE).to(
-            code.dtype
-        )
-    merged = MergedPair(
-        magnitude=(torch.randn(shape, generator=draw, device=DEVICE) / columns**0.5).abs(),
-        mask=tuple(torch.rand(shape, generator=draw, device=DEVICE) < 0.7 for _ in range(2)),
-        negative=tuple(torch.rand(shape, generator=draw, device=DEVICE) < 0.5 for _ in range(2)),
-    )
-    if isinstance(code, Angle16):
-        direction = torch.randint(4, shape, generator=draw, device=DEVICE)
-        return code.encode(merged.magnitude, direction, merged.negative)
-    assert isinstance(code, Mask16)
-    return code.encode(merged)
-
-
-def make_weights(layer: Layer, seed: int = 0) -> ExpertWeights:
-    draw = torch.Generator(DEVICE).manual_seed(seed + 100)
-
-    def dense(rows: int, columns: int) -> Tensor:
-        shape = (layer.dense, rows, columns)
-        return (torch.randn(shape, generator=draw, device=DEVICE) / columns**0.5).bfloat16()
-
-    def steps(rows: int, columns: int) -> Tensor | None:
-        if layer.group_size is None:
-            return None
-        shape = (layer.pairs, rows, columns // layer.group_size)
-        return ((torch.rand(shape, generator=draw, device=DEVICE) + 0.5) / columns**0.5).bfloat16()
-
-    code = get_code(layer.code)
-    return ExpertWeights(
-        w13_pairs=pair_words(code, layer.pairs, 2 * layer.intermediate, layer.hidden, seed),
-        w2_pairs=pair_words(code, layer.pairs, layer.hidden, layer.intermediate, seed + 1),
-        w13_dense=dense(2 * layer.intermediate, layer.hidden),
-        w2_dense=dense(layer.hidden, layer.intermediate),
-        expert_map=None,
-        code=layer.code,
-        w13_grid=steps(2 * layer.intermediate, layer.hidden),
-        w2_grid=steps(layer.hidden, layer.intermediate),
-    )
+def make_weights(layer: Layer) -> ExpertWeights:
+    return random_weights(layer, generator(100, DEVICE))
 
 
 def make_routing(layer: Layer, tokens: int, experts: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator(DEVICE).manual_seed(seed + 200)
-    x = torch.randn(tokens, layer.hidden, generator=draw, device=DEVICE).bfloat16()
-    scores = torch.rand(tokens, experts, generator=draw, device=DEVICE)
-    topk_weights, topk_ids = scores.softmax(-1).topk(layer.top_k)
-    return x, topk_weights, topk_ids.int()
+    return random_inputs(layer, tokens, generator(seed + 200, DEVICE), experts)
 
 
 def check(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeights) -> Tensor:
@@ -132,7 +74,7 @@ def check(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeig
 def test_every_word_decodes_as_the_code_says(position):
     words = torch.arange(-(2**15), 2**15, device=DEVICE).to(torch.int16)
     out = torch.empty(2**16, device=DEVICE)
-    decode_kernel[(16,)](words, out, position, "mask16", BLOCK=4096)
+    decode_kernel[(16,)](words, out, position, int(Decoder.MASK16), BLOCK=4096)
     expected = get_code("mask16").decode(words, position).float()
     kept = (words.int() >> (13 - position)) & 1 == 1
     assert torch.equal(out[kept] * 2.0**-16, expected[kept])
@@ -144,7 +86,7 @@ def test_every_word_decodes_as_the_code_says(position):
 def test_every_angle16_word_decodes_as_the_code_says(position):
     words = torch.arange(-(2**15), 2**15, device=DEVICE).to(torch.int16)
     out = torch.empty(2**16, device=DEVICE)
-    decode_kernel[(16,)](words, out, position, "angle16", BLOCK=4096)
+    decode_kernel[(16,)](words, out, position, int(Decoder.ANGLE16), BLOCK=4096)
     # The interpreter truncates to bf16 where a GPU rounds.
     torch.testing.assert_close(out, get_code("angle16").decode(words, position).float(), rtol=2**-7, atol=0)
 
@@ -170,7 +112,7 @@ def test_any_multiple_of_16(hidden, intermediate, tokens):
 )
 @pytest.mark.parametrize("tokens", [3, 70, 400])
 def test_every_code(code, group_size, tokens):
-    layer = Layer(2, 1, 128 if group_size is None else 2 * group_size, 128, 2, code, group_size)
+    layer = Layer(2, 1, 2, 128 if group_size is None else 2 * group_size, 128, code, group_size)
     check(*make_routing(layer, tokens, 5), make_weights(layer))
 
 
@@ -253,28 +195,23 @@ def test_refuses_what_it_would_misread():
 @pytest.mark.parametrize("code, group_size", [("mask16", None), ("angle16", None), ("angle8", 128), ("mask6", 32)])
 def test_compiles_for_hopper(code, group_size):
     pytest.importorskip("triton")
-    from puzzlemoe_vllm.backends.triton import _down_kernel
+    from puzzlemoe_vllm.backends.triton.gemm import Projection, Storage, choose_tiles, down_kernel
+    from puzzlemoe_vllm.backends.triton.route import Blocks
 
-    word = "*i16" if get_code(code).dtype == torch.int16 else "*u8"
-    kinds = {
-        "hidden": "*bf16",
-        "down": "*fp32",
-        "words": word,
-        "grid": "*bf16",
-        "dense": "*bf16",
-        "WORD_TABLE": "*bf16",
-    }
-    kinds |= dict.fromkeys(("order", "table", "used_blocks"), "*i32")
-    constants = {"GROUP_SIZE": group_size, "CODE": code, "PAIRS": True, "DENSE": True, "SHARED": True, "GROUP": 1}
-    constants |= {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}
-    constants |= {"grid": None, "WORD_TABLE": None} if group_size is None else {}
-    types = dict.fromkeys(_down_kernel.arg_names, "i32") | kinds
-    assert machine_code(_down_kernel, types, constants, 90)
+    pair_code = get_code(code)
+    word, steps = "*i16" if pair_code.dtype == torch.int16 else "*u8", None if group_size is None else "*bf16"
+    types = dict.fromkeys(down_kernel.arg_names, "i32")
+    types |= {"hidden": "*bf16", "down": "*fp32", "word_table": "*bf16"}
+    types |= {"projection": Projection(word, steps, "*bf16"), "blocks": Blocks("*i32", "*i32", "*i32")}
+    constants = {"STORAGE": Storage(int(pair_code.decoder), group_size, True, True), "TILES": choose_tiles(1, 8)}
+    constants |= {"word_table": None} if group_size is None else {}
+    assert machine_code(down_kernel, types, constants, 90)
 
 
 @on_a_gpu
 @pytest.mark.parametrize(
-    "name, layer", [("mixtral", MIXTRAL), ("qwen3", QWEN3), ("deepseek", DEEPSEEK), ("angle8", QWEN3_ANGLE8)]
+    "name, layer",
+    [("mixtral", MIXTRAL), ("qwen3", QWEN3), ("deepseek", DEEPSEEK), ("angle8", QWEN3.coded("angle8", 128))],
 )
 def test_real_shapes(name, layer):
     weights = make_weights(layer)

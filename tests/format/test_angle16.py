@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzlemoe_vllm.format.codes import LARGEST, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes.base import LARGEST
 
 CODE = get_code("angle16")
 WORD = torch.arange(65536, dtype=torch.int32)
@@ -28,14 +29,15 @@ def test_every_word_is_magnitude_times_direction(position):
 
 
 def test_every_word_is_a_fixed_point():
-    assert torch.equal(CODE.encode(*fields()), WORD.to(torch.int16))
+    magnitude, direction, negative = fields()
+    assert torch.equal(CODE.encode(direction, negative, magnitude), WORD.to(torch.int16))
 
 
 @given(st.floats(0, LARGEST, width=32), st.integers(0, 3))
 def test_magnitudes_round_to_bf16_and_small_ones_to_multiples_of_two_to_the_minus_21(magnitude, direction):
     column = torch.tensor([magnitude])
     positive = torch.tensor([False])
-    word = CODE.encode(column, torch.tensor([direction]), (positive, positive)).int()
+    word = CODE.encode(torch.tensor([direction]), (positive, positive), column).int()
     rounded = (word & 0x0FFF).to(torch.int16).view(torch.bfloat16).item() * 2.0**112
     assert abs(rounded - magnitude) <= max(magnitude * 2.0**-8, 2.0**-22)
 
@@ -43,4 +45,4 @@ def test_magnitudes_round_to_bf16_and_small_ones_to_multiples_of_two_to_the_minu
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), LARGEST * 1.01])
 def test_what_no_word_holds_is_an_error(value):
     with pytest.raises(UnencodableWeight, match="130560"):
-        CODE.encode(torch.tensor([value]), torch.tensor([0]), (torch.tensor([False]),) * 2)
+        CODE.encode(torch.tensor([0]), (torch.tensor([False]),) * 2, torch.tensor([value]))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig, grid_name, parse_config, weight_name, words_name
+from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig, parse_config, steps_name, weight_name, words_name
 
 GOOD = {
     "quant_method": "puzzlemoe",
@@ -50,5 +50,5 @@ def test_a_missing_code_is_named():
 def test_names_keep_clear_of_vllm_filters():
     name = words_name("model.layers.0.mlp.experts", 4, "up_proj")
     assert name == "model.layers.0.mlp.experts.4.up_proj.puzzle"
-    assert grid_name("model.layers.0.mlp.experts", 4, "up_proj") == name + "_grid"
+    assert steps_name("model.layers.0.mlp.experts", 4, "up_proj") == name + "_grid"
     assert weight_name("model.layers.0.mlp.experts", 5, "up_proj") == "model.layers.0.mlp.experts.5.up_proj.weight"

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzlemoe_vllm.format.codes import LARGEST, SMALLEST, MergedPair, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import UnencodableWeight
+from puzzlemoe_vllm.format.codes.base import LARGEST
+from puzzlemoe_vllm.format.codes.mask16 import BOTH, CODE, FIRST, NEITHER, SECOND, SMALLEST
 
-CODE = get_code("mask16")
 ALL_WORDS = torch.arange(65536, dtype=torch.int32).to(torch.int16)
 
 
@@ -20,16 +21,16 @@ def algorithm_1(word: int, position: int) -> int:
     return (sign << 15) | exponent | (word & 0x7F)
 
 
-def as_pair(weight0: torch.Tensor, weight1: torch.Tensor) -> MergedPair:
-    """A pair whose present weights have one magnitude."""
-    magnitude = torch.maximum(weight0.abs(), weight1.abs()).float()
-    return MergedPair(magnitude, (weight0 != 0, weight1 != 0), (weight0 < 0, weight1 < 0))
+def encoded(weight0: torch.Tensor, weight1: torch.Tensor) -> torch.Tensor:
+    """Words of a pair whose present weights have one magnitude."""
+    state = torch.tensor([[NEITHER, SECOND], [FIRST, BOTH]])[(weight0 != 0).int(), (weight1 != 0).int()]
+    return CODE.encode(state, (weight0 < 0, weight1 < 0), torch.maximum(weight0.abs(), weight1.abs()).float())
 
 
 def encode_one(value: float) -> tuple[float, float]:
     """What both positions decode to when both hold `value`."""
     weight = torch.tensor([[value]])
-    words = CODE.encode(as_pair(weight, weight))
+    words = encoded(weight, weight)
     return CODE.decode(words, 0).item(), CODE.decode(words, 1).item()
 
 
@@ -41,10 +42,10 @@ def test_every_word_decodes_as_algorithm_1(position):
 
 def test_every_decoded_word_encodes_to_a_word_of_the_same_weights():
     weights = [CODE.decode(ALL_WORDS, position).float().view(256, 256) for position in (0, 1)]
-    words = CODE.encode(as_pair(*weights))
+    words = encoded(*weights)
     for position in (0, 1):
         assert torch.equal(CODE.decode(words, position).float(), weights[position])
-    assert torch.equal(CODE.encode(as_pair(*(CODE.decode(words, p).float() for p in (0, 1)))), words)
+    assert torch.equal(encoded(*(CODE.decode(words, p).float() for p in (0, 1))), words)
 
 
 def test_canonical_words_are_fixed_points():
@@ -55,7 +56,7 @@ def test_canonical_words_are_fixed_points():
     unused = ((mask[0] == 0) & (sign[0] == 1)) | ((mask[1] == 0) & (sign[1] == 1))
     unused |= (mask[0] + mask[1] == 0) & (word & 0x0FFF != 0)
     canonical = ALL_WORDS[~unused].view(1, -1)
-    again = CODE.encode(as_pair(*(CODE.decode(canonical, position).float() for position in (0, 1))))
+    again = encoded(*(CODE.decode(canonical, position).float() for position in (0, 1)))
     assert canonical.numel() > 32768
     assert torch.equal(again, canonical)
 
@@ -81,21 +82,19 @@ def test_rounding_goes_to_the_nearest_code(value, expected):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), LARGEST * 1.01, 2.0**17])
 def test_what_no_word_holds_is_an_error(value):
-    pair = MergedPair(torch.tensor([[value]]), (torch.tensor([[True]]),) * 2, (torch.tensor([[False]]),) * 2)
     with pytest.raises(UnencodableWeight, match="130560"):
-        CODE.encode(pair)
+        CODE.encode(torch.tensor([[FIRST]]), (torch.tensor([[False]]),) * 2, torch.tensor([[value]]))
 
 
 def test_a_masked_entry_may_hold_anything():
-    pair = MergedPair(torch.tensor([[float("nan")]]), (torch.tensor([[False]]),) * 2, (torch.tensor([[True]]),) * 2)
-    assert CODE.encode(pair).item() == 0
+    words = CODE.encode(torch.tensor([[NEITHER]]), (torch.tensor([[True]]),) * 2, torch.tensor([[float("nan")]]))
+    assert words.item() == 0
 
 
 @given(st.floats(min_value=-LARGEST, max_value=LARGEST, width=32), st.sampled_from(["both", "first", "second"]))
 def test_weights_in_range_round_to_bf16(value, kept):
-    mask = (torch.tensor([[kept != "second"]]), torch.tensor([[kept != "first"]]))
-    sign = torch.tensor([[value < 0]])
-    words = CODE.encode(MergedPair(torch.tensor([[abs(value)]]), mask, (sign, ~sign)))
+    state, sign = {"both": BOTH, "first": FIRST, "second": SECOND}[kept], torch.tensor([[value < 0]])
+    words = CODE.encode(torch.tensor([[state]]), (sign, ~sign), torch.tensor([[abs(value)]]))
     nearest = torch.tensor(value).to(torch.bfloat16).float().item()
     if abs(value) < SMALLEST:
         nearest = SMALLEST * (1 if value > 0 else -1) if abs(value) >= SMALLEST / 2 else 0.0

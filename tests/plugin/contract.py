@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import vllm
+from support.layers import generator, random_dense, random_steps, random_words
 from torch import Tensor
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
@@ -83,7 +84,7 @@ class Layer:
 
     @property
     def group_size(self) -> int | None:
-        return GROUP if get_code(self.code).has_grid else None
+        return GROUP if get_code(self.code).has_steps else None
 
     def weight(self, expert: int, projection: str) -> Tensor:
         """An expert's reconstructed weight in float64."""
@@ -92,27 +93,21 @@ class Layer:
         if expert >= self.merged:
             return self.tensors[f"{expert}.{projection}.weight"].double()
         pair = f"{expert & ~1}.{projection}"
-        words, grid = self.tensors[f"{pair}.puzzle"], self.tensors.get(f"{pair}.puzzle_grid")
-        return get_code(self.code).decode(words, expert & 1, grid).double()
+        words, steps = self.tensors[f"{pair}.puzzle"], self.tensors.get(f"{pair}.puzzle_grid")
+        return get_code(self.code).decode(words, expert & 1, steps).double()
 
 
-def random_layer(merged: int, name: str = "mask16") -> Layer:
-    code, generator = get_code(name), torch.Generator().manual_seed(0)
+def random_layer(merged: int, code: str = "mask16") -> Layer:
+    pair_code, draw = get_code(code), generator(0)
     tensors = {}
     for name, shape in PROJECTIONS.items():
         for leader in range(0, merged, 2):
-            if code.has_grid:
-                words = torch.randint(0, 256, code.words_shape(*shape), generator=generator)
-                grid = 0.01 + 0.03 * torch.rand(shape[0], shape[1] // GROUP, generator=generator)
-                tensors[f"{leader}.{name}.puzzle_grid"] = grid.bfloat16()
-            else:
-                # Exponent codes 5..8 are magnitudes of 2^-10 to 2^-6; all other bits are free.
-                free = torch.randint(0, 2**16, shape, generator=generator) & 0xF07F
-                words = free | torch.randint(5, 9, shape, generator=generator) << 7
-            tensors[f"{leader}.{name}.puzzle"] = words.to(code.dtype)
+            tensors[f"{leader}.{name}.puzzle"] = random_words(pair_code, *shape, draw)
+            if pair_code.has_steps:
+                tensors[f"{leader}.{name}.puzzle_grid"] = random_steps(*shape, GROUP, draw)
         for expert in range(merged, EXPERTS):
-            tensors[f"{expert}.{name}.weight"] = (0.02 * torch.randn(shape, generator=generator)).bfloat16()
-    return Layer(merged, tensors, code.name)
+            tensors[f"{expert}.{name}.weight"] = random_dense(*shape, draw)
+    return Layer(merged, tensors, code)
 
 
 def clustered_layer(centres: tuple[int, ...]) -> Layer:
@@ -172,11 +167,11 @@ def loaded(parallel: FusedMoEParallelConfig, layer: Layer) -> RoutedExperts:
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     """x, routing weights and global ids of every expert; row 2 is padding and row 5 has one padding id."""
-    generator = torch.Generator().manual_seed(1)
-    x = (10 * torch.randn(8, HIDDEN, generator=generator)).bfloat16()
-    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in x]).int()
+    draw = generator(1)
+    x = torch.randn(8, HIDDEN, generator=draw).bfloat16()
+    ids = torch.stack([torch.randperm(EXPERTS, generator=draw)[:TOP_K] for _ in x]).int()
     ids[2], ids[5, 1] = -1, -1
-    return x, torch.rand(8, TOP_K, generator=generator), ids
+    return x, torch.rand(8, TOP_K, generator=draw), ids
 
 
 def exact(layer: Layer, x: Tensor, routing: Tensor, ids: Tensor) -> Tensor:

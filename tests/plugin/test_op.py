@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.layers import Layer, generator, random_inputs, random_weights
 
 from puzzlemoe_vllm.backends import ExpertWeights, reference
 from puzzlemoe_vllm.ops import fused_experts
 
 pytestmark = pytest.mark.without_vllm
 
-HIDDEN, INTERMEDIATE, TOP_K = 64, 32, 2
+LAYER = Layer(pairs=2, dense=1, top_k=2, hidden=64, intermediate=32)
 
 
 @pytest.fixture
 def weights() -> ExpertWeights:
     """Two pairs and a dense expert of six global ones; global expert 2 lives on another rank."""
-    generator = torch.Generator().manual_seed(0)
-
-    def words(*shape):
-        # Exponent codes 5..8 are magnitudes of 2^-10 to 2^-6; masks, signs and mantissas are free.
-        free = torch.randint(0, 2**16, shape, generator=generator) & 0xF07F
-        return (free | torch.randint(5, 9, shape, generator=generator) << 7).short()
-
-    def dense(*shape):
-        return (0.02 * torch.randn(shape, generator=generator)).bfloat16()
-
-    return ExpertWeights(
-        words(2, 2 * INTERMEDIATE, HIDDEN),
-        words(2, HIDDEN, INTERMEDIATE),
-        dense(1, 2 * INTERMEDIATE, HIDDEN),
-        dense(1, HIDDEN, INTERMEDIATE),
-        torch.tensor([0, 1, -1, 2, 3, 4], dtype=torch.int32),
-        "mask16",
-    )
+    return random_weights(LAYER, generator(0), torch.tensor([0, 1, -1, 2, 3, 4], dtype=torch.int32))
 
 
 def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, routing weights and ids, which cover all global experts."""
-    generator = torch.Generator().manual_seed(rows)
-    x = (100 * torch.randn(rows, HIDDEN, generator=generator)).bfloat16()
-    ids = (torch.arange(rows * TOP_K).view(rows, TOP_K) % 6).int()
-    return x, torch.rand(rows, TOP_K, generator=generator), ids
+    x, routing, _ = random_inputs(LAYER, rows, generator(rows))
+    return x, routing, (torch.arange(routing.numel()).view(routing.shape) % 6).int()
 
 
 def test_padding_rows_are_zero_and_change_no_other_row(weights):

@@ -20,24 +20,31 @@ starts_the_interpreter = pytest.mark.skipif(GPU or INTERPRETED, reason="the test
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
 
 
-def run_interpreted(file: str) -> None:
-    """Runs a file's tests under the interpreter, which must be chosen before anything imports triton."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+def run_interpreted(file: str, only: str = "") -> None:
+    """Runs a file's tests whose name contains `only` under the interpreter, which must be chosen before anything
+    imports triton."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", only, file]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def machine_code(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, **options: int
+    kernel: Any, types: Mapping[str, Any], constants: Mapping[str, Any], capability: int, **options: int
 ) -> bytes:
     """The kernel compiled for a GPU, which needs none: what the interpreter lets pass the compiler may not.
 
-    types: of the parameters that are not among `constants`.
+    types: of the parameters that are not among `constants`; of a named tuple's fields in such a tuple, None for one
+    that is None.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    places = {(names.index(name),): value for name, value in constants.items() if name in names}
+    places: dict[tuple[int, ...], Any] = {(names.index(name),): constants[name] for name in constants if name in names}
+    for name, fields in signature.items():
+        if isinstance(fields, tuple):
+            missing = {field: "constexpr" for field, kind in fields._asdict().items() if kind is None}
+            places |= {(names.index(name), fields._fields.index(field)): None for field in missing}
+            signature[name] = fields._replace(**missing)
     return compile(ASTSource(kernel, signature, places), GPUTarget("cuda", capability, 32), options).asm["cubin"]

@@ -36,7 +36,7 @@ def test_written_unpacked_and_served_weights_agree(name, compensate, tmp_path):
     source = build("mixtral", tmp_path / "source")
     report = pack(source, tmp_path / "packed", code=name, compensate=compensate, **least_squares(name))
     packed = Checkpoint(tmp_path / "packed")
-    assert packed.quantization.group_size == (32 if get_code(name).has_grid else None)
+    assert packed.quantization.group_size == (32 if get_code(name).has_steps else None)
     dense, facts = inspect(Checkpoint(source))["bytes"], inspect(packed)["bytes"]
     assert facts["experts, merged"] == dense["experts, dense"] * BITS[name] / 32 == report["bytes"]["experts_after"]
     unpack(tmp_path / "packed", tmp_path / "unpacked")
@@ -56,11 +56,11 @@ def least_squares(name: str) -> dict[str, str]:
 def one_pair(packed: Checkpoint, leader: int) -> ExpertWeights:
     """A pair of layer 1 as vLLM holds it."""
     words = [packed.pair_words(1, leader, name) for name in packed.family.projections]
-    grids = [packed.pair_grid(1, leader, name) for name in packed.family.projections]
-    w13_grid, w2_grid = (None, None) if grids[0] is None else (torch.cat(grids[:2])[None], grids[2][None])
+    steps = [packed.pair_steps(1, leader, name) for name in packed.family.projections]
+    w13_steps, w2_steps = (None, None) if steps[0] is None else (torch.cat(steps[:2])[None], steps[2][None])
     none = torch.empty(0, 0, 0)
     w13 = torch.cat(words[:2])[None]
-    return ExpertWeights(w13, words[2][None], none, none, None, packed.quantization.code, w13_grid, w2_grid)
+    return ExpertWeights(w13, words[2][None], none, none, None, packed.quantization.code, w13_steps, w2_steps)
 
 
 def test_codes_that_lose_less_lose_less(tmp_path):
@@ -94,10 +94,10 @@ def test_damaged_steps_are_found(tmp_path):
     shard = tmp_path / "packed" / index["weight_map"][name]
     whole = load_file(shard)
     for damage, message in (
-        (lambda grid: grid.float(), "dtype torch.float32, steps are torch.bfloat16"),
-        (lambda grid: grid[:, 1:].contiguous(), r"shape \(96, 3\), config.json says \(96, 4\)"),
-        (lambda grid: grid * torch.nan, "NaN or infinite"),
-        (lambda grid: None, "is missing"),
+        (lambda steps: steps.float(), "dtype torch.float32, steps are torch.bfloat16"),
+        (lambda steps: steps[:, 1:].contiguous(), r"shape \(96, 3\), config.json says \(96, 4\)"),
+        (lambda steps: steps * torch.nan, "NaN or infinite"),
+        (lambda steps: None, "is missing"),
     ):
         damaged = whole | {name: damage(whole[name])}
         save_file({key: value for key, value in damaged.items() if value is not None}, shard)

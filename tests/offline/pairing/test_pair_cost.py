@@ -13,7 +13,7 @@ from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.pairing.pair_cost import merge_errors
 from puzzlemoe_offline.pairing.partners import pair_experts
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.words.nearest import column_scales, fit
+from puzzlemoe_offline.words.nearest import column_importance, fit
 from puzzlemoe_vllm.format.codes import CODES, get_code
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def layer(experts: int, seed: int = 0) -> tuple[list[Expert], ExpertStatistics]:
 def test_they_are_the_weighted_errors_of_merging_on_the_sampled_rows(options, calibrated):
     experts, statistics = layer(4)
     recipe, code = PairRecipe(**options), get_code(options["code"])
-    seen, group = (statistics if calibrated else None), 16 if code.has_grid else None
+    seen, group = (statistics if calibrated else None), 16 if code.has_steps else None
     found = merge_errors([0, 1, 2, 3], experts.__getitem__, seen, recipe, group, CPU)
     assert torch.equal(found, found.T) and not found.diagonal().any()
     for a, b in ((0, 3), (1, 2)):
@@ -48,10 +48,10 @@ def test_they_are_the_weighted_errors_of_merging_on_the_sampled_rows(options, ca
             rows = torch.linspace(0, len(weights[0]) - 1, -(-len(weights[0]) // 3)).round().long()
             inputs = [projection_inputs(seen, e, index, weights[0].shape[1], CPU) for e in range(4)]
             packed = fit(
-                (weights[a][rows], weights[b][rows]), column_scales((inputs[a], inputs[b]), recipe), recipe, group
+                (weights[a][rows], weights[b][rows]), column_importance((inputs[a], inputs[b]), recipe), recipe, group
             )
             for position, expert in enumerate((a, b)):
-                lost = weights[expert][rows].float() - code.decode(packed.words, position, packed.grid).float()
+                lost = weights[expert][rows].float() - code.decode(packed.words, position, packed.steps).float()
                 energy = sum(
                     float((w[rows].float() * i.norms).square().sum()) for w, i in zip(weights, inputs, strict=True)
                 )

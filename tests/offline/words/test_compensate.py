@@ -7,15 +7,15 @@ from torch import Tensor
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.compensate import DAMPING, fit_compensated, inverse_factor
-from puzzlemoe_offline.words.nearest import BALANCE, PackedMatrix, column_scales, fit
+from puzzlemoe_offline.words.nearest import BALANCE, PackedMatrix, column_importance, fit
 from puzzlemoe_vllm.format.codes import CODES, get_code
 
 LEAST_SQUARES = PairRecipe(rule="least-squares")
 
 
-def least_squares(name: str) -> dict[str, str]:
-    """That rule, of a code that has another too."""
-    return {"rule": "least-squares"} if get_code(name).rules else {}
+def least_squares(name: str) -> PairRecipe:
+    """A code's recipe by that rule."""
+    return PairRecipe(code=name, rule="least-squares" if get_code(name).rules else None)
 
 
 def observed(x: Tensor) -> ProjectionInputs:
@@ -30,7 +30,7 @@ def correlated(tokens: int, columns: int) -> Tensor:
 def output_errors(name: str, packed: PackedMatrix, weights: tuple[Tensor, Tensor], x: list[Tensor]) -> list[float]:
     """||X W' - X V'|| / ||X W'|| of each expert."""
     code = get_code(name)
-    decoded = [code.decode(packed.words, position, packed.grid).float() for position in (0, 1)]
+    decoded = [code.decode(packed.words, position, packed.steps).float() for position in (0, 1)]
     return [
         float((seen @ (weight.float() - value).T).norm() / (seen @ weight.float().T).norm())
         for weight, value, seen in zip(weights, decoded, x, strict=True)
@@ -60,10 +60,10 @@ def test_it_lowers_the_error_of_both_outputs(name):
     weights = tuple(torch.randn(96, 256).bfloat16() for _ in (0, 1))
     x = [correlated(2000, 256), correlated(300, 256)]
     inputs = observed(x[0]), observed(x[1])
-    group = 64 if get_code(name).has_grid else None
+    group = 64 if get_code(name).has_steps else None
     plain = output_errors(
         name,
-        fit(weights, column_scales(inputs, LEAST_SQUARES), PairRecipe(code=name, **least_squares(name)), group),
+        fit(weights, column_importance(inputs, LEAST_SQUARES), least_squares(name), group),
         weights,
         x,
     )
@@ -76,16 +76,16 @@ def test_without_correlation_there_is_nothing_to_push(name):
     torch.manual_seed(2)
     weights = tuple(torch.randn(16, 160).bfloat16() for _ in (0, 1))
     inputs = (ProjectionInputs(torch.ones(160), 1, torch.eye(160)),) * 2
-    group = 32 if get_code(name).has_grid else None
-    plain = fit(weights, column_scales(inputs, LEAST_SQUARES), PairRecipe(code=name, **least_squares(name)), group)
+    group = 32 if get_code(name).has_steps else None
+    plain = fit(weights, column_importance(inputs, LEAST_SQUARES), least_squares(name), group)
     pushed = fit_compensated(get_code(name), weights, inputs, group)
     code = get_code(name)
-    decoded = [[code.decode(p.words, position, p.grid).float() for position in (0, 1)] for p in (plain, pushed)]
-    if code.has_grid:
-        assert torch.equal(plain.grid, pushed.grid)
+    decoded = [[code.decode(p.words, position, p.steps).float() for position in (0, 1)] for p in (plain, pushed)]
+    if code.has_steps:
+        assert torch.equal(plain.steps, pushed.steps)
     # Importance comes from the factor here, so near ties may fall to the other side; and the plain fit keeps the words
     # that gave its steps.
-    assert torch.isclose(decoded[0][0], decoded[1][0], rtol=2.0**-6).float().mean() > (0.95 if code.has_grid else 0.99)
+    assert torch.isclose(decoded[0][0], decoded[1][0], rtol=2.0**-6).float().mean() > (0.95 if code.has_steps else 0.99)
     errors = [sum(float((w.float() - v).square().sum()) for w, v in zip(weights, d, strict=True)) for d in decoded]
     assert 0.98 < errors[1] / errors[0] < 1.001
 
@@ -96,10 +96,10 @@ def test_an_expert_whose_inputs_are_zero_is_left_uncompensated(name):
     weights = tuple(torch.randn(32, 128).bfloat16() for _ in (0, 1))
     inputs = observed(correlated(400, 128)), observed(torch.zeros(400, 128))
     assert torch.equal(inverse_factor(inputs[1]), torch.eye(128))
-    group = 64 if get_code(name).has_grid else None
+    group = 64 if get_code(name).has_steps else None
     packed = fit_compensated(get_code(name), weights, inputs, group)
     for position, weight in enumerate(weights):
-        decoded = get_code(name).decode(packed.words, position, packed.grid).float()
+        decoded = get_code(name).decode(packed.words, position, packed.steps).float()
         assert (decoded - weight.float()).norm() < 0.8 * weight.float().norm()
 
 
@@ -110,6 +110,6 @@ def test_an_expert_with_fewer_tokens_than_columns_stays_stable():
     inputs = observed(correlated(4000, 512)), observed(correlated(40, 512))
     packed = fit_compensated(get_code("angle8"), weights, inputs, 128)
     for position, weight in enumerate(weights):
-        decoded = get_code("angle8").decode(packed.words, position, packed.grid).float()
+        decoded = get_code("angle8").decode(packed.words, position, packed.steps).float()
         assert decoded.norm() < 1.2 * weight.float().norm()
         assert (decoded - weight.float()).norm() < 0.5 * weight.float().norm()

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
 from puzzlemoe_offline.words import compensate
-from puzzlemoe_offline.words.nearest import STEP_SCALES, PackedMatrix, fit_grid
+from puzzlemoe_offline.words.nearest import STEP_MULTIPLES, PackedMatrix, fit_table
 from puzzlemoe_vllm.format.codes import CODES, UnencodableWeight, get_code
 
 pytest.importorskip("triton")
-GRID_CODES = [name for name, code in CODES.items() if code.has_grid]
+TABLE_CODES = [name for name, code in CODES.items() if code.has_steps]
 
 
 @starts_the_interpreter
@@ -36,7 +36,7 @@ def test_they_compile(capability):
 
     pointers = {"words": "*u8", "words_out": "*u8", "weights0": "*bf16", "weights1": "*bf16"}
     numbers = {"rows": "i32", "columns": "i32", "row_stride": "i32", "column_stride": "i32", "expert_stride": "i32"}
-    constants = fit_kernels._constants(get_code("angle8"), STEP_SCALES, 128) | {"BLOCK": 128, "SLOTS": 64}
+    constants = fit_kernels._constants(get_code("angle8"), STEP_MULTIPLES, 128) | {"BLOCK": 128, "SLOTS": 64}
     constants.pop("unit_step")
     for kernel, (rows, warps) in (
         (fit_kernels.fit_groups_kernel, fit_kernels.GROUPS_SHAPE),
@@ -58,26 +58,26 @@ def random_weights(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 def assert_same(found: PackedMatrix, expected: PackedMatrix) -> None:
     """But for roundings: near ties between words or steps may fall to the other side."""
-    assert found.words.dtype == expected.words.dtype and found.grid.dtype == expected.grid.dtype
+    assert found.words.dtype == expected.words.dtype and found.steps.dtype == expected.steps.dtype
     assert found.words.shape == expected.words.shape
-    close = torch.isclose(found.grid.cpu().float(), expected.grid.float(), rtol=2.0**-6)
+    close = torch.isclose(found.steps.cpu().float(), expected.steps.float(), rtol=2.0**-6)
     assert close.float().mean() > 0.99
     assert (found.words.cpu() == expected.words).float().mean() > 0.99
 
 
 @runs
 @pytest.mark.parametrize("group", [32, 128])
-@pytest.mark.parametrize("name", GRID_CODES)
+@pytest.mark.parametrize("name", TABLE_CODES)
 def test_groups(name, group):
     from puzzlemoe_offline.words.nearest_kernels import fit_groups
 
     torch.manual_seed(group)
     code = get_code(name)
-    weights, scales = random_weights(19, 128), (torch.rand(128) + 0.1, torch.rand(128) + 0.1)
+    weights, importance = random_weights(19, 128), (torch.rand(128) + 0.1, torch.rand(128) + 0.1)
     words, steps = fit_groups(
-        code, tuple(w.to(DEVICE) for w in weights), tuple(s.to(DEVICE) for s in scales), group, STEP_SCALES
+        code, tuple(w.to(DEVICE) for w in weights), tuple(s.to(DEVICE) for s in importance), group, STEP_MULTIPLES
     )
-    assert_same(PackedMatrix(code.pack(words), steps.bfloat16()), fit_grid(code, weights, scales, group))
+    assert_same(PackedMatrix(code.pack(words), steps.bfloat16()), fit_table(code, weights, importance, group))
 
 
 @runs
@@ -86,10 +86,10 @@ def test_weights_with_other_strides():
 
     torch.manual_seed(17)
     code = get_code("angle6")
-    weights, scales = random_weights(64, 17), (torch.rand(64) + 0.1, torch.rand(64) + 0.1)
+    weights, importance = random_weights(64, 17), (torch.rand(64) + 0.1, torch.rand(64) + 0.1)
     columns = tuple(weight.to(DEVICE).T for weight in weights)
-    words, steps = fit_groups(code, columns, tuple(s.to(DEVICE) for s in scales), 64, STEP_SCALES)
-    expected = fit_grid(code, tuple(weight.T for weight in weights), scales, 64)
+    words, steps = fit_groups(code, columns, tuple(s.to(DEVICE) for s in importance), 64, STEP_MULTIPLES)
+    expected = fit_table(code, tuple(weight.T for weight in weights), importance, 64)
     assert_same(PackedMatrix(code.pack(words), steps.bfloat16()), expected)
 
 
@@ -107,12 +107,12 @@ def test_compensation(name, group, columns, monkeypatch):
     moved = tuple(ProjectionInputs(s.norms.to(DEVICE), s.tokens, s.moments.to(DEVICE)) for s in seen)
     found = compensate.fit_compensated(code, tuple(w.to(DEVICE) for w in weights), moved, group)
     # After a near tie a row goes on differently, but as well.
-    rows = (found.words.cpu() == expected.words).all(dim=1) & (found.grid.cpu() == expected.grid).all(dim=1)
+    rows = (found.words.cpu() == expected.words).all(dim=1) & (found.steps.cpu() == expected.steps).all(dim=1)
     assert rows.float().mean() > 0.8
     for position, (weight, inputs) in enumerate(zip(weights, seen, strict=True)):
         lost = []
         for packed in (found, expected):
-            difference = weight.float() - code.decode(packed.words, position, packed.grid).cpu().float()
+            difference = weight.float() - code.decode(packed.words, position, packed.steps).cpu().float()
             lost.append(float(((difference @ inputs.moments) * difference).sum()))
         assert lost[0] == pytest.approx(lost[1], rel=0.02)
 
@@ -129,10 +129,10 @@ def test_a_weight_that_no_word_holds_is_refused(value, monkeypatch):
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", GRID_CODES)
+@pytest.mark.parametrize("name", TABLE_CODES)
 def test_a_gpu_gets_them(name):
     torch.manual_seed(7)
     code, weights = get_code(name), random_weights(300, 1024)
-    scales = torch.rand(1024) + 0.1, torch.rand(1024) + 0.1
-    found = fit_grid(code, tuple(w.cuda() for w in weights), tuple(s.cuda() for s in scales), 128)
-    assert_same(found, fit_grid(code, weights, scales, 128))
+    importance = torch.rand(1024) + 0.1, torch.rand(1024) + 0.1
+    found = fit_table(code, tuple(w.cuda() for w in weights), tuple(s.cuda() for s in importance), 128)
+    assert_same(found, fit_table(code, weights, importance, 128))

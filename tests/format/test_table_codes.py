@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.format.codes import GridCode, get_code
+from puzzlemoe_vllm.format.codes import TableCode, get_code
 
 NAMES = ("angle8", "angle6", "mask6")
 
@@ -35,7 +35,7 @@ def by_bits(name: str, word: Tensor, position: int) -> Tensor:
     return minifloat(byte | sign << 7)
 
 
-def every_word(code: GridCode) -> Tensor:
+def every_word(code: TableCode) -> Tensor:
     """uint8 [rows, 32], each word at least once."""
     return torch.arange(2**code.bits, dtype=torch.uint8).view(-1, 32)
 
@@ -45,20 +45,18 @@ def every_word(code: GridCode) -> Tensor:
 def test_every_word_decodes_as_its_bits_say(name, position):
     code = get_code(name)
     word = every_word(code)
-    grid = torch.linspace(-3, 3, len(word)).exp2().to(torch.bfloat16)[:, None]
-    expected = (by_bits(name, word.int(), position) * grid.float()).to(torch.bfloat16)
-    assert torch.equal(code.decode(code.pack(word), position, grid), expected)
+    steps = torch.linspace(-3, 3, len(word)).exp2().to(torch.bfloat16)[:, None]
+    expected = (by_bits(name, word.int(), position) * steps.float()).to(torch.bfloat16)
+    assert torch.equal(code.decode(code.pack(word), position, steps), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_word_comes_back_from_what_it_decodes_to(name):
     code = get_code(name)
-    magnitudes, words = code.magnitudes, code.words
-    value = code.values.T
-    index = (magnitudes == value.abs()[:, None]).all(dim=2).int().argmax(dim=1)
-    assert torch.equal(magnitudes[index], value.abs())
-    again = words[index, (value[:, 0] < 0).int(), (value[:, 1] < 0).int()]
-    assert torch.equal(again, torch.arange(2**code.bits, dtype=torch.uint8))
+    word, value = every_word(code), code.values.T.reshape(-1, 32, 2)
+    state = (code.magnitudes == value.abs()[:, :, None]).all(dim=3).int().argmax(dim=2)
+    assert torch.equal(code.magnitudes[state], value.abs())
+    assert torch.equal(code.encode(state, (value[..., 0] < 0, value[..., 1] < 0)), code.pack(word))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,11 +96,11 @@ def test_the_planes_of_six_bit_words():
 def test_each_group_of_columns_has_its_step():
     code = get_code("angle8")
     word = torch.randint(0, 256, (3, 96), dtype=torch.uint8)
-    grid = torch.rand(3, 3).to(torch.bfloat16)
-    whole = code.decode(word, 1, grid)
+    steps = torch.rand(3, 3).to(torch.bfloat16)
+    whole = code.decode(word, 1, steps)
     for group in range(3):
         columns = slice(32 * group, 32 * group + 32)
-        assert torch.equal(whole[:, columns], code.decode(word[:, columns], 1, grid[:, group : group + 1]))
+        assert torch.equal(whole[:, columns], code.decode(word[:, columns], 1, steps[:, group : group + 1]))
 
 
 @pytest.mark.parametrize("group_size", [None, 0, 16, 48, 256])

@@ -1,0 +1,110 @@
+"""Codes with steps: a weight is the step of its row and group times a value that its word picks from a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from puzzlemoe_vllm.format.codes.base import Decoder, PairCode
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How uint8 words [..., K] of so many bits, one a column, are stored, and the decoder that knows it."""
+
+    bits: int
+    decoder: Decoder
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor], Tensor]
+
+
+def _pack_planes(word: Tensor) -> Tensor:
+    upper = (word >> 2).unflatten(-1, (-1, 8, 2))
+    lower = (word & 3).unflatten(-1, (-1, 4, 4))
+    nibbles = upper[..., 0] | upper[..., 1] << 4
+    twos = lower[..., 0] | lower[..., 1] << 2 | lower[..., 2] << 4 | lower[..., 3] << 6
+    return torch.cat([nibbles, twos], dim=-1).flatten(-2)
+
+
+def _unpack_planes(words: Tensor) -> Tensor:
+    nibbles, twos = words.unflatten(-1, (-1, 12)).split((8, 4), dim=-1)
+    upper = torch.stack([nibbles & 15, nibbles >> 4], dim=-1).flatten(-2)
+    lower = torch.stack([twos >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
+    return (upper << 2 | lower).flatten(-2)
+
+
+BYTES = Packing(8, Decoder.TABLE8, lambda word: word, lambda words: words)
+"""A byte a word."""
+
+SIX_BIT_PLANES = Packing(6, Decoder.TABLE6, _pack_planes, _unpack_planes)
+"""Of every 16 columns, eight bytes hold the upper four bits (column 2j in the low half of byte j), four the lower two
+(column 4j lowest)."""
+
+
+def minifloat(byte: int) -> float:
+    """The value of an E3M4 byte (bit 7 sign, 6..4 exponent, 3..0 mantissa; subnormals, no infinities): the bf16 with
+    those seven bits in 9..3 and that sign, times 2^120."""
+    exponent, mantissa = byte >> 4 & 7, byte & 15
+    value = (mantissa / 16) * 2.0**-6 if exponent == 0 else (1 + mantissa / 16) * 2.0 ** (exponent - 7)
+    return -value if byte & 0x80 else value
+
+
+class TableCode(PairCode):
+    """A code whose words are places in a table.
+
+    values: the value of every word at position 0 and 1, float32 [2, 2^bits].
+    magnitudes: the states, distinct pairs of absolute values, float32 [C, 2].
+    words: uint8 [C, 2, 2], the word of each by signs (1 for a negative weight at position 0, at position 1).
+    unit_step: the best step for pairs of normal weights of variance 1.
+    """
+
+    dtype = torch.uint8
+    has_steps = True
+
+    def __init__(self, name: str, packing: Packing, unit_step: float, value_bytes: tuple[list[int], list[int]]):
+        """value_bytes: the E3M4 byte of every word's value at position 0, and at position 1."""
+        self.name, self.packing, self.unit_step = name, packing, unit_step
+        self.bits, self.decoder = packing.bits, packing.decoder
+        self.values = torch.tensor([[minifloat(byte) for byte in row] for row in value_bytes])
+        words: dict[tuple[float, float], list[list[int]]] = {}
+        for word, (value0, value1) in enumerate(self.values.T.tolist()):
+            by_sign = words.setdefault((abs(value0), abs(value1)), [[0, 0], [0, 0]])
+            # A weight of 0 has no sign: its word stands for both.
+            for negative0 in (value0 < 0, value0 <= 0):
+                for negative1 in (value1 < 0, value1 <= 0):
+                    by_sign[negative0][negative1] = word
+        self.magnitudes = torch.tensor(list(words))
+        self.words = torch.tensor(list(words.values()), dtype=torch.uint8)
+        self._word_tables: dict[torch.device, Tensor] = {}
+
+    def word_table(self, device: torch.device) -> Tensor:
+        """As in `PairCode`; made once for a device, since no graph capture could fetch it."""
+        if device not in self._word_tables:
+            self._word_tables[device] = self.values.T.contiguous().to(device, torch.bfloat16)
+        return self._word_tables[device]
+
+    def pack(self, word: Tensor) -> Tensor:
+        """As in `PairCode`."""
+        return self.packing.pack(word)
+
+    def unpack(self, words: Tensor) -> Tensor:
+        """As in `PairCode`."""
+        return self.packing.unpack(words)
+
+    def words_of(self, state: Tensor, negative: tuple[Tensor, Tensor]) -> Tensor:
+        """uint8 words, one a column, of int32 or int64 rows of `magnitudes` and signs as `encode` takes them."""
+        return self.words.to(state.device)[state, negative[0].int(), negative[1].int()]
+
+    def encode(self, state: Tensor, negative: tuple[Tensor, Tensor], magnitude: Tensor | None = None) -> Tensor:
+        """Stored words.  state: a row of `magnitudes`.  The magnitude is the step's, so none is given."""
+        assert magnitude is None
+        return self.pack(self.words_of(state.int(), negative))
+
+    def decode(self, words: Tensor, position: int, steps: Tensor | None = None) -> Tensor:
+        """bf16 weights [..., K] of one position: the product of step and value, rounded to nearest even."""
+        assert steps is not None
+        value = self.values[position].to(words.device)[self.unpack(words).long()]
+        return (value.unflatten(-1, (steps.shape[-1], -1)) * steps.float()[..., None]).flatten(-2).to(torch.bfloat16)
