@@ -22,31 +22,30 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from puzzlemoe_offline.calibration.text import load_calibration
+from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.checkpoint import Checkpoint
-from puzzlemoe_offline.recipe import Recipe
-from puzzlemoe_offline.run.compress import Job, compress
+from puzzlemoe_offline.model.layerwise import LayerwiseModel
+from puzzlemoe_offline.recipe import PairRecipe
+from puzzlemoe_offline.run.job import Job
+from puzzlemoe_offline.run.runner import run
 from puzzlemoe_offline.score.compare import machine
 from puzzlemoe_offline.score.perplexity import perplexity, spread, windows_of
 
-LEAST_SQUARES = Recipe(rule="least-squares", pairing="search")
-ANGLE8 = Recipe(code="angle8", pairing="search")
-ANGLE6 = Recipe(code="angle6", pairing="search")
-
 RECIPES = {
-    "paper, 50%": Recipe(),
-    "angle8, compensated": ANGLE8.model_copy(update={"compensate": True}),
-    "angle8": ANGLE8,
-    "least squares": LEAST_SQUARES,
-    "angle16": LEAST_SQUARES.model_copy(update={"code": "angle16"}),
-    "angle6": ANGLE6,
-    "angle6, compensated": ANGLE6.model_copy(update={"compensate": True}),
-    "mask6": ANGLE6.model_copy(update={"code": "mask6"}),
-    "paper, 25%": Recipe(sparsity=0.25),
-    "paper, 50%, magnitude saliency": Recipe(saliency="magnitude"),
-    "paper, 50%, search": Recipe(pairing="search"),
-    "least squares, random pairing": LEAST_SQUARES.model_copy(update={"pairing": "random"}),
-    "angle8, compensated, random pairing": ANGLE8.model_copy(update={"compensate": True, "pairing": "random"}),
-    "angle8, compensated, coactivation": ANGLE8.model_copy(update={"compensate": True, "pairing": "coactivation"}),
+    "paper, 50%": PairRecipe(),
+    "angle8, compensated": PairRecipe(code="angle8", compensate=True, pairing="search"),
+    "angle8": PairRecipe(code="angle8", pairing="search"),
+    "least squares": PairRecipe(rule="least-squares", pairing="search"),
+    "angle16": PairRecipe(code="angle16", pairing="search"),
+    "angle6": PairRecipe(code="angle6", pairing="search"),
+    "angle6, compensated": PairRecipe(code="angle6", compensate=True, pairing="search"),
+    "mask6": PairRecipe(code="mask6", pairing="search"),
+    "paper, 25%": PairRecipe(sparsity=0.25),
+    "paper, 50%, magnitude saliency": PairRecipe(saliency="magnitude"),
+    "paper, 50%, search": PairRecipe(pairing="search"),
+    "least squares, random pairing": PairRecipe(rule="least-squares"),
+    "angle8, compensated, random pairing": PairRecipe(code="angle8", compensate=True),
+    "angle8, compensated, coactivation": PairRecipe(code="angle8", compensate=True, pairing="coactivation"),
 }
 """What is compared; partners are searched for but where the title says otherwise, or is the paper's."""
 
@@ -65,7 +64,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    checkpoint, tokenizer = Checkpoint(arguments.model), AutoTokenizer.from_pretrained(arguments.model)
+    model = LayerwiseModel(Checkpoint(arguments.model), arguments.device)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     texts = {
         path.stem: spread(
             windows_of(tokenizer(path.read_text())["input_ids"], arguments.sequence_length), arguments.windows
@@ -75,16 +75,14 @@ def main() -> None:
     result = started(arguments, texts)
     done = {(row["recipe"], row["seed"]) for row in result["rows"]}
 
-    def score(scored: Checkpoint, row: dict[str, Any]) -> None:
-        row["perplexity"] = {
-            name: perplexity(scored, text, arguments.device).perplexity for name, text in texts.items()
-        }
+    def score(scored: LayerwiseModel, row: dict[str, Any]) -> None:
+        row["perplexity"] = {name: perplexity(scored, text).perplexity for name, text in texts.items()}
         result["rows"].append(row)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(row), flush=True)
 
     if ("dense", None) not in done:
-        score(checkpoint, {"recipe": "dense", "seed": None})
+        score(model, {"recipe": "dense", "seed": None})
     for seed in arguments.seed:
         calibration = load_calibration(
             arguments.calibration, tokenizer, arguments.samples, arguments.sequence_length, seed
@@ -93,20 +91,21 @@ def main() -> None:
             if (title, seed) in done:
                 continue
             recipe = RECIPES[title].model_copy(update={"seed": seed})
-            data = calibration if recipe.saliency == "wanda" else None
+            data = calibration if recipe.calibrated else None
             with tempfile.TemporaryDirectory() as out:
-                job = Job(checkpoint, arguments.model.name, None, recipe, data, arguments.device)
+                tokens = data.tokens.numel() if data else 0
+                job = Job(model, PairMethod(recipe), arguments.model.name, tokens=tokens)
                 began = time.perf_counter()
-                report = compress(job, Path(out), False, lambda *_: None)
+                report = run(job, data, Path(out))
                 row = {
                     "recipe": title,
                     "seed": seed,
-                    "choices": recipe.model_dump(),
-                    "expert_bytes": report["bytes"]["experts_after"],
-                    "bytes_per_token": report["bytes_per_token"],
+                    "choices": recipe.model_dump(exclude_none=True),
+                    "expert_bytes": report.bytes.experts_after,
+                    "bytes_per_token": report.bytes_per_token,
                     "seconds": time.perf_counter() - began,
                 }
-                score(Checkpoint(Path(out)), row)
+                score(LayerwiseModel(Checkpoint(Path(out)), arguments.device), row)
 
 
 def started(arguments: argparse.Namespace, texts: dict[str, Tensor]) -> dict[str, Any]:

@@ -20,10 +20,13 @@ import torch
 from safetensors.torch import save_file
 
 from puzzlemoe_offline.calibration.text import Calibration
+from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.checkpoint import Checkpoint
-from puzzlemoe_offline.recipe import Recipe, named_recipe
-from puzzlemoe_offline.run.compress import Job, compress
+from puzzlemoe_offline.model.layerwise import LayerwiseModel
+from puzzlemoe_offline.recipe import PairRecipe, named_recipe
+from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.plan import make_plan
+from puzzlemoe_offline.run.runner import run
 
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {
@@ -106,32 +109,32 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(name: str, recipe: Recipe, device: str, tokens: int) -> dict[str, Any]:
+def measure(name: str, recipe: PairRecipe, device: str, tokens: int) -> dict[str, Any]:
     """Compresses the model once and returns seconds of each layer and bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "source")
         source.mkdir()
         write_model(name, source, device)
-        checkpoint = Checkpoint(source)
+        model = LayerwiseModel(Checkpoint(source), device)
         sequence = min(tokens, 2048)
         calibration = Calibration(torch.randint(0, VOCABULARY, (tokens // sequence, sequence)), "random tokens")
         before = peak_host_bytes()
-        job = Job(checkpoint, name, None, recipe, calibration, device)
+        job = Job(model, PairMethod(recipe), name, tokens=calibration.tokens.numel())
         make_plan(job)  # compiles the kernels of a GPU, as happens once on a machine
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         layers: list[dict[str, float]] = []
-        report = compress(job, Path(scratch, "packed"), False, lambda _, record: layers.append(record["seconds"]))
+        report = run(job, calibration, Path(scratch, "packed"), on_layer=lambda record: layers.append(record.seconds))
     return {
         "model": name,
-        "recipe": recipe.model_dump(),
+        "recipe": recipe.model_dump(exclude_none=True),
         "device": torch.cuda.get_device_name()
         if device == "cuda"
         else f"{platform.processor() or platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "calibration_tokens": tokens,
-        "layer_expert_bytes": report["bytes"]["experts_before"] // LAYERS,
+        "layer_expert_bytes": report.bytes.experts_before // LAYERS,
         "layer_seconds": layers,
         # The checkpoint's own files are memory-mapped and count here while the system keeps them in memory.
         "peak_host_bytes_over_start": peak_host_bytes() - before,
