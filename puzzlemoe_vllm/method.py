@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodB
 
 from puzzlemoe_vllm.backends import ExpertWeights
 from puzzlemoe_vllm.clusters import choose_clusters
-from puzzlemoe_vllm.format.codes import TableCode, get_code
+from puzzlemoe_vllm.format.codes import CODES, Decoder, TableCode, get_code
 from puzzlemoe_vllm.format.layout import LayoutError
 from puzzlemoe_vllm.ops import backend_for, check_backend, fused_experts
 from puzzlemoe_vllm.rank_share import rank_share
@@ -24,6 +24,9 @@ logger = init_logger(__name__)
 
 STORED_AFTER_LOADING = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
 """Load formats that bring parameters back as they were in memory, where words may be in a kernel's own order."""
+
+CODE_OF_NO_WORDS = next(code for code in CODES.values() if code.decoder is Decoder.MASK16)
+"""What the empty parameters of a model of clusters are in; its CUDA kernels read dense experts in the same launch."""
 
 IN_KERNEL_ORDER = "puzzlemoe_in_kernel_order"
 """Attribute of a parameter that a backend has put into its own order."""
@@ -39,8 +42,8 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
     def __init__(self, moe: FusedMoEConfig, files: ServedFiles, merged: int, centres: list[int] | None, prefix: str):
         super().__init__(moe)
         self.files = files
-        # A model of clusters has no words: any code does for their empty parameters.
-        self.code, self.group_size = get_code(files.layout.code or "mask16"), files.layout.group_size
+        self.code = get_code(files.layout.code) if files.layout.code else CODE_OF_NO_WORDS
+        self.group_size = files.layout.group_size
         self.merged, self.centres, self.prefix = merged, centres, prefix
         parallel = moe.moe_parallel_config
         if parallel.use_all2all_kernels and parallel.all2all_backend != "allgather_reducescatter":
