@@ -85,7 +85,6 @@ def config_of(model: str, weights: str) -> dict[str, Any]:
         experts = config.get("num_local_experts") or config["num_experts"]
         config["quantization_config"] = {
             "quant_method": "puzzlemoe",
-            "format_version": 1,
             "code": weights,
             "group_size": GROUP_SIZES[0] if CODES[weights].has_steps else None,
             "merged_experts": {str(layer): experts for layer in range(config["num_hidden_layers"])},

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from puzzlemoe_vllm.format.layout import QUANT_METHOD, LayoutError, PuzzleConfig, parse_config
+from puzzlemoe_vllm.format.layout import EXPERT_COUNTS, QUANT_METHOD, LayoutError, PuzzleConfig, parse_config
+from puzzlemoe_vllm.format.shards import read_json_object
+from puzzlemoe_vllm.served_files import ServedFiles, wants_digests
 
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""Keys of a model's config that hold its number of routed experts."""
+logger = init_logger(__name__)
+
+ROUTING = (
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "scoring_func",
+    "routed_scaling_factor",
+    "topk_method",
+    "n_group",
+    "topk_group",
+)
+"""Keys of a model's config that decide which experts a token gets, and how they are weighted."""
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -24,6 +39,7 @@ class PuzzleMoEConfig(QuantizationConfig):
     def __init__(self, layout: PuzzleConfig):
         super().__init__()
         self.layout = layout
+        self.files = ServedFiles(layout)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PuzzleMoEConfig:
@@ -51,7 +67,10 @@ class PuzzleMoEConfig(QuantizationConfig):
         return ["puzzlemoe_config.json"]
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, **kwargs: Any) -> None:
-        """Raises LayoutError when pairs or clusters do not fit the model's number of experts or layers."""
+        """Raises LayoutError when pairs or clusters do not fit the model's number of experts or layers, or a local
+        folder's headers are not those that were written.  Warns of routing other than the model was compressed with.
+        """
+        wants_digests()
         text = getattr(hf_config, "text_config", hf_config)
         experts = next((count for key in EXPERT_COUNTS if (count := getattr(text, key, None))), None)
         layers = getattr(text, "num_hidden_layers", None)
@@ -68,6 +87,9 @@ class PuzzleMoEConfig(QuantizationConfig):
                     f"the model has {layers} layers of {experts}: config.json was edited or belongs to another model"
                 )
 
+        self.files.check_at_start(model_name)
+        _warn_of_other_routing(model_name, text)
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for routed experts of a layer with pairs or clusters, stock methods elsewhere."""
         if isinstance(layer, LinearBase):
@@ -81,4 +103,21 @@ class PuzzleMoEConfig(QuantizationConfig):
             return None
         from puzzlemoe_vllm.method import PuzzleMoEMethod
 
-        return PuzzleMoEMethod(layer.moe_config, self.layout, merged, centres, prefix)
+        return PuzzleMoEMethod(layer.moe_config, self.files, merged, centres, prefix)
+
+
+def _warn_of_other_routing(model: str, config: Any) -> None:
+    """--hf-overrides are the user's word, but experts were merged for, and scored with, the routing on disk."""
+    path = Path(model) / "config.json"
+    if not os.path.isdir(model) or not path.exists():
+        return
+    on_disk = read_json_object(path)
+    on_disk = on_disk.get("text_config") or on_disk
+    for key in ROUTING:
+        if key in on_disk and hasattr(config, key) and (value := getattr(config, key)) != on_disk[key]:
+            logger.warning(
+                "puzzlemoe: %s is %s, but the model was compressed with %s: its outputs differ from the scored ones",
+                key,
+                value,
+                on_disk[key],
+            )

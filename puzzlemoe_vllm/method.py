@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,28 +14,36 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodB
 
 from puzzlemoe_vllm.backends import ExpertWeights
 from puzzlemoe_vllm.clusters import choose_clusters
-from puzzlemoe_vllm.format.codes import GROUP_SIZES, get_code
-from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig
-from puzzlemoe_vllm.ops import backend_for, fused_experts
+from puzzlemoe_vllm.format.codes import CODES, Decoder, TableCode, get_code
+from puzzlemoe_vllm.format.layout import LayoutError
+from puzzlemoe_vllm.ops import backend_for, check_backend, fused_experts
+from puzzlemoe_vllm.rank_share import rank_share
+from puzzlemoe_vllm.served_files import ServedFiles
 
 logger = init_logger(__name__)
 
 STORED_AFTER_LOADING = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
 """Load formats that bring parameters back as they were in memory, where words may be in a kernel's own order."""
 
-SHARDS = ("w1", "w2", "w3")
-"""vLLM's names of the gate, down and up projection."""
+CODE_OF_NO_WORDS = next(code for code in CODES.values() if code.decoder is Decoder.MASK16)
+"""What the empty parameters of a model of clusters are in; its CUDA kernels read dense experts in the same launch."""
+
+IN_KERNEL_ORDER = "puzzlemoe_in_kernel_order"
+"""Attribute of a parameter that a backend has put into its own order."""
 
 
 class PuzzleMoEMethod(FusedMoEMethodBase):
     """Serves experts 0..merged-1 of a layer from pair words and the others from dense bf16 weights.
 
+    files: the folder that the model comes from.
     centres: for each expert the one that serves in its place; None without clusters.
     """
 
-    def __init__(self, moe: FusedMoEConfig, layout: PuzzleConfig, merged: int, centres: list[int] | None, prefix: str):
+    def __init__(self, moe: FusedMoEConfig, files: ServedFiles, merged: int, centres: list[int] | None, prefix: str):
         super().__init__(moe)
-        self.code, self.group_size = get_code(layout.code or "mask16"), layout.group_size
+        self.files = files
+        self.code = get_code(files.layout.code) if files.layout.code else CODE_OF_NO_WORDS
+        self.group_size = files.layout.group_size
         self.merged, self.centres, self.prefix = merged, centres, prefix
         parallel = moe.moe_parallel_config
         if parallel.use_all2all_kernels and parallel.all2all_backend != "allgather_reducescatter":
@@ -67,34 +75,44 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         Raises ValueError for an activation, bias, per-rank size, backend, load format or LoRA that does not serve.
         """
         self._check_supported(layer, hidden_size, intermediate_size_per_partition)
-        backend_for(torch.empty(0).device.type)  # a choice that cannot serve fails before anything is loaded
+        config = get_current_vllm_config()
+        # A choice that cannot serve fails before anything is loaded.
+        check_backend(torch.empty(0).device.type, config.model_config is None or config.model_config.enforce_eager)
         local = self._local_experts(layer, extra["global_num_experts"])
         pairs = sorted({expert >> 1 for expert in local if expert < self.merged})
         dense = [expert for expert in local if expert >= self.merged]
         pair_rows = {2 * pair: row for row, pair in enumerate(pairs)}
         dense_rows = {expert: row for row, expert in enumerate(dense)}
+        self.share = rank_share(intermediate_size_per_partition, self.moe.tp_rank, self.group_size)
         self._expected: set[tuple[str, int, str]] = set()
-        for name, rows, shards in (
-            ("w13", 2 * intermediate_size_per_partition, ("w1", "w3")),
-            ("w2", hidden_size, ("w2",)),
+        self._rows: dict[str, dict[int, int]] = {}
+        for name, rows, columns, shards in (
+            ("w13", 2 * self.share.padded, hidden_size, ("w1", "w3")),
+            ("w2", hidden_size, self.share.padded, ("w2",)),
         ):
-            columns = hidden_size if name == "w13" else intermediate_size_per_partition
             words = (len(pairs), *self.code.words_shape(rows, columns))
             self._add(layer, f"{name}_puzzle", words, self.code.dtype, pair_rows, shards)
             self._add(layer, f"{name}_weight", (len(dense), rows, columns), torch.bfloat16, dense_rows, shards)
-            if self.group_size:
-                steps = (len(pairs), rows, columns // self.group_size)
+            if self.share.group_size:
+                steps = (len(pairs), rows, columns // self.share.group_size)
                 self._add(layer, f"{name}_puzzle_grid", steps, torch.bfloat16, pair_rows, shards)
         self._missing = set(self._expected)
-        layer.register_buffer("puzzle_map", self._expert_map(layer, local, pair_rows, dense_rows), persistent=False)
-        centres = None if self.centres is None else torch.tensor(self.centres, dtype=torch.int32)
-        layer.register_buffer("puzzle_centres", centres, persistent=False)
-        config = get_current_vllm_config()
+        # No buffers: a reload would count them among what it loads.  Sleep level 2 empties GPU memory, so what they
+        # hold stays on the host as well.
+        self._maps = {
+            "puzzle_map": self._expert_map(layer, local, pair_rows, dense_rows),
+            "puzzle_centres": None
+            if self.centres is None
+            else torch.tensor(self.centres, dtype=torch.int32, device="cpu"),
+        }
+        for name, values in self._maps.items():
+            setattr(layer, name, None if values is None else values.to(torch.empty(0).device, copy=True))
         self._check_lora(config.lora_config)
         load_format = config.load_config.load_format
         if load_format in STORED_AFTER_LOADING:
             raise ValueError(f"puzzlemoe cannot load {load_format!r} weights: serve the packed folder itself")
         self._check_loaded = load_format != "dummy"
+        self._model_config, self._download_dir = self.files.source(config), config.load_config.download_dir
 
     def _check_supported(self, layer: Any, hidden: int, intermediate: int) -> None:
         activation = getattr(layer.activation, "value", layer.activation)
@@ -109,13 +127,10 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
                 f"{self.prefix}: hidden size {hidden} and per-rank intermediate size {intermediate} must be "
                 "multiples of 16: lower --tensor-parallel-size or use --enable-expert-parallel"
             )
-        if self.group_size and (hidden % self.group_size or intermediate % self.group_size):
-            smaller = [size for size in GROUP_SIZES if hidden % size == 0 and intermediate % size == 0]
-            advice = f"compress again with --group-size {smaller[0]}, or " if smaller else ""
-            raise ValueError(
-                f"{self.prefix}: hidden size {hidden} and per-rank intermediate size {intermediate} must be multiples "
-                f"of the group size {self.group_size}, whose columns share a step: {advice}"
-                "lower --tensor-parallel-size or use --enable-expert-parallel"
+        if self.group_size and (hidden % self.group_size or intermediate * self.moe.tp_size % self.group_size):
+            raise LayoutError(
+                f"{self.prefix}: hidden size {hidden} and intermediate size {intermediate * self.moe.tp_size} must be "
+                f"multiples of the group size {self.group_size}: config.json belongs to another model"
             )
 
     def _check_lora(self, lora: Any) -> None:
@@ -136,18 +151,19 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
     def _expert_map(
         self, layer: Any, local: list[int], pair_rows: dict[int, int], dense_rows: dict[int, int]
     ) -> Tensor | None:
-        """int32 global expert id -> local id as `ExpertWeights` counts them; None when both are the same."""
+        """int32 global expert id -> local id as `ExpertWeights` counts them, on the host; None when both are the
+        same."""
         placement = layer._expert_map
         if placement is None and self.centres is None:
             return None
         total = len(placement if self.centres is None else self.centres)
-        rows = torch.full((total,), -1, dtype=torch.int32)
+        rows = torch.full((total,), -1, dtype=torch.int32, device="cpu")
         for expert in local:
             if expert in dense_rows:
                 rows[expert] = 2 * len(pair_rows) + dense_rows[expert]
             else:
                 rows[expert] = 2 * pair_rows[expert & ~1] + (expert & 1)
-        return rows if placement is None else rows.to(placement.device)
+        return rows
 
     def _add(
         self,
@@ -160,9 +176,29 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
     ) -> None:
         parameter = Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
         # vLLM's model code calls this attribute for every tensor below `experts.{id}.{projection}.`.
-        parameter.weight_loader = partial(self._load, name, rows)  # type: ignore[attr-defined]
+        parameter.weight_loader = self._loader(name, rows)  # type: ignore[attr-defined]
+        if rows:  # what a reload waits for; the zeros beside a rank's share never come
+            targets = (self._target(name, parameter.data[0], shard) for shard in shards)
+            parameter.weight_loader_numel = len(rows) * sum(target.numel() for target in targets)  # type: ignore[attr-defined]
         layer.register_parameter(name, parameter)
+        self._rows[name] = rows
         self._expected |= {(name, expert, shard) for expert in rows for shard in shards}
+
+    def _loader(self, name: str, rows: dict[int, int]) -> Callable[..., bool | None]:
+        """A reload of vLLM asks for the loader's __name__, and finds the parameter among its arguments by name."""
+
+        def load_expert(
+            param: Parameter,
+            loaded_weight: Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            loaded = self._load(name, rows, param, loaded_weight, weight_name, shard_id, expert_id)
+            return loaded if return_success else None
+
+        return load_expert
 
     def _load(
         self,
@@ -173,61 +209,125 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         weight_name: str,
         shard_id: str,
         expert_id: int,
-        return_success: bool = False,
-    ) -> bool | None:
+    ) -> bool:
         """Copies this rank's slice of one projection; False for an expert that lives on another rank.
 
-        Raises LayoutError for a wrong dtype or shape, naming the tensor.
+        Raises LayoutError for a wrong dtype or shape, naming the tensor, and when the folder that it comes from is not
+        as it was written.
         """
+        self._check_files()
         row = rows.get(expert_id)
         if row is None:
             if "_puzzle" in name and (expert_id >= self.merged or expert_id % 2):
                 raise LayoutError(
                     f"{weight_name} of expert {expert_id} ({self.prefix}): config.json names no such pair"
                 )
-            return False if return_success else None
+            return False
+        if getattr(param, IN_KERNEL_ORDER, False):
+            raise RuntimeError(
+                f"{self.prefix}: the weights are in the kernels' own order: update them by reload_weights, or between "
+                "start_weight_update and finish_weight_update, not by the model's load_weights alone"
+            )
         if loaded_weight.dtype != param.dtype:
             raise LayoutError(
                 f"{weight_name} of expert {expert_id} ({self.prefix}): dtype {loaded_weight.dtype}, expected "
                 f"{param.dtype}; compress the source model again"
             )
-        target = self._target(param.data[row], shard_id)
-        size, rank = self.moe.tp_size, self.moe.tp_rank
+        target = self._target(name, param.data[row], shard_id)
+        size = self.moe.tp_size
         dim = 1 if shard_id == "w2" else 0
         part = loaded_weight.shape[dim] // size
-        shard = loaded_weight.narrow(dim, part * rank, part)
-        if shard.shape != target.shape or part * size != loaded_weight.shape[dim]:
+        if name == "w2_puzzle_grid":
+            shard, whole = self.share.cut(loaded_weight), loaded_weight.shape[1] * (self.group_size or 0)
+            fits = whole == self.share.columns * size
+        else:
+            shard = loaded_weight.narrow(dim, part * self.moe.tp_rank, part)
+            shard = self.share.repeat(shard) if name == "w13_puzzle_grid" else shard
+            fits = part * size == loaded_weight.shape[dim]
+        if shard.shape != target.shape or not fits:
             raise LayoutError(
                 f"{weight_name} of expert {expert_id} ({self.prefix}): shape {tuple(loaded_weight.shape)} does not fit "
                 f"{tuple(target.shape)} on each of {size} ranks: config.json belongs to another model"
             )
         target.copy_(shard)
         self._missing.discard((name, expert_id, shard_id))
-        return True if return_success else None
+        return True
 
-    @staticmethod
-    def _target(row: Tensor, shard_id: str) -> Tensor:
-        if shard_id == "w2":
+    def _check_files(self) -> None:
+        if self._check_loaded and self._model_config is not None:
+            self.files.check_while_loading(self._model_config, self._download_dir)
+
+    def _target(self, name: str, row: Tensor, shard_id: str) -> Tensor:
+        """Where a projection of one row's expert goes."""
+        if shard_id != "w2":
+            return row.chunk(2, dim=0)[shard_id == "w3"].narrow(0, self.share.front, self.share.columns)
+        if name == "w2_puzzle_grid":
             return row
-        gate, up = row.chunk(2, dim=0)
-        return gate if shard_id == "w1" else up
+        return row.narrow(1, *self._stored(name, self.share.front, self.share.columns))
+
+    def _stored(self, name: str, *columns: int) -> tuple[int, ...]:
+        """Numbers of columns as numbers of stored elements."""
+        return tuple(self.code.words_shape(1, count)[1] for count in columns) if name == "w2_puzzle" else columns
+
+    def _clear_padding(self, layer: Any) -> None:
+        """Zeros beside this rank's columns: steps of zero make whatever their words are a weight of zero."""
+        share = self.share
+        if not share.front and not share.back:
+            return
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name.startswith("w13"):
+                for half in parameter.data.chunk(2, dim=1):
+                    half[:, : share.front] = 0
+                    half[:, share.front + share.columns :] = 0
+            elif name in ("w2_puzzle", "w2_weight"):
+                front, columns = self._stored(name, share.front, share.columns)
+                parameter.data[:, :, :front] = 0
+                parameter.data[:, :, front + columns :] = 0
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Checks that every tensor came, then puts the weights into the backend's order.
 
-        Raises LayoutError naming the first missing tensor.
+        Raises LayoutError naming the first tensor that is missing or not finite.
         """
+        if getattr(layer.w13_puzzle, IN_KERNEL_ORDER, False):
+            return  # nothing was loaded since
+        self._check_files()
         if self._check_loaded and self._missing:
             name, expert, shard = min(self._missing)
             raise LayoutError(
                 f"{self.prefix}: {len(self._missing)} expert tensors are missing from the checkpoint, first "
                 f"{name} {shard} of expert {expert}: the copy is incomplete, or config.json belongs to another model"
             )
+        self._clear_padding(layer)
+        if self._check_loaded:
+            self._check_finite(layer)
+        for name, values in self._maps.items():
+            if values is not None:
+                getattr(layer, name).copy_(values)
         # A later weight reload fills the parameters anew and must be complete again.
         self._missing = set(self._expected)
         backend = backend_for(layer.w13_puzzle.device.type)
         backend.prepare(self._weights(layer))
+        for parameter in layer.parameters(recurse=False):
+            setattr(parameter, IN_KERNEL_ORDER, not backend.READS_CHECKPOINT_ORDER)
         logger.info_once("puzzlemoe: %s pair words, %s kernels", self.code.name, backend.__name__.rsplit(".", 1)[1])
+
+    def _check_finite(self, layer: Any) -> None:
+        """Raises LayoutError naming an expert whose dense weights, or whose weights by their steps, are not finite."""
+        largest = torch.finfo(torch.bfloat16).max
+        step_limit = largest / float(self.code.values.abs().max()) if isinstance(self.code, TableCode) else largest
+        for name, rows in self._rows.items():
+            if name.endswith("_puzzle"):
+                continue
+            kind, limit = ("steps", step_limit) if name.endswith("_grid") else ("weights", largest)
+            for expert, row in rows.items():
+                low, high = getattr(layer, name).data[row].aminmax()
+                # A comparison with NaN is false.
+                if not (low >= -limit and high <= limit):
+                    raise LayoutError(
+                        f"{self.prefix}.{expert}: its {kind} ({name}) are NaN, infinite or too large: the file is "
+                        "damaged; copy or download it again, or compress the source again"
+                    )
 
     def apply(
         self,
@@ -252,6 +352,6 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             layer.w2_weight,
             layer.puzzle_map,
             self.code.name,
-            layer.w13_puzzle_grid if self.group_size else None,
-            layer.w2_puzzle_grid if self.group_size else None,
+            layer.w13_puzzle_grid if self.share.group_size else None,
+            layer.w2_puzzle_grid if self.share.group_size else None,
         )

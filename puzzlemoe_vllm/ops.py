@@ -53,6 +53,15 @@ def backend_for(device_type: str) -> Backend:
     return _load("triton")
 
 
+def check_backend(device_type: str, eager: bool) -> None:
+    """Raises ValueError when no backend can serve on a device, or only without the CUDA graphs that vLLM is to make."""
+    backend = backend_for(device_type)
+    if device_type != "cpu" and backend is _load("reference") and not eager:
+        raise ValueError(
+            f"{VARIABLE}=reference cannot be captured in CUDA graphs: add --enforce-eager, or unset {VARIABLE}"
+        )
+
+
 def _load(name: str) -> Backend:
     """Imports one backend and no other."""
     if name == "cuda":

@@ -138,6 +138,10 @@ class LayerMethod(ABC):
         """What config.json says of packed experts, but for the provenance; None where all are in bf16."""
         return None
 
+    def shard_metadata(self) -> dict[str, str]:
+        """safetensors metadata of the files that are written."""
+        return {"format": "pt"}
+
 
 def dense_layer(layer: SourceLayer, experts: list[Expert], record: LayerRecord | None = None) -> NewLayer:
     """Experts in bf16, in the order of their ids."""

@@ -37,6 +37,7 @@ from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.tensors import dense_tensors
 from puzzlemoe_offline.recipe import ClusterRecipe
 from puzzlemoe_vllm.format.layout import PuzzleConfig
+from puzzlemoe_vllm.format.shards import shard_metadata
 
 DAMPING = 0.01
 """Added to the diagonal of P P', as a share of its mean."""
@@ -187,6 +188,10 @@ class MergeMoe(LayerMethod):
         """Which experts serve for which."""
         clusters = {record.layer: record.centres for record in records if record.centres}
         return PuzzleConfig(clusters=clusters)
+
+    def shard_metadata(self) -> dict[str, str]:
+        """Of a packed model without words."""
+        return shard_metadata(None)
 
     def apply(self, layer: SourceLayer) -> NewLayer:
         """Counts tokens in one pass, sums up the clusters' outputs in the other."""

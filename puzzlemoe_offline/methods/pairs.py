@@ -30,6 +30,7 @@ from puzzlemoe_offline.words.nearest import PackedMatrix
 from puzzlemoe_offline.words.pack import Losses, pack_matrix
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, PairCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.layout import PuzzleConfig, steps_name, words_name
+from puzzlemoe_vllm.format.shards import shard_metadata
 
 PackedPair = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
 """A pair's gate, up and down projection."""
@@ -159,6 +160,10 @@ class PairMethod(LayerMethod):
         """Which experts are in pairs, and how their words are read."""
         merged = {record.layer: record.merged for record in records if record.merged}
         return PuzzleConfig(code=self.recipe.code, group_size=self.group_size(checkpoint), merged_experts=merged)
+
+    def shard_metadata(self) -> dict[str, str]:
+        """Of a packed model with words of the recipe's code."""
+        return shard_metadata(self.recipe.code)
 
     def apply(self, layer: SourceLayer) -> NewLayer:
         """Pairs partners, packs them, and measures what was lost."""

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from puzzlemoe_offline.methods.base import LayerRecord
-from puzzlemoe_offline.model.checkpoint import INDEX
 from puzzlemoe_offline.model.hub import SMALL_FILES
 from puzzlemoe_vllm.errors import UserError
+from puzzlemoe_vllm.format.layout import parse_config
+from puzzlemoe_vllm.format.shards import INDEX, ShardRecord, index_with_records, record_shard
 
 WORK = ".puzzlemoe-work"
 
@@ -32,10 +33,11 @@ class OutputError(UserError):
     """An output folder that cannot be used; the text says what to do."""
 
 
-class ShardRecord(BaseModel):
-    """What is kept of a finished shard: its tensors' bytes, and what is known of its layer."""
+class FinishedShard(BaseModel):
+    """What is kept of a finished shard: its tensors' bytes, its digests, and what is known of its layer."""
 
     tensors: dict[str, int]
+    digests: ShardRecord
     layer: LayerRecord | None = None
 
 
@@ -52,11 +54,11 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 class ModelFolder:
-    """An output folder in the making: `shards` numbered safetensors files.  Every method raises OutputError when the
-    folder cannot be written."""
+    """An output folder in the making: `shards` numbered safetensors files with that metadata.  Every method raises
+    OutputError when the folder cannot be written."""
 
-    def __init__(self, folder: Path, shards: int):
-        self.folder, self.shards = folder, shards
+    def __init__(self, folder: Path, shards: int, metadata: dict[str, str]):
+        self.folder, self.shards, self.metadata = folder, shards, metadata
         self.work = folder / WORK
         self.run = self.work / "run.json"
 
@@ -109,14 +111,16 @@ class ModelFolder:
         on_host = to_host(tensors)
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         with self._writing():
-            save_file(on_host, partial, metadata={"format": "pt"})
+            save_file(on_host, partial, metadata=self.metadata)
             partial.chmod(0o666 & ~_umask())
+            digests = record_shard(partial)
             os.replace(partial, target)
             if state is not None:
                 save_file({"state": state}, self._state(number))
             if record:
                 record.seconds["write"] = time.perf_counter() - began
-            _write_json(self._record(number), ShardRecord(tensors=sizes, layer=record).model_dump(exclude_none=True))
+            finished = FinishedShard(tensors=sizes, digests=digests, layer=record)
+            _write_json(self._record(number), finished.model_dump(exclude_none=True))
             self._state(number - 1).unlink(missing_ok=True)
 
     def state_after(self, number: int) -> Tensor:
@@ -135,12 +139,16 @@ class ModelFolder:
             for name, text in files.items():
                 (self.folder / name).write_text(text, encoding="utf-8")
             weight_map: dict[str, str] = {}
+            records: dict[str, ShardRecord] = {}
             total = 0
             for number in range(self.shards):
-                sizes = self._read_record(number).tensors
-                weight_map |= dict.fromkeys(sizes, self.shard_name(number))
-                total += sum(sizes.values())
-            _write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+                finished, name = self._read_record(number), self.shard_name(number)
+                weight_map |= dict.fromkeys(finished.tensors, name)
+                records[name] = finished.digests
+                total += sum(finished.tensors.values())
+            packed = config.get("quantization_config")
+            layout = parse_config(packed) if packed else None
+            _write_json(self.folder / INDEX, index_with_records(self.folder, weight_map, total, layout, records))
             _write_json(self.folder / "config.json", config)
             shutil.rmtree(self.work)
 
@@ -157,8 +165,8 @@ class ModelFolder:
     def _record(self, number: int) -> Path:
         return self.work / f"shard-{number:05d}.json"
 
-    def _read_record(self, number: int) -> ShardRecord:
-        return ShardRecord.model_validate_json(self._record(number).read_text())
+    def _read_record(self, number: int) -> FinishedShard:
+        return FinishedShard.model_validate_json(self._record(number).read_text())
 
     def _state(self, number: int) -> Path:
         return self.work / f"state-{number:05d}.safetensors"

@@ -25,7 +25,7 @@ def check(job: Job, out: Path, resume: bool) -> ModelFolder:
     Raises MethodError for a model that the method does not fit, OutputError for a folder that cannot take the result.
     """
     job.method.check(job.checkpoint)
-    folder = ModelFolder(out, job.shards)
+    folder = ModelFolder(out, job.shards, job.method.shard_metadata())
     folder.check(resume)
     check_space(out, job.disk_bytes)
     return folder

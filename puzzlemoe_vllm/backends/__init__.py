@@ -48,6 +48,9 @@ class Backend(Protocol):
 
     __name__: str
 
+    READS_CHECKPOINT_ORDER: bool
+    """Whether `prepare` leaves words and weights in the checkpoint's order."""
+
     def unavailable(self, device: torch.device | None = None) -> str | None:
         """Why it cannot serve a device, this machine's usual one by default, or None when it can."""
 

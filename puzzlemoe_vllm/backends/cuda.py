@@ -19,6 +19,7 @@ from puzzlemoe_vllm.backends import ExpertWeights
 from puzzlemoe_vllm.format.codes import Decoder, PairCode, get_code
 
 ABI_VERSION = 3
+READS_CHECKPOINT_ORDER = False
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
 DISPATCH = Path(__file__).with_name("cuda_dispatch.json")
 """Which kernel serves how many tokens; written by `benchmarks/kernels.py --tune`."""
@@ -171,7 +172,7 @@ def prepare(weights: ExpertWeights) -> None:
     """Rewrites a layer's weights, as they were loaded, into the order that the kernels read.  In place, one matrix at a
     time: the extra memory is a few copies of one expert's largest matrix."""
     code = get_code(weights.code)
-    code.word_table(weights.w13_pairs.device)  # no graph capture could fetch it
+    code.refill_word_table(weights.w13_pairs.device)  # no graph capture could fetch it
     for words, steps, dense, gate_up in (
         (weights.w13_pairs, weights.w13_steps, weights.w13_dense, True),
         (weights.w2_pairs, weights.w2_steps, weights.w2_dense, False),

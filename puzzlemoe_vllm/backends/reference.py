@@ -12,6 +12,8 @@ from torch import Tensor
 from puzzlemoe_vllm.backends import ExpertWeights
 from puzzlemoe_vllm.format.codes import get_code
 
+READS_CHECKPOINT_ORDER = True
+
 
 def unavailable(device: torch.device | None = None) -> str | None:
     """None: it serves any device."""

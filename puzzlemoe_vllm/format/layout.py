@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -10,7 +12,11 @@ from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.codes import CODES, get_code
 
 QUANT_METHOD = "puzzlemoe"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no digests of the shards."""
+
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Keys of a model's config.json that hold its number of routed experts."""
 
 WORDS = "puzzle"
 """Suffix of a pair's words: `...experts.{leader}.{projection}.puzzle`.  It must not end in `.weight`, or vLLM's expert
@@ -43,6 +49,7 @@ class PuzzleConfig(BaseModel):
     experts 2p and 2p+1 sharing one word.  A layer that is not listed has no pairs.
     clusters: decoder layer index -> for each of its experts the one that serves in its place, itself or another; only
     these have tensors, dense ones.  The router keeps choosing among all experts.
+    code: of the pair words; None when nothing is merged in pairs.
     group_size: input columns that share a step; None for codes without steps.
     """
 
@@ -96,14 +103,25 @@ class PuzzleConfig(BaseModel):
     def _pairs_or_clusters(self) -> PuzzleConfig:
         if both := sorted(self.clusters.keys() & self.merged_experts.keys()):
             raise ValueError(f"layer {both[0]} is in both merged_experts and clusters")
+        if not self.merged_experts and not self.clusters:
+            raise ValueError(
+                "both merged_experts and clusters are empty, so no expert would be loaded: config.json was edited; "
+                "copy or download it again"
+            )
+        if (self.code is None) == bool(self.merged_experts):
+            raise ValueError(
+                "code is missing: copy or download config.json again"
+                if self.merged_experts
+                else f"code is {self.code!r}, but no layer is in merged_experts: copy or download config.json again"
+            )
         return self
 
     @model_validator(mode="after")
     def _group_size_fits(self) -> PuzzleConfig:
         if self.code is not None:
             get_code(self.code).check_group_size(self.group_size)
-        elif self.merged_experts:
-            raise ValueError("merged_experts need a code, and there is none")
+        elif self.group_size is not None:
+            raise ValueError(f"group_size is {self.group_size}, but there is no code")
         return self
 
 
@@ -116,6 +134,15 @@ def parse_config(raw: dict[str, Any], where: str = "quantization_config") -> Puz
         field = ".".join(str(part) for part in first["loc"]) or "quantization_config"
         message = first["msg"].removeprefix("Value error, ")
         raise LayoutError(f"{where}: {field}: {message}") from None
+
+
+def layout_digest(config: PuzzleConfig) -> str:
+    """SHA-256 of what decides how tensors are read: code, group size, pairs and clusters.
+
+    The index keeps it: two clusterings with the same centres have the same tensors.
+    """
+    fields = config.model_dump(mode="json", include={"code", "group_size", "merged_experts", "clusters"})
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def words_name(experts: str, leader: int, projection: str) -> str:

@@ -2,11 +2,19 @@
 
 import pytest
 
-from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig, parse_config, steps_name, weight_name, words_name
+from puzzlemoe_vllm.format.layout import (
+    LayoutError,
+    PuzzleConfig,
+    layout_digest,
+    parse_config,
+    steps_name,
+    weight_name,
+    words_name,
+)
 
 GOOD = {
     "quant_method": "puzzlemoe",
-    "format_version": 1,
+    "format_version": 2,
     "code": "mask16",
     "merged_experts": {"0": 8, "3": 4},
     "clusters": {"1": [0, 2, 2]},
@@ -22,8 +30,8 @@ def test_a_config_survives_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version.*upgrade puzzlemoe-vllm"),
-        ({"format_version": 0}, "format_version.*compress the source model again"),
+        ({"format_version": 3}, "format_version.*upgrade puzzlemoe-vllm"),
+        ({"format_version": 1}, "format_version.*compress the source model again"),
         ({"code": "mask17"}, "code.*mask17.*mask16"),
         ({"merged_experts": {"0": 3}}, "layer 0 is 3"),
         ({"merged_experts": {"0": 0}}, "layer 0 is 0"),
@@ -34,6 +42,10 @@ def test_a_config_survives_json():
         ({"quant_method": "fp8"}, "quant_method"),
         ({"clusters": {"1": [0, 0, 1]}}, "expert 2 of layer 1 is served by expert 1, which does not serve itself"),
         ({"clusters": {"1": [0, 2]}}, "expert 1 of layer 1 is served by expert 2"),
+        ({"merged_experts": {}, "clusters": {}}, "both merged_experts and clusters are empty"),
+        ({"merged_experts": {}}, "code is 'mask16', but no layer is in merged_experts"),
+        ({"code": None}, "code is missing"),
+        ({"code": None, "merged_experts": {}, "group_size": 64}, "group_size is 64, but there is no code"),
         ({"clusters": {"3": [0, 0]}}, "layer 3 is in both merged_experts and clusters"),
     ],
 )
@@ -42,9 +54,19 @@ def test_each_fault_is_named(change, message):
         parse_config(GOOD | change)
 
 
-def test_a_missing_code_is_named():
-    with pytest.raises(LayoutError, match="code"):
-        parse_config({"quant_method": "puzzlemoe"})
+def test_clusters_alone_have_no_code():
+    config = parse_config({"clusters": {"1": [0, 2, 2]}})
+    assert config.code is None and config.group_size is None
+
+
+def test_the_digest_is_of_what_decides_how_tensors_are_read():
+    digests = {
+        layout_digest(parse_config(GOOD | change))
+        for change in ({}, {"code": "angle16"}, {"clusters": {"1": [0, 0, 2]}}, {"merged_experts": {"0": 8, "3": 2}})
+    }
+    assert len(digests) == 4
+    provenance = {"source": "here", "tool_version": "1", "recipe": {}}
+    assert layout_digest(parse_config(GOOD | {"provenance": provenance})) in digests
 
 
 def test_names_keep_clear_of_vllm_filters():

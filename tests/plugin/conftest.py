@@ -70,6 +70,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
+def verifying_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One process that compares whole digests."""
+    yield from _engine(tmp_path_factory.mktemp("verifying-engine"), PUZZLEMOE_VERIFY="1")
+
+
+@pytest.fixture(scope="session")
 def compiling_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """One process for all compiled runs; vLLM cannot compile some models that the process ran eagerly before."""
     yield from _engine(tmp_path_factory.mktemp("compiling-engine"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +22,15 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
 
 import puzzlemoe_vllm
+from puzzlemoe_vllm import method
+from puzzlemoe_vllm.backends import ExpertWeights, reference
 from puzzlemoe_vllm.config import PuzzleMoEConfig
 from puzzlemoe_vllm.format.codes import get_code
 from puzzlemoe_vllm.format.layout import LayoutError
@@ -31,11 +38,7 @@ from puzzlemoe_vllm.format.layout import LayoutError
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, GROUP = 6, 64, 64, 3, 32
 
 PREFIX = "model.layers.0.mlp.experts"
-PROJECTIONS = {
-    "gate_proj": (INTERMEDIATE, HIDDEN),
-    "up_proj": (INTERMEDIATE, HIDDEN),
-    "down_proj": (HIDDEN, INTERMEDIATE),
-}
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,16 @@ class Layer:
     tensors: dict[str, Tensor]
     code: str = "mask16"
     centres: tuple[int, ...] | None = None
+    group: int = GROUP
+    sizes: tuple[int, int] = (HIDDEN, INTERMEDIATE)
+
+    def of_size(self, intermediate: int) -> Layer:
+        """The same tensors in a model of another intermediate size."""
+        return replace(self, sizes=(self.sizes[0], intermediate))
 
     @property
     def group_size(self) -> int | None:
-        return GROUP if get_code(self.code).has_steps else None
+        return self.group if get_code(self.code).has_steps else None
 
     def weight(self, expert: int, projection: str) -> Tensor:
         """An expert's reconstructed weight in float64."""
@@ -97,17 +106,20 @@ class Layer:
         return get_code(self.code).decode(words, expert & 1, steps).double()
 
 
-def random_layer(merged: int, code: str = "mask16") -> Layer:
+def random_layer(
+    merged: int, code: str = "mask16", group: int = GROUP, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE
+) -> Layer:
     pair_code, draw = get_code(code), generator(0)
     tensors = {}
-    for name, shape in PROJECTIONS.items():
+    for name in PROJECTIONS:
+        shape = (hidden, intermediate) if name == "down_proj" else (intermediate, hidden)
         for leader in range(0, merged, 2):
             tensors[f"{leader}.{name}.puzzle"] = random_words(pair_code, *shape, draw)
             if pair_code.has_steps:
-                tensors[f"{leader}.{name}.puzzle_grid"] = random_steps(*shape, GROUP, draw)
+                tensors[f"{leader}.{name}.puzzle_grid"] = random_steps(*shape, group, draw)
         for expert in range(merged, EXPERTS):
             tensors[f"{expert}.{name}.weight"] = random_dense(*shape, draw)
-    return Layer(merged, tensors, code)
+    return Layer(merged, tensors, code, group=group, sizes=(hidden, intermediate))
 
 
 def clustered_layer(centres: tuple[int, ...]) -> Layer:
@@ -122,14 +134,8 @@ def layer() -> Layer:
     return random_layer(merged=4)
 
 
-def routed_experts(
-    parallel: FusedMoEParallelConfig,
-    merged: int = 4,
-    code: str = "mask16",
-    group_size: int | None = None,
-    centres: tuple[int, ...] | None = None,
-) -> RoutedExperts:
-    """One rank's layer, as vLLM's FusedMoE factory builds it."""
+def routed_experts(parallel: FusedMoEParallelConfig, layer: Layer) -> RoutedExperts:
+    """One rank's layer, without weights, as vLLM's FusedMoE factory builds it."""
     manager = ExpertMapManager(
         max_num_batched_tokens=64,
         top_k=TOP_K,
@@ -143,8 +149,8 @@ def routed_experts(
     config = FusedMoEConfig(
         num_experts=EXPERTS,
         experts_per_token=TOP_K,
-        hidden_dim=HIDDEN,
-        intermediate_size=INTERMEDIATE,
+        hidden_dim=layer.sizes[0],
+        intermediate_size=layer.sizes[1],
         num_local_experts=manager.local_num_experts,
         num_logical_experts=EXPERTS,
         activation=MoEActivation.SILU,
@@ -153,13 +159,14 @@ def routed_experts(
         moe_parallel_config=parallel,
         in_dtype=torch.bfloat16,
     )
-    merging = {"clusters": {"0": list(centres)}} if centres else {"merged_experts": {"0": merged}}
-    quantization = PuzzleMoEConfig.from_config({"code": code, "group_size": group_size} | merging)
+    pairs = {"code": layer.code, "group_size": layer.group_size, "merged_experts": {"0": layer.merged}}
+    quantization = PuzzleMoEConfig.from_config({"clusters": {"0": list(layer.centres)}} if layer.centres else pairs)
     return RoutedExperts(PREFIX, torch.bfloat16, config, quantization, manager)
 
 
 def loaded(parallel: FusedMoEParallelConfig, layer: Layer) -> RoutedExperts:
-    module = routed_experts(parallel, layer.merged, layer.code, layer.group_size, layer.centres)
+    module = routed_experts(parallel, layer)
+    record_metadata_for_reloading(module)
     list(module.load_weights(layer.tensors.items()))
     module.quant_method.process_weights_after_loading(module)
     return module
@@ -225,7 +232,7 @@ def test_a_rank_allocates_the_centres_among_its_experts_only():
 
 
 def test_clusters_of_another_model_are_refused():
-    config = PuzzleMoEConfig.from_config({"code": "mask16", "clusters": {"1": [0, 0, 2]}})
+    config = PuzzleMoEConfig.from_config({"clusters": {"1": [0, 0, 2]}})
     for experts, layers in ((4, 2), (3, 1)):
         model = SimpleNamespace(num_experts=experts, num_hidden_layers=layers)
         with pytest.raises(LayoutError, match=f"clusters of 3 experts in layer 1, .* {layers} layers of {experts}"):
@@ -260,13 +267,41 @@ def test_steps_are_split_with_the_columns():
         assert torch.equal(module.w13_puzzle_grid[1, INTERMEDIATE // 2 :], up)
 
 
-def test_a_split_that_cuts_a_group_is_refused_with_advice():
-    message = r"group size 64, .*compress again with --group-size 32, or lower --tensor-parallel-size"
-    with pytest.raises(ValueError, match=message):
-        routed_experts(Ranks(2).parallel_config(0), 4, "angle8", 64)
-    with pytest.raises(ValueError, match=r"columns share a step: lower --tensor-parallel-size"):
-        routed_experts(Ranks(4).parallel_config(0), 4, "angle8", 64)
-    routed_experts(Ranks(2, expert_parallel=True).parallel_config(0), 4, "angle8", 64)
+# Ranks of 32 columns have groups of 32; ranks of 16 are widened by zeros, on one side or the other.
+@pytest.mark.parametrize("code", ["angle8", "angle6"])
+@pytest.mark.parametrize("ranks", [Ranks(2), Ranks(4), Ranks(4, expert_parallel=True)], ids=str)
+def test_sum_over_ranks_that_cut_a_group(ranks, code):
+    check_sum_over_ranks(ranks, random_layer(4, code, group=64))
+
+
+# Intermediate sizes of Qwen1.5-MoE and DeepSeek-MoE-16B, and of Qwen3-30B-A3B, with the groups that each rank gets.
+@pytest.mark.parametrize(
+    ("intermediate", "count", "group"),
+    [(1408, 1, 128), (1408, 2, 64), (1408, 4, 32), (1408, 8, 32), (768, 2, 128), (768, 4, 64), (768, 8, 32)],
+)
+@pytest.mark.parametrize("code", ["angle8", "angle6"])
+def test_a_rank_that_cuts_groups_has_the_same_weights(code, intermediate, count, group):
+    layer = random_layer(4, code, group=128, hidden=2048, intermediate=intermediate)
+    whole = [[layer.weight(expert, name).bfloat16() for name in PROJECTIONS] for expert in range(EXPERTS)]
+    columns = intermediate // count
+    for rank in range(count):
+        module = loaded(Ranks(count).parallel_config(rank), layer)
+        weights = module.quant_method._weights(module)
+        padded = weights.w2_dense.shape[2]
+        assert weights.w13_steps.shape[2] * group == 2048 and weights.w2_steps.shape[2] * group == padded
+        front = columns * rank % group if columns % group else 0
+        here, part = slice(front, front + columns), slice(columns * rank, columns * (rank + 1))
+        for expert, (gate, up, down) in enumerate(whole):
+            w13, w2 = reference.expert_weights(weights, expert)
+            for half, expected in zip(w13.chunk(2), (gate, up), strict=True):
+                assert torch.equal(half[here], expected[part])
+                assert not half[:front].any() and not half[front + columns :].any()
+            assert torch.equal(w2[:, here], down[:, part])
+
+
+def test_group_size_of_another_model_is_refused():
+    with pytest.raises(LayoutError, match=r"intermediate size 64 must be multiples of the group size 128"):
+        routed_experts(Ranks(2).parallel_config(0), random_layer(4, "angle8", group=128, intermediate=256).of_size(64))
 
 
 def test_padding_only(layer):
@@ -288,21 +323,118 @@ def test_missing_steps():
         loaded(Ranks(1).parallel_config(0), Layer(layer.merged, rest, layer.code))
 
 
-def test_a_reload_must_be_complete_again(layer):
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 3e38])
+@pytest.mark.parametrize("name", ["2.up_proj.puzzle_grid", "2.down_proj.puzzle_grid"])
+def test_steps_that_are_not_finite_are_refused(name, value):
+    layer = random_layer(4, "angle8")
+    layer.tensors[name][-1, -1] = value
+    with pytest.raises(
+        LayoutError, match=r"experts.2: its steps \(w(13|2)_puzzle_grid\) are NaN, infinite or too large"
+    ):
+        loaded(Ranks(1).parallel_config(0), layer)
+
+
+@pytest.mark.parametrize("name", ["5.gate_proj.weight", "5.down_proj.weight"])
+def test_dense_experts_that_are_not_finite_are_refused(name):
+    layer = random_layer(4)
+    layer.tensors[name][0, 0] = float("inf")
+    with pytest.raises(LayoutError, match=r"experts.5: its weights \(w(13|2)_weight\) are NaN, infinite or too large"):
+        loaded(Ranks(1).parallel_config(0), layer)
+
+
+def reverse(weights: ExpertWeights) -> None:
+    """As the CUDA library's `prepare`, it leaves the weights in an order of its own."""
+    for tensor in (weights.w13_pairs, weights.w2_pairs, weights.w13_dense, weights.w2_dense):
+        tensor.detach().copy_(tensor.flip(-1))
+
+
+REVERSING = SimpleNamespace(__name__="backends.reversing", READS_CHECKPOINT_ORDER=False, prepare=reverse)
+
+
+@pytest.fixture(params=[False, True], ids=["checkpoint order", "kernel order"])
+def any_order(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(method, "backend_for", lambda device: REVERSING)
+
+
+def held(module: RoutedExperts) -> dict[str, Tensor]:
+    """What the layer's kernels read."""
+    maps = {name: getattr(module, name) for name in ("puzzle_map", "puzzle_centres")}
+    return dict(module.named_parameters()) | {name: tensor for name, tensor in maps.items() if tensor is not None}
+
+
+LAYERS = {
+    "pairs": lambda: random_layer(4),
+    "pairs only": lambda: random_layer(6),
+    "steps": lambda: random_layer(4, "angle8"),
+    "cut steps": lambda: random_layer(2, "angle6", group=64),
+    "clusters": lambda: clustered_layer((0, 4, 0, 0, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("ranks", [Ranks(1), Ranks(4), Ranks(2, expert_parallel=True)], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_reload_after_memory_was_discarded(any_order, kind, ranks):
+    layer = LAYERS[kind]()
+    for rank in range(ranks.count):
+        module = loaded(ranks.parallel_config(rank), layer)
+        before = {name: (tensor.clone(), tensor.data_ptr()) for name, tensor in held(module).items()}
+        for _ in range(2):
+            for tensor in held(module).values():
+                tensor.detach().fill_(77)
+            initialize_layerwise_reload(module)
+            list(module.load_weights(list(layer.tensors.items())))
+            finalize_layerwise_reload(module, SimpleNamespace(dtype=torch.bfloat16))
+            assert held(module).keys() == before.keys()
+            for name, tensor in held(module).items():
+                assert torch.equal(tensor, before[name][0]) and tensor.data_ptr() == before[name][1], name
+
+
+def test_an_update_with_other_weights(any_order):
+    first, second = random_layer(4, "angle8"), random_layer(4, "angle8")
+    for tensor in second.tensors.values():
+        tensor.copy_(tensor.flip(0))
+    module = loaded(Ranks(1).parallel_config(0), first)
+    initialize_layerwise_reload(module)
+    list(module.load_weights(list(second.tensors.items())))
+    finalize_layerwise_reload(module, SimpleNamespace(dtype=torch.bfloat16))
+    expected = held(loaded(Ranks(1).parallel_config(0), second))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in held(module).items())
+
+
+def test_a_reload_must_be_complete(any_order, layer):
+    module = loaded(Ranks(1).parallel_config(0), layer)
+    initialize_layerwise_reload(module)
+    list(module.load_weights(list(layer.tensors.items())[:-1]))
+    with pytest.raises(LayoutError, match="1 expert tensors are missing"):
+        finalize_layerwise_reload(module, SimpleNamespace(dtype=torch.bfloat16))
+
+
+def test_weights_in_checkpoint_order_may_be_loaded_over(layer):
     module = loaded(Ranks(1).parallel_config(0), layer)
     list(module.load_weights(list(layer.tensors.items())[:-1]))
     with pytest.raises(LayoutError, match="1 expert tensors are missing"):
         module.quant_method.process_weights_after_loading(module)
 
 
-def test_expert_load_balancing_is_refused():
+def test_weights_in_kernel_order_may_not(monkeypatch, layer):
+    monkeypatch.setattr(method, "backend_for", lambda device: REVERSING)
+    module = loaded(Ranks(1).parallel_config(0), layer)
+    before = {name: tensor.clone() for name, tensor in held(module).items()}
+    with pytest.raises(RuntimeError, match="kernels' own order: update them by reload_weights"):
+        list(module.load_weights(list(layer.tensors.items())))
+    module.quant_method.process_weights_after_loading(module)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in held(module).items())
+
+
+def test_expert_load_balancing_is_refused(layer):
     with pytest.raises(NotImplementedError, match="EPLB"):
-        routed_experts(Ranks(2, expert_parallel=True).parallel_config(0, enable_eplb=True))
+        routed_experts(Ranks(2, expert_parallel=True).parallel_config(0, enable_eplb=True), layer)
 
 
-def test_all2all_backend_that_needs_modular_kernels_is_refused():
+def test_all2all_backend_that_needs_modular_kernels_is_refused(layer):
     ranks = Ranks(2, expert_parallel=True)
     fields = {"dp_size": 2, "all2all_backend": "deepep_low_latency"}
     with pytest.raises(ValueError, match=r"deepep_low_latency.*allgather_reducescatter"):
-        routed_experts(ranks.parallel_config(0, **fields))
-    routed_experts(ranks.parallel_config(0, dp_size=2))
+        routed_experts(ranks.parallel_config(0, **fields), layer)
+    routed_experts(ranks.parallel_config(0, dp_size=2), layer)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from puzzlemoe_vllm.ops import backend_for
+from puzzlemoe_vllm.ops import backend_for, check_backend
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +23,11 @@ def test_a_choice_that_cannot_serve_is_refused(monkeypatch, choice, message):
     monkeypatch.setenv("PUZZLEMOE_BACKEND", choice)
     with pytest.raises(ValueError, match=message):
         backend_for("cpu")
+
+
+def test_the_reference_on_a_gpu_needs_eager_mode(monkeypatch):
+    monkeypatch.setenv("PUZZLEMOE_BACKEND", "reference")
+    check_backend("cuda", eager=True)
+    with pytest.raises(ValueError, match=r"cannot be captured in CUDA graphs: add --enforce-eager"):
+        check_backend("cuda", eager=False)
+    check_backend("cpu", eager=False)

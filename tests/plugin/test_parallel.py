@@ -32,7 +32,13 @@ def check(engine, parallel_engine, models):
 
 
 def test_tensor_parallel_with_pairs_group_steps_and_dense_experts(check):
-    check({"tensor_parallel_size": 2}, sparsity="0.25", code="angle8", intermediate_size=256)
+    # Groups of 128 on disk, of 64 on a rank.
+    check({"tensor_parallel_size": 2}, sparsity="0.25", code="angle8", intermediate_size=384)
+
+
+def test_tensor_parallel_whose_share_is_no_whole_number_of_the_smallest_groups(check):
+    # Groups of 32 on disk; a rank has 80 columns.
+    check({"tensor_parallel_size": 2}, sparsity="0.25", code="angle6", intermediate_size=160)
 
 
 def test_pair_that_straddles_expert_parallel_ranks(check):

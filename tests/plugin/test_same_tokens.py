@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import models as tiny_models
 from support.comparison import assert_same_generation
@@ -96,8 +97,10 @@ def exchange_pair(folder: Path, prefix: str) -> None:
     """Exchanges sign and mask bits of the two positions in the words below `prefix`."""
     for shard in folder.glob("*.safetensors"):
         tensors = load_file(shard)
+        with safe_open(shard, "pt") as file:
+            metadata = file.metadata()
         for name in tensors:
             if name.startswith(prefix) and name.endswith(".puzzle"):
                 word = tensors[name].int() & 0xFFFF
                 tensors[name] = ((word & 0x0FFF) | (word & 0xA000) >> 1 | (word & 0x5000) << 1).short()
-        save_file(tensors, shard, metadata={"format": "pt"})
+        save_file(tensors, shard, metadata=metadata)

@@ -83,6 +83,19 @@ class Engine:
             return str(error)
         raise AssertionError(f"vLLM served {model} with {options}")
 
+    def reload(
+        self, model: Path, other: Path | None = None, sleep: int = 0, **options: Any
+    ) -> tuple[list[list[Step]], list[list[Step]], list[str]]:
+        """Continuations of PROMPTS before and after the weights were lost and loaded again, and the names of tensors
+        that then differ or moved.  Raises EngineError.
+
+        other: load that folder's weights instead.  sleep: lose them by vLLM's sleep of that level.
+        """
+        request = {"model": str(model), "other": str(other or model), "sleep": sleep, "options": SMALL | options}
+        *generated, changed = self._ask(request)
+        before, after = ([[Step(*step) for step in steps] for steps in run] for run in generated)
+        return before, after, changed
+
     def puzzlemoe(self, *arguments: Any) -> str:
         """What `puzzlemoe ...` prints.  Raises EngineError."""
         return self._ask({"arguments": [str(argument) for argument in arguments]})
@@ -124,15 +137,67 @@ class Engine:
 
 
 def _generate(model: str, options: dict[str, Any]) -> list[Any]:
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import LLM
 
-    llm = LLM(model, **options)
+    return _continue(LLM(model, **options))
+
+
+def _continue(llm: Any) -> list[Any]:
+    from vllm import SamplingParams, TokensPrompt
+
     sampling = SamplingParams(temperature=0, max_tokens=LENGTH, logprobs=2, ignore_eos=True, detokenize=False)
     outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in PROMPTS], sampling, use_tqdm=False)
     return [
         [_step(*chosen) for chosen in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)]
         for output in outputs
     ]
+
+
+def _reload(model: str, other: str, sleep: int, options: dict[str, Any]) -> list[Any]:
+    from vllm import LLM
+
+    llm = LLM(model, enable_sleep_mode=bool(sleep), **options)
+    before, (held,) = _continue(llm), llm.apply_model(_tensors)
+    if sleep:
+        llm.sleep(sleep)
+        llm.wake_up(tags=["weights"])
+    else:
+        llm.apply_model(_forget)
+    if sleep != 1:
+        llm.collective_rpc("reload_weights", kwargs={} if other == model else {"weights_path": other})
+    if sleep:
+        llm.wake_up(tags=["kv_cache"])
+    (found,) = llm.apply_model(_tensors)
+    changed = [name for name in held.keys() | found.keys() if held.get(name) != found.get(name)]
+    return [before, _continue(llm), sorted(changed)]
+
+
+def _maps(module: Any) -> dict[str, Any]:
+    """Tensors of the plugin's layers that are no parameters."""
+    maps = {name: getattr(module, name, None) for name in ("puzzle_map", "puzzle_centres")}
+    return {name: tensor for name, tensor in maps.items() if tensor is not None}
+
+
+def _tensors(model: Any) -> dict[str, tuple[int, str]]:
+    """Address and digest of every parameter and of the plugin's maps."""
+    import hashlib
+
+    import torch
+
+    named = dict(model.named_parameters())
+    for prefix, module in model.named_modules():
+        named |= {f"{prefix}.{name}": tensor for name, tensor in _maps(module).items()}
+    as_bytes = {name: tensor.detach().contiguous().view(-1).view(torch.uint8).cpu() for name, tensor in named.items()}
+    return {
+        name: (named[name].data_ptr(), hashlib.sha256(data.numpy().tobytes()).hexdigest())
+        for name, data in as_bytes.items()
+    }
+
+
+def _forget(model: Any) -> None:
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *_maps(module).values()]:
+            tensor.detach().zero_()
 
 
 def _step(token: int, logprobs: dict[int, Any]) -> tuple[int, float, float]:
@@ -160,7 +225,8 @@ def main() -> None:
     for line in sys.stdin:
         try:
             request = json.loads(line)
-            answer = {"result": (_generate if "model" in request else _puzzlemoe)(**request)}
+            run = _reload if "sleep" in request else _generate if "model" in request else _puzzlemoe
+            answer = {"result": run(**request)}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         cleanup_dist_env_and_memory()
