@@ -186,8 +186,10 @@ def _project(
     There is a loop for every way the matrix may be stored, and all but one make no steps: with branches instead, Triton
     would reserve shared memory for each.
     """
-    leader = tl.zeros((TILES.tokens, TILES.rows), tl.float32)
-    partner = tl.zeros((TILES.tokens, TILES.rows), tl.float32)
+    BLOCK_M: tl.constexpr = TILES.tokens  # Triton 3.6 takes no field of a constant in a tuple
+    BLOCK_N: tl.constexpr = TILES.rows
+    leader = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    partner = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     size = N.to(tl.int64) * K
     if STORAGE.pairs:
         pair = tl.minimum(expert >> 1, pairs - 1)
