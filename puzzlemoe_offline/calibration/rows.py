@@ -119,12 +119,12 @@ _OPENERS: dict[str, Callable[[Path], AbstractContextManager[Any]]] = {
 
 def _lines(file: TextFile, stream: BinaryIO, newline: str | None = None) -> Iterator[tuple[int, str]]:
     """Lines with their numbers; newline: as for `open`."""
-    decoded = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-    for number, line in enumerate(decoded, 1):
-        if found := _NOT_TEXT.search(line):
-            kind = "a NUL byte, as binary files do" if found[0] == "\0" else "bytes that are no UTF-8"
-            raise CalibrationError(f"{file}:{number} holds {kind}; give text in UTF-8")
-        yield number, line
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as decoded:
+        for number, line in enumerate(decoded, 1):
+            if found := _NOT_TEXT.search(line):
+                kind = "a NUL byte, as binary files do" if found[0] == "\0" else "bytes that are no UTF-8"
+                raise CalibrationError(f"{file}:{number} holds {kind}; give text in UTF-8")
+            yield number, line
 
 
 def _json_rows(file: TextFile, lines: Iterator[tuple[int, str]], column: str | None) -> Iterator[Row]:
@@ -164,7 +164,7 @@ def _json_row(row: Any, where: str, column: str | None) -> Row:
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, dict):
-        raise CalibrationError(f"{where}: expected a JSON object, not a {type(row).__name__}")
+        raise CalibrationError(f"{where}: expected a JSON object, not a value of type {type(row).__name__}")
     chosen = _column(row, column, where)
     return where, chosen, row[chosen]
 
@@ -201,7 +201,7 @@ def _parquet_rows(file: TextFile, column: str | None) -> Iterator[Row]:
     with pq.ParquetFile(file.path) as parquet:
         chosen, number = _column(parquet.schema_arrow.names, column, str(file)), 0
         for batch in parquet.iter_batches(_PARQUET_BATCH, columns=[chosen]):
-            for value in batch.column(0):
+            for value in batch.column(chosen):
                 number += 1
                 where = f"{file} row {number}"
                 try:

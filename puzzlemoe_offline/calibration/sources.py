@@ -11,8 +11,9 @@ from pathlib import Path
 
 from puzzlemoe_vllm.errors import UserError
 
-# WikiText's own files end in .raw and .tokens.
 PLAIN, JSON, CSV, TSV, PARQUET = "plain text", "JSON", "CSV", "TSV", "Parquet"
+
+# WikiText's own files end in .raw and .tokens.
 FORMATS = dict.fromkeys(("", ".txt", ".text", ".md", ".raw", ".tokens"), PLAIN) | {
     ".json": JSON,
     ".jsonl": JSON,

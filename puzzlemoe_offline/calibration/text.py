@@ -179,8 +179,8 @@ def _row_ids(tokenizer: PreTrainedTokenizerBase, where: str, column: str, value:
         return tokenizer(value, verbose=False)["input_ids"]
     if not isinstance(value, list):
         raise CalibrationError(
-            f"{where}: {shown(column, 30)} is a {type(value).__name__}, not {_EXPECTED[column in CHATS]}; mend the row "
-            "or choose another column with --column NAME"
+            f"{where}: {shown(column, 30)} is of type {type(value).__name__}, not {_EXPECTED[column in CHATS]}; "
+            "mend the row or choose another column with --column NAME"
         )
     messages = [_message(message, f"{where}: {shown(column, 30)}[{index}]") for index, message in enumerate(value)]
     if tokenizer.chat_template is None:

@@ -199,10 +199,16 @@ def test_chats_go_through_the_chat_template(tmp_path, tokenizer, row, column):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"text": 5}, "a.jsonl:2: text is a int, not a string or a list of messages; mend the row or choose another"),
-        ({"text": {"a": 1}}, "a.jsonl:2: text is a dict, not a string or a list of messages"),
+        (
+            {"text": 5},
+            "a.jsonl:2: text is of type int, not a string or a list of messages; mend the row or choose another",
+        ),
+        ({"text": {"a": 1}}, "a.jsonl:2: text is of type dict, not a string or a list of messages"),
         ({"text": "\ud800"}, r"a.jsonl:2 holds half a character ('\ud800', a lone surrogate): mend or drop the row"),
-        ({"messages": "user: hi"}, "a.jsonl:2: messages is a str, not a list of messages; mend the row or choose"),
+        (
+            {"messages": "user: hi"},
+            "a.jsonl:2: messages is of type str, not a list of messages; mend the row or choose",
+        ),
         ({"messages": ["hi"]}, "a.jsonl:2: messages[0]: expected a message with role and content"),
         ({"messages": [*CHAT, {"role": "user"}]}, "a.jsonl:2: messages[3]: expected a message with role and content"),
         ({"messages": [{"role": [], "content": "hi"}]}, "a.jsonl:2: messages[0]: expected a message with role"),
