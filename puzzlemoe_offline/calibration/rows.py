@@ -66,8 +66,9 @@ def file_rows(file: TextFile, column: str | None) -> Iterator[Row]:
             else:
                 yield from _separated_rows(file, stream, column)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise CalibrationError(f"{file} could not be read ({shown(reason)}): it may be damaged or cut short") from None
+        refused = isinstance(error, OSError) and error.strerror
+        reason = refused or f"{shown(error)}; it may be damaged or cut short: write or fetch it again"
+        raise CalibrationError(f"{file} could not be read: {reason}") from None
 
 
 def hub_rows(dataset: HubDataset, column: str | None, data_files: dict[str, str] | None) -> Iterator[Row]:

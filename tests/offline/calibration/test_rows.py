@@ -164,6 +164,7 @@ def test_a_column_that_is_missing(tmp_path, asked):
 
 
 DEEP = b"[" * 200_000
+DAMAGED = "; it may be damaged or cut short: write or fetch it again"
 JSON_HINT = "; give an object a line, or one array of objects"
 
 
@@ -194,14 +195,14 @@ JSON_HINT = "; give an object a line, or one array of objects"
         ("a.tsv", b'text\n"a"b\n', "a.tsv:2 is no TSV ('\t' expected after '\"'): close its quotes{}"),
         ("a.csv", b"text,text\n1,2\n", "a.csv:1 has more than one column text: rename one"),
         ("a.csv", b"", "a.csv has no column text; there are: none; choose one with --column NAME"),
-        ("a.parquet", b"PAR1" + b"x" * 99, "a.parquet could not be read ({}): it may be damaged or cut short"),
+        ("a.parquet", b"PAR1" + b"x" * 99, "a.parquet could not be read: {}" + DAMAGED),
         (
             "a.parquet",
             parquet([b"x\xe9"] * 3)[:-20],
-            "a.parquet could not be read ({}): it may be damaged or cut short",
+            "a.parquet could not be read: {}" + DAMAGED,
         ),
         *(
-            (f"a.txt{suffix}", content, f"a.txt{suffix} could not be read ({{}}): it may be damaged or cut short")
+            (f"a.txt{suffix}", content, f"a.txt{suffix} could not be read: {{}}{DAMAGED}")
             for suffix, compress in list(COMPRESSED.items())[1:]
             for content in (b"plain text, really", compress(b"fine" * 999)[:-6])
         ),
@@ -230,7 +231,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", denied)
-    assert "a.txt could not be read (Permission denied)" in refusal(path)
+    assert refusal(path) == "a.txt could not be read: Permission denied"
 
 
 def test_messages_of_a_long_path_fit(tmp_path):
