@@ -15,23 +15,31 @@ struct Piece {
   int item, first_stage, end_stage;
 };
 
+// A Grid says what is to be spread over what: items(), stages() of an item's depth, blocks(), and
+// has_room(), whether pieces have a place to leave their sums in; and block(), the one that asks.  It is asked whenever
+// one of these is needed: a kernel reads them anew, since to keep them would take registers.
+
+template <class Grid>
+PM_HOST_DEVICE inline int block_of(const Grid& grid, int dealer) {
+  return grid.blocks() - 1 - dealer;
+}
+template <class Grid>
+PM_HOST_DEVICE inline int own_dealer(const Grid& grid) {
+  return grid.blocks() - 1 - grid.block();
+}
+
 // What all blocks of a launch agree on.  Tile has kCuts, whether items may be cut, and kBlocks, that share a
 // multiprocessor.
-template <class Tile>
+template <class Tile, class Grid>
 class Launch {
  public:
-  // stages: of an item's depth.  room_for_sums: whether pieces have a place to leave their sums in.
-  PM_HOST_DEVICE Launch(int items, int stages, int blocks, bool room_for_sums)
-      : items(items), stages(stages), blocks(blocks) {
-    const int rest = items % blocks;
-    cut = Tile::kCuts && room_for_sums && rest ? least(items, rest + blocks) : 0;
+  PM_HOST_DEVICE explicit Launch(const Grid& grid) : stages(grid.stages()) {
+    const int blocks = grid.blocks(), rest = grid.items() % blocks;
+    cut = Tile::kCuts && grid.has_room() && rest ? least(grid.items(), rest + blocks) : 0;
     // Where whole items go round nearly evenly, cutting costs more than it saves.
-    if ((blocks - rest) * kWorthwhile < items) cut = 0;
+    if ((blocks - rest) * kWorthwhile < grid.items()) cut = 0;
     dealers = most(least(blocks, cut * stages / kMinStages), 1);
   }
-
-  PM_HOST_DEVICE int dealer(int block) const { return blocks - 1 - block; }
-  PM_HOST_DEVICE int block_of(int dealer) const { return blocks - 1 - dealer; }
 
   // First of the dealt stages that a dealer gets, and the dealer that gets one of them.
   PM_HOST_DEVICE int first_dealt(int dealer) const { return least(dealer, dealers) * (cut * stages) / dealers; }
@@ -39,13 +47,7 @@ class Launch {
   // The last dealer with a piece of an item that is cut.
   PM_HOST_DEVICE int last_dealer(const Piece& piece) const { return dealer_of((piece.item + 1) * stages - 1); }
 
-  // The start of an item whose rest other blocks leave, and such a rest.
-  PM_HOST_DEVICE bool starts(const Piece& piece) const {
-    return Tile::kCuts && piece.first_stage == 0 && piece.end_stage < stages;
-  }
-  PM_HOST_DEVICE bool continues(const Piece& piece) const { return Tile::kCuts && piece.first_stage > 0; }
-
-  int items, stages, blocks;
+  int stages;
   int cut;  // items that are dealt in stages, the first ones
   int dealers;
 
@@ -59,14 +61,13 @@ class Launch {
 
 // A block's pieces, in order: the rest of an item that another block begins, which that block waits for; whole items,
 // dealt or in turn; the start of an item, whose rest should be there by then.
-template <class Tile>
+template <class Tile, class Grid>
 class Walk {
  public:
-  PM_HOST_DEVICE Walk(const Launch<Tile>& launch, int block)
-      : stages_(launch.stages), turn_(launch.cut + first_item(launch.blocks, block)), items_(launch.items),
-        blocks_(launch.blocks) {
+  PM_HOST_DEVICE Walk(const Grid& grid, const Launch<Tile, Grid>& launch)
+      : stages_(launch.stages), turn_(launch.cut + first_item(grid)), items_(grid.items()) {
     if constexpr (!Tile::kCuts) return;
-    const int dealer = launch.dealer(block), begin = launch.first_dealt(dealer), end = launch.first_dealt(dealer + 1);
+    const int dealer = own_dealer(grid), begin = launch.first_dealt(dealer), end = launch.first_dealt(dealer + 1);
     dealt_ = uniform((begin + stages_ - 1) / stages_);
     rest_first_ = uniform(begin % stages_);
     rest_end_ = uniform(rest_first_ + end - begin < stages_ ? rest_first_ + end - begin : stages_);
@@ -74,7 +75,7 @@ class Walk {
     start_ = uniform(dealt_end_ < dealt_ ? 0 : end % stages_);
   }
 
-  PM_HOST_DEVICE bool next(Piece& piece) {
+  PM_HOST_DEVICE bool next(const Grid& grid, Piece& piece) {
     if (rest_first_ > 0) {
       piece = {dealt_ - 1, rest_first_, rest_end_};
       rest_first_ = 0;
@@ -82,7 +83,7 @@ class Walk {
       piece = {dealt_++, 0, stages_};
     } else if (turn_ < items_) {
       piece = {turn_, 0, stages_};
-      turn_ += blocks_;
+      turn_ += grid.blocks();
     } else if (start_ > 0) {
       piece = {dealt_end_, 0, start_};
       start_ = 0;
@@ -94,11 +95,13 @@ class Walk {
 
  private:
   // Blocks 2i and 2i + 1 tend to share a multiprocessor: not both shall have an item more than the others.
-  PM_HOST_DEVICE static int first_item(unsigned blocks, unsigned block) {
+  PM_HOST_DEVICE static int first_item(const Grid& grid) {
+    if constexpr (Tile::kBlocks == 1) return grid.block();
+    const unsigned blocks = grid.blocks(), block = grid.block();
     if (blocks % Tile::kBlocks) return block;
     return block % Tile::kBlocks * (blocks / Tile::kBlocks) + block / Tile::kBlocks;
   }
 
-  int stages_, turn_, items_, blocks_;  // turn_: the next item in turn
+  int stages_, turn_, items_;  // turn_: the next item in turn
   int rest_first_ = 0, rest_end_ = 0, dealt_ = 0, dealt_end_ = 0, start_ = 0;
 };

@@ -53,11 +53,11 @@ struct Sm90Gemm {
     multiply<kTiles0, kTiles1>(gemm, work, depth_tiles, slot, sums);
   }
 
-  __device__ __forceinline__ static void multiply_piece(const GroupedGemm& gemm, const Items<Tile>& items,
-                                                        const Piece& piece, const WorkItem& work, Slot& slot,
-                                                        Sums& sums) {
+  __device__ __forceinline__ static void multiply_piece(const Items<Tile>& items, const Piece& piece, const WorkItem& work,
+                                                        Slot& slot, Sums& sums) {
+    const GroupedGemm& gemm = items.gemm;
     const int count0 = uniform(work.group.count[0]), count1 = uniform(work.group.count[1]);
-    const int tiles = items.tiles(gemm, piece);
+    const int tiles = items.tiles(piece);
     if constexpr (!Tile::kWgmma) {
       if (uniform(joined<Tile>(work.group))) {
         if (count0 + count1 <= 8) multiply_joined<1>(gemm, work, tiles, slot, sums);
@@ -70,23 +70,23 @@ struct Sm90Gemm {
 
   // The start of an item, which comes last, is completed outside the loop: a loop in it, over the pieces that other
   // blocks left, would make the compiler take the whole loop for divergent, and compute addresses lane by lane.
-  __device__ __forceinline__ static void consume_all(const GroupedGemm& gemm, const Items<Tile>& items) {
+  __device__ __forceinline__ static void consume_all(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
     Slot slot;
     Sums sums;
-    auto walk = items.walk();
+    Walk walk(items, launch);
     Piece piece;
     bool starts = false;
-    while (!starts && walk.next(piece)) {
-      const WorkItem work = items.work(gemm, piece);
-      multiply_piece(gemm, items, piece, work, slot, sums);
-      starts = items.launch.starts(piece);
-      if (items.launch.continues(piece)) ItemSums<Tile>::leave(gemm, items.launch, work.group, sums);
-      else if (!starts) Epilogue<Code, Tile, kGateUp>::store(gemm, work, sums);
+    while (!starts && walk.next(items, piece)) {
+      const WorkItem work = items.work(piece);
+      multiply_piece(items, piece, work, slot, sums);
+      starts = Tile::kCuts && piece.first_stage == 0 && piece.end_stage < launch.stages;
+      if (Tile::kCuts && piece.first_stage > 0) ItemSums<Tile>::leave(items, work.group, sums);
+      else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
     }
     if (!starts) return;
-    const WorkItem work = items.work(gemm, piece);
-    ItemSums<Tile>::add_left(gemm, items.launch, work.group, items.launch.last_dealer(piece), sums);
-    Epilogue<Code, Tile, kGateUp>::store(gemm, work, sums);
+    const WorkItem work = items.work(piece);
+    ItemSums<Tile>::add_left(items, work.group, launch.last_dealer(piece), sums);
+    Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
   }
 
   __device__ __forceinline__ static void run(const GroupedGemm& gemm) {
@@ -100,14 +100,15 @@ struct Sm90Gemm {
     if constexpr (kGateUp) wait_for_previous_kernel();
     let_next_kernel_start();
     const Items<Tile> items(gemm);
+    const LaunchOf<Tile> launch(items);
     if (uniform(threadIdx.x / 128) == Tile::kConsumers) {
       registers_down<Tile::kCopyRegisters>();
       const int warp = uniform(threadIdx.x % 128 / 32);
-      if (warp < 2) Stage::gather_tokens(gemm, items);
-      else if (warp == 2) Stage::copy_words(gemm, items);
+      if (warp < 2) Stage::gather_tokens(items, launch);
+      else if (warp == 2) Stage::copy_words(items, launch);
     } else {
       registers_up<Tile::kMultiplyRegisters>();
-      consume_all(gemm, items);
+      consume_all(items, launch);
     }
   }
 };

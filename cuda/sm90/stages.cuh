@@ -6,32 +6,34 @@
 #include "schedule.cuh"
 #include "tiles.cuh"
 
-// The items of a launch as work: groups x row tiles.
+// The items of a launch, as schedule.cuh asks for them and as work on groups x row tiles.
 template <class Tile>
 struct Items {
+  const GroupedGemm& gemm;
+  int row_tiles, first_group;
+
   __device__ explicit Items(const GroupedGemm& gemm)
-      : row_tiles((gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips),
-        first_group(gemm.first_group ? uniform(*gemm.first_group) : 0),
-        launch((uniform(*gemm.end_group) - first_group) * row_tiles,
-               (gemm.depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles, gridDim.x, gemm.partials) {}
+      : gemm(gemm),
+        row_tiles((gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips),
+        first_group(gemm.first_group ? uniform(*gemm.first_group) : 0) {}
 
-  __device__ WorkItem work(const GroupedGemm& gemm, const Piece& piece) const {
-    return WorkItem(gemm, first_group, piece.item, row_tiles);
-  }
-  __device__ Walk<Tile> walk() const { return Walk<Tile>(launch, blockIdx.x); }
+  __device__ int items() const { return (uniform(*gemm.end_group) - first_group) * row_tiles; }
+  __device__ int stages() const { return (gemm.depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles; }
+  __device__ int blocks() const { return gridDim.x; }
+  __device__ int block() const { return blockIdx.x; }
+  __device__ bool has_room() const { return gemm.partials; }
 
+  __device__ WorkItem work(const Piece& piece) const { return WorkItem(gemm, first_group, piece.item, row_tiles); }
   // A piece's tiles of the depth.
-  __device__ static int first_tile(const Piece& piece) { return piece.first_stage * Tile::kDepthTiles; }
-  __device__ static int end_tile(const GroupedGemm& gemm, const Piece& piece) {
+  __device__ int first_tile(const Piece& piece) const { return piece.first_stage * Tile::kDepthTiles; }
+  __device__ int end_tile(const Piece& piece) const {
     return min(piece.end_stage * Tile::kDepthTiles, gemm.depth / 16);
   }
-  __device__ static int tiles(const GroupedGemm& gemm, const Piece& piece) {
-    return end_tile(gemm, piece) - first_tile(piece);
-  }
-
-  int row_tiles, first_group;
-  Launch<Tile> launch;
+  __device__ int tiles(const Piece& piece) const { return end_tile(piece) - first_tile(piece); }
 };
+
+template <class Tile>
+using LaunchOf = Launch<Tile, Items<Tile>>;
 
 // Whether part 1's tokens follow part 0's in a stage; else they start at kPartTokens.
 template <class Tile>
@@ -121,13 +123,14 @@ struct Stages {
 
   // One warp: a bulk copy for every eight strips of a stage, and one for every group of steps.  Reads nothing that the
   // kernel before writes, so that the first words of the down projection arrive while gate and up still run elsewhere.
-  __device__ static void copy_words(const GroupedGemm& gemm, const Items<Tile>& items) {
+  __device__ static void copy_words(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
+    const GroupedGemm& gemm = items.gemm;
     const int lane = threadIdx.x % 32;
     Slot slot;
-    auto walk = items.walk();
-    for (Piece piece; walk.next(piece);) {
-      const WorkItem work = items.work(gemm, piece);
-      const int end = items.end_tile(gemm, piece);
+    Walk walk(items, launch);
+    for (Piece piece; walk.next(items, piece);) {
+      const WorkItem work = items.work(piece);
+      const int end = items.end_tile(piece);
       const int first_strip = work.row_tile * Tile::kStrips, strips = min(Tile::kStrips, gemm.rows / 16 - first_strip);
       const int own_strips = max(0, min(kBlockStrips, strips - lane * kBlockStrips));
       const uint8_t* weights = unit_weights<Code>(gemm, work.group.unit);
@@ -152,7 +155,8 @@ struct Stages {
 
   // Two warps: eight threads per token, 16 bytes each, swizzled as the descriptor says.  A thread's tokens are eight
   // apart, so that its place in the swizzle never changes.
-  __device__ static void gather_tokens(const GroupedGemm& gemm, const Items<Tile>& items) {
+  __device__ static void gather_tokens(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
+    const GroupedGemm& gemm = items.gemm;
     constexpr int kTokensPerThread = kTokens / 8;
     constexpr uint32_t kNone = ~0u;
     const int first = threadIdx.x / 8 % 8, column = threadIdx.x % 8;
@@ -162,10 +166,10 @@ struct Stages {
     if constexpr (!kGateUp) wait_for_previous_kernel();
     Slot slot, landed;  // the stage being begun, and the first whose tokens are still on their way
     int in_flight = 0;
-    auto walk = items.walk();
-    for (Piece piece; walk.next(piece);) {
-      const WorkItem work = items.work(gemm, piece);
-      const int end = items.end_tile(gemm, piece);
+    Walk walk(items, launch);
+    for (Piece piece; walk.next(items, piece);) {
+      const WorkItem work = items.work(piece);
+      const int end = items.end_tile(piece);
       uint32_t places[kTokensPerThread];  // in 16-byte vectors, so that 32 bits hold any
 #pragma unroll
       for (int i = 0; i < kTokensPerThread; ++i) {

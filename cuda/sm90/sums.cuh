@@ -27,12 +27,12 @@ struct ItemSums {
   }
 
   // Where the sums of the piece that a dealer leaves are, this lane's of one token tile; and whether they are there.
-  __device__ static float4* left_sums(const GroupedGemm& gemm, const Launch<Tile>& launch, int dealer, int tile) {
-    const int warp = launch.block_of(dealer) * Tile::kStrips + threadIdx.x / 32;
-    return gemm.partials + (warp * (2 * kPartTiles) + tile) * 32 + threadIdx.x % 32;
+  __device__ static float4* left_sums(const Items<Tile>& items, int dealer, int tile) {
+    const int warp = block_of(items, dealer) * Tile::kStrips + threadIdx.x / 32;
+    return items.gemm.partials + (warp * (2 * kPartTiles) + tile) * 32 + threadIdx.x % 32;
   }
-  __device__ static int* left_flag(const GroupedGemm& gemm, const Launch<Tile>& launch, int dealer) {
-    return gemm.arrivals + launch.block_of(dealer) * Tile::kConsumers + threadIdx.x / 128;
+  __device__ static int* left_flag(const Items<Tile>& items, int dealer) {
+    return items.gemm.arrivals + block_of(items, dealer) * Tile::kConsumers + threadIdx.x / 128;
   }
 
   // Whether a tile of the sums has tokens.
@@ -42,28 +42,28 @@ struct ItemSums {
   }
 
   // Leaves the sums of a piece that is not an item's start; a block has one at most, its first.
-  __device__ static void leave(const GroupedGemm& gemm, const Launch<Tile>& launch, const TokenGroup& group, const Sums& sums) {
+  __device__ static void leave(const Items<Tile>& items, const TokenGroup& group, const Sums& sums) {
 #pragma unroll
     for (int j = 0; j < 2 * kPartTiles; ++j)
       if (uniform(used(group, j)))
-        __stcg(left_sums(gemm, launch, launch.dealer(blockIdx.x), j), make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]));
+        __stcg(left_sums(items, own_dealer(items), j), make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]));
     warpgroup_barrier(1 + threadIdx.x / 128);
-    store_release_if(threadIdx.x % 128 == 0, left_flag(gemm, launch, launch.dealer(blockIdx.x)), 1);
+    store_release_if(threadIdx.x % 128 == 0, left_flag(items, own_dealer(items)), 1);
   }
 
   // Adds the sums that the next dealers up to the last have left, in their order.
-  __device__ static void add_left(const GroupedGemm& gemm, const Launch<Tile>& launch, const TokenGroup& group, int last_dealer, Sums& sums) {
-    for (int dealer = launch.dealer(blockIdx.x) + 1; dealer <= last_dealer; ++dealer) {
+  __device__ static void add_left(const Items<Tile>& items, const TokenGroup& group, int last_dealer, Sums& sums) {
+    for (int dealer = own_dealer(items) + 1; dealer <= last_dealer; ++dealer) {
       if (threadIdx.x % 128 == 0) {
-        while (!load_acquire(left_flag(gemm, launch, dealer))) {
+        while (!load_acquire(left_flag(items, dealer))) {
         }
-        *left_flag(gemm, launch, dealer) = 0;  // for the next launch
+        *left_flag(items, dealer) = 0;  // for the next launch
       }
       warpgroup_barrier(1 + threadIdx.x / 128);
 #pragma unroll
       for (int j = 0; j < 2 * kPartTiles; ++j) {
         if (!used(group, j)) continue;
-        const float4 other = __ldcg(left_sums(gemm, launch, dealer, j));
+        const float4 other = __ldcg(left_sums(items, dealer, j));
         sums[j][0] += other.x, sums[j][1] += other.y, sums[j][2] += other.z, sums[j][3] += other.w;
       }
     }
