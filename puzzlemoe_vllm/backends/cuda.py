@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
-from puzzlemoe_vllm.format.codes import GridCode, get_code, word_table
+from puzzlemoe_vllm.format.codes import CODES, GridCode, get_code, word_table
 
-ABI_VERSION = 3
+logger = logging.getLogger(__name__)
+
+ABI_VERSION = 4
 DECODERS = {"mask16": 0, "angle16": 1, "angle8": 2, "angle6": 3, "mask6": 3}
 """The library's decoder of each code."""
 
@@ -115,6 +118,26 @@ def choose_kernel(slots_per_expert: float, capability: int, code: str) -> str:
     return next((kernel for limit, kernel in rows if slots_per_expert <= limit), rows[-1][1])
 
 
+@functools.cache
+def served_capability(capability: int) -> int:
+    """The capability whose rows of the dispatch table the loaded library can serve.
+
+    80, whose kernels run on every later device, where the library was built without some that `capability` asks for:
+    cuda/build.py says when.
+    """
+    wanted = {kernel for code in CODES for _, kernel in _dispatch_rows(capability, code)}
+    missing = sorted(wanted - set(kernel_names()))
+    if not missing:
+        return capability
+    logger.warning(
+        "%s was built without %s: kernels of compute capability 8.0 serve instead, slower; build it with CUDA 13.3 or "
+        "later",
+        library_path(),
+        ", ".join(missing),
+    )
+    return 80
+
+
 def kernel_words(tiles: Tensor, code: str) -> Tensor:
     """Tiles of one word per element, [..., 256], in the bit order that the kernels read (cuda/words.cuh): int16 for the
     16-bit codes, else uint8 [..., bytes of a tile]."""
@@ -204,7 +227,8 @@ def fused_experts(
     with torch.cuda.device(x.device):
         if kernel is None:
             major, minor = torch.cuda.get_device_capability()
-            kernel = choose_kernel(tokens * topk / experts, 10 * major + minor, weights.code)
+            capability = served_capability(10 * major + minor)
+            kernel = choose_kernel(tokens * topk / experts, capability, weights.code)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         # Held here until the launches are queued: the allocator reuses memory in stream order.
         inputs = {
