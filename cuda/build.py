@@ -85,16 +85,15 @@ def compile_source(nvcc: str, source: Path, target: Path, arches: Sequence[str],
     return done.stdout
 
 
-def compile_all(nvcc: str, folder: Path, arches: Sequence[str], jobs: int | None = None) -> dict[Path, Path]:
-    """Compiles every source into `folder`; returns the object of each.  nvcc's messages go to stderr."""
-
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        sys.stderr.write(compile_source(nvcc, source, target, arches))
-        return target
-
+def compile_all(
+    nvcc: str, folder: Path, arches: Sequence[str], jobs: int | None = None, flags: Sequence[str] = ()
+) -> tuple[dict[Path, Path], str]:
+    """Compiles every source into `folder`; returns the object of each and what nvcc said.  Raises
+    subprocess.CalledProcessError when it fails."""
+    objects = {source: folder / f"{source.stem}.o" for source in sources()}
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        return dict(zip(sources(), pool.map(compiled, sources()), strict=True))
+        said = pool.map(lambda source: compile_source(nvcc, source, objects[source], arches, flags), objects)
+        return objects, "".join(said)
 
 
 def link(nvcc: str, objects: dict[Path, Path], output: Path) -> None:
@@ -140,7 +139,8 @@ def build_library(output: Path, arches: Sequence[str] = ARCHES, jobs: int | None
     """
     nvcc = find_nvcc()
     with tempfile.TemporaryDirectory() as folder:
-        objects = compile_all(nvcc, Path(folder), arches, jobs)
+        objects, messages = compile_all(nvcc, Path(folder), arches, jobs)
+        sys.stderr.write(messages)
         library = Path(folder, "library.so")
         link(nvcc, objects, library)
         if reason := distrust(nvcc, library):
