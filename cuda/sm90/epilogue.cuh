@@ -47,7 +47,7 @@ struct Epilogue {
       __nv_bfloat16* out = gemm.out + own_strips * (kStripBytesOut / 2) + vector * 8;
       auto tile = [&](int t, int lower) {  // a lane's share of an 8 x 8 matrix; nothing beyond the last tile
         if (first + t >= kTiles) return 0u;
-        const float(&sum)[4] = sums[kFirst + (first + t < kTiles ? first + t : 0)];
+        const float (&sum)[4] = sums[kFirst + (first + t < kTiles ? first + t : 0)];
         return kGateUp ? gated(sum, scale) : pack_bf16(sum[2 * lower] * scale, sum[2 * lower + 1] * scale);
       };
       const uint32_t row = staging + lane % 8 * Stage::kStagingPitch + warp * kStripBytesOut;
@@ -67,7 +67,8 @@ struct Epilogue {
         const int row = sorted_row(first * 8 + at);
         if (row < 0 || strip >= gemm.rows / 16) continue;
         const int64_t place = kGateUp ? row : gemm.sorted_slots[row];
-        *reinterpret_cast<uint4*>(out + place * width) = load_shared_16(staging + at * Stage::kStagingPitch + vector * 16);
+        *reinterpret_cast<uint4*>(out + place * width) =
+            load_shared_16(staging + at * Stage::kStagingPitch + vector * 16);
       }
       warpgroup_barrier(1 + group);
     }

@@ -1,5 +1,6 @@
-// The stages of an item or piece multiplied with mma.sync, for few tokens: decoding runs on where wgmma's registers would
-// have to be waited for, and up to 16 tokens of a pair are multiplied without taking the pair's words apart by position.
+// The stages of an item or piece multiplied with mma.sync, for few tokens: decoding runs on where wgmma's registers
+// would have to be waited for, and up to 16 tokens of a pair are multiplied without taking the pair's words apart by
+// position.
 #pragma once
 #include "sums.cuh"
 
@@ -84,8 +85,8 @@ struct MmaMainloop {
 
   // The stages of an item or piece for one warp.
   template <class Product, int kTiles = Product::kTiles>
-  __device__ __forceinline__ static void multiply(int depth_tiles, int group_shift, const Product product,
-                                                      Slot& slot, const Code& code, float (&sums)[kTiles][4]) {
+  __device__ __forceinline__ static void multiply(int depth_tiles, int group_shift, const Product product, Slot& slot,
+                                                  const Code& code, float (&sums)[kTiles][4]) {
     constexpr int kLoads = (kTiles + 1) / 2;
     // Steps multiply the products of a group: so few tokens take fewer multiplications than the weights would.
     constexpr bool kKeepsProducts = Code::kHasSteps;
@@ -113,7 +114,7 @@ struct MmaMainloop {
       const float upper = __uint_as_float(steps << 16), lower = __uint_as_float(steps & 0xFFFF0000u);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        float(&sum)[4] = sums[j], (&product)[4] = products[j];
+        float (&sum)[4] = sums[j], (&product)[4] = products[j];
         sum[0] += upper * product[0], sum[1] += upper * product[1];
         sum[2] += lower * product[2], sum[3] += lower * product[3];
         product[0] = product[1] = product[2] = product[3] = 0;

@@ -11,27 +11,27 @@ struct WgmmaMainloop {
   // For one warpgroup: kTiles0 tiles of tokens of part 0, kTiles1 of part 1.
   template <int kTiles0, int kTiles1>
   __device__ __forceinline__ static void multiply(int depth_tiles, int group_shift, Slot& slot, const Code& code,
-                                                        float (&sums)[kTiles0 + kTiles1][4]) {
-    float(&sums0)[kTiles0][4] = reinterpret_cast<float(&)[kTiles0][4]>(sums[0]);
-    float(&sums1)[kTiles1 + (kTiles1 == 0)][4] =
-        reinterpret_cast<float(&)[kTiles1 + (kTiles1 == 0)][4]>(sums[kTiles1 ? kTiles0 : 0]);
+                                                  float (&sums)[kTiles0 + kTiles1][4]) {
+    float (&sums0)[kTiles0][4] = reinterpret_cast<float (&)[kTiles0][4]>(sums[0]);
+    float (&sums1)[kTiles1 + (kTiles1 == 0)][4] =
+        reinterpret_cast<float (&)[kTiles1 + (kTiles1 == 0)][4]>(sums[kTiles1 ? kTiles0 : 0]);
     using Words = typename Code::Words;
     const int lane = kept(threadIdx.x % 32);
     // Of a tile whose products are in flight, and of the one after it.
     uint32_t operands[2][2][4];
-    auto multiply_tile = [&](const Words& words, uint32_t steps, int tile, uint32_t (&operand)[2][4])
-                             __attribute__((always_inline)) {
-      uint32_t(&a0)[4] = operand[0], (&a1)[4] = operand[1];
+    auto multiply_tile = [&](const Words& words, uint32_t steps, int tile,
+                             auto& operand) __attribute__((always_inline)) {
+      uint32_t (&a0)[4] = operand[0], (&a1)[4] = operand[1];
       code.template take_apart<(kTiles1 > 0)>(code.look_up(words), a0, a1);
       if constexpr (Code::kHasSteps) {
         multiply_by_steps(a0, steps);
         if constexpr (kTiles1 > 0) multiply_by_steps(a1, steps);
       }
-      const uint32_t tokens = (Stage::stage(0) + tile * 32) / 16 + slot.index * (Stage::kStageBytes / 16);  // in 16 bytes
+      // In units of 16 bytes.
+      const uint32_t tokens = (Stage::stage(0) + tile * 32) / 16 + slot.index * (Stage::kStageBytes / 16);
       wgmma_fence();
       wgmma_m64k16<8 * kTiles0>(sums0, a0, wgmma_descriptor(tokens));
-      if constexpr (kTiles1 > 0)
-        wgmma_m64k16<8 * kTiles1>(sums1, a1, wgmma_descriptor(tokens + Tile::kPartTokens * 8));
+      if constexpr (kTiles1 > 0) wgmma_m64k16<8 * kTiles1>(sums1, a1, wgmma_descriptor(tokens + Tile::kPartTokens * 8));
       wgmma_commit();
     };
     const typename Stage::Steps own_steps(group_shift);

@@ -1,5 +1,5 @@
-// PTX of compute capability 9.0, one function each: mbarriers, bulk copies and wgmma.  Only sm_90a translation units may
-// include it.
+// PTX of compute capability 9.0, one function each: mbarriers, bulk copies and wgmma.  Only sm_90a translation units
+// may include it.
 #pragma once
 #include <cstdint>
 

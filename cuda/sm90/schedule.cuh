@@ -52,7 +52,7 @@ class Launch {
   int dealers;
 
  private:
-  static constexpr int kMinStages = 4;    // a dealer's share, below which it would not pay
+  static constexpr int kMinStages = 4;  // a dealer's share, below which it would not pay
   static constexpr int kWorthwhile = 16;  // cut when more than a sixteenth of the time would be lost
 
   PM_HOST_DEVICE static int least(int a, int b) { return a < b ? a : b; }

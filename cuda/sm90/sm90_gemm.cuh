@@ -29,12 +29,12 @@ struct Sm90Gemm {
 
   // The same of both parts' tokens, joined, in kTiles tiles.
   template <int kTiles>
-  __device__ __forceinline__ static void multiply_joined(const GroupedGemm& gemm, const WorkItem& work,
-                                                         int depth_tiles, Slot& slot, Sums& sums) {
+  __device__ __forceinline__ static void multiply_joined(const GroupedGemm& gemm, const WorkItem& work, int depth_tiles,
+                                                         Slot& slot, Sums& sums) {
     const Code code(work.dense(gemm), 0, 1, Stage::own_table());
     float own[kTiles][4] = {};
-    MmaMainloop<Code, Tile, kGateUp>::multiply(depth_tiles, gemm.group_shift, JoinedProduct<Code, kTiles>(work.group), slot,
-                                               code, own);
+    MmaMainloop<Code, Tile, kGateUp>::multiply(depth_tiles, gemm.group_shift, JoinedProduct<Code, kTiles>(work.group),
+                                               slot, code, own);
     ItemSums<Tile>::template set<kTiles>(own, sums);
   }
 
@@ -53,8 +53,8 @@ struct Sm90Gemm {
     multiply<kTiles0, kTiles1>(gemm, work, depth_tiles, slot, sums);
   }
 
-  __device__ __forceinline__ static void multiply_piece(const Items<Tile>& items, const Piece& piece, const WorkItem& work,
-                                                        Slot& slot, Sums& sums) {
+  __device__ __forceinline__ static void multiply_piece(const Items<Tile>& items, const Piece& piece,
+                                                        const WorkItem& work, Slot& slot, Sums& sums) {
     const GroupedGemm& gemm = items.gemm;
     const int count0 = uniform(work.group.count[0]), count1 = uniform(work.group.count[1]);
     const int tiles = items.tiles(piece);

@@ -85,12 +85,9 @@ struct Stages {
   static constexpr int kTableBytes = Code::kTableEntries * Tile::kTableStride;
 
   static constexpr int kSharedEnd = 228 / Tile::kBlocks * 1024;
-  static constexpr SharedLayout kLayout{kSharedEnd,
-                                        kStageBytes,
-                                        kStepBytes,
-                                        Tile::kConsumers * kStagingBytes,
-                                        kTableBytes,
-                                        kTableBytes > 0 && Tile::kTableStride == 256};
+  static constexpr SharedLayout kLayout{kSharedEnd,  kStageBytes,
+                                        kStepBytes,  Tile::kConsumers * kStagingBytes,
+                                        kTableBytes, kTableBytes > 0 && Tile::kTableStride == 256};
   static constexpr int kSlots = kLayout.slots, kSharedBytes = kLayout.end - SharedLayout::kStart;
   static constexpr int kSteps = kLayout.steps, kTable = kLayout.table;
   static_assert(kSlots > Tile::kFenceLag + 1 && kLayout.end <= kSharedEnd);

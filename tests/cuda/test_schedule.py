@@ -35,8 +35,8 @@ def test_every_stage_is_done_once_and_no_block_waits_for_a_later_one(tmp_path):
         ("grid.blocks() - 1 - grid.block()", "grid.block()", "a block's dealer is its own"),
         ("dealt_end_ < dealt_ ? 0 : end % stages_", "end % stages_", "dealt shares are even"),
         ("turn_(launch.cut + first_item(grid))", "turn_(launch.cut + grid.block() / 2)", "every stage of every item"),
-        ("least(dealer, dealers) * (cut * stages) / dealers", "least(dealer * (cut * stages / dealers + 1), cut * stages)",
-         "dealt shares are even"),
+        ("least(dealer, dealers) * (cut * stages) / dealers",
+         "least(dealer * (cut * stages / dealers + 1), cut * stages)", "all blocks have as many stages"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_it_would_be_found(right, wrong, promise, tmp_path):
