@@ -125,7 +125,7 @@ class DecodeExperts(ConversionOps):
         shape: tuple[int, int, int],
         weights: list[Tensor],
         words: list[Tensor],
-        steps: list,
+        steps: list[Tensor],
     ) -> Tensor:
         experts = torch.empty(shape, dtype=torch.bfloat16, device=(weights or words)[0].device)
         code = get_code(self.layout.code)
@@ -157,16 +157,12 @@ class PuzzleMoEQuantizer(HfQuantizer):
     requires_calibration = True
 
     def update_tp_plan(self, config: Any) -> Any:
-        """Lets transformers look for files under their usual names: this is called before it does.
+        """Called before transformers looks for files, up to release 5.20."""
+        return without_file_name(config)
 
-        Raises LayoutError where transformers would cut words as if they were weights.
-        """
-        if getattr(config, "distributed_config", None) is not None:
-            raise LayoutError(
-                "transformers cannot load a packed model in parallel: serve it with vLLM, or `puzzlemoe unpack` it"
-            )
-        config.transformers_weights = None
-        return config
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before transformers looks for files, from release 5.18 on."""
+        return without_file_name(config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """bf16.  Raises LayoutError for another: the range of words does not fit fp16."""
@@ -188,7 +184,7 @@ class PuzzleMoEQuantizer(HfQuantizer):
             "vLLM with the puzzlemoe plugin keeps them packed."
         )
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """transformers' conversions of the family, with stored experts decoded first."""
         recast = [WeightConverter(f"^{re.escape(name)}$", name, [CastToParameter()]) for name in self.recast]
         return [self._decoding(entry) if is_of_experts(entry) else entry for entry in weight_conversions] + recast
@@ -203,8 +199,8 @@ class PuzzleMoEQuantizer(HfQuantizer):
         )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        # Saving would undo these conversions; without them it undoes the family's own.
-        del model._weight_conversions
+        # Saving would undo these conversions; without them it undoes the family's own.  (Late releases do the same.)
+        vars(model).pop("_weight_conversions", None)
 
     def is_serializable(self) -> bool:
         """The loaded model saves as a dense one."""
@@ -216,6 +212,19 @@ class PuzzleMoEQuantizer(HfQuantizer):
         return True
 
 
+def without_file_name(config: Any) -> Any:
+    """The model's config as unpacked folders have it, so that files are looked for under their usual names.
+
+    Raises LayoutError where transformers would cut words for several processes as if they were weights.
+    """
+    if getattr(config, "distributed_config", None) is not None:
+        raise LayoutError(
+            "transformers cannot load a packed model in parallel: serve it with vLLM, or `puzzlemoe unpack` it"
+        )
+    config.transformers_weights = None
+    return config
+
+
 def check_files(model: Any, files: list[str], layout: PuzzleConfig) -> list[str]:
     """Compares the files' headers with the model, whose missing parameters transformers would fill at random.
 
@@ -223,7 +232,10 @@ def check_files(model: Any, files: list[str], layout: PuzzleConfig) -> list[str]
     Raises LayoutError for the first tensor that is missing, foreign, stored twice, or of another shape or dtype.
     """
     conversions = get_model_conversion_mapping(model)
-    expected = expected_tensors(model, list(filter(is_of_experts, conversions)), layout)
+    try:
+        expected = expected_tensors(model, list(filter(is_of_experts, conversions)), layout)
+    except LayoutError as error:
+        raise LayoutError(f"{model.config.name_or_path}: {error}") from None
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     found: dict[str, str] = {}
     recast = []
