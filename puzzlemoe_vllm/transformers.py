@@ -8,6 +8,7 @@ as much memory as the unpacked one, and is an ordinary model in every respect.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,7 @@ class DecodeExperts(ConversionOps):
         shape: tuple[int, int, int],
         weights: list[Tensor],
         words: list[Tensor],
-        steps: list[Tensor],
+        steps: Sequence[Tensor | None],
     ) -> Tensor:
         experts = torch.empty(shape, dtype=torch.bfloat16, device=(weights or words)[0].device)
         code = get_code(self.layout.code)
@@ -253,7 +254,7 @@ def check_files(model: Any, files: list[str], layout: PuzzleConfig) -> list[str]
                 if name != stored and expected[name].dtype is None:
                     recast.append(name)
     if missing := sorted(expected.keys() - found.keys() - model.all_tied_weights_keys.keys()):
-        raise LayoutError(f"{model.config.name_or_path} lacks {missing[0]}, and {len(missing) - 1} tensors more")
+        raise LayoutError(f"{model.config.name_or_path} lacks {missing[0]}; tensors missing: {len(missing)}")
     return recast
 
 
