@@ -26,6 +26,15 @@ STEPS = "puzzle_grid"
 """Suffix of a pair's steps, bf16 [N, K / group_size], beside its words; only for codes that have steps."""
 
 
+TRANSFORMERS_WEIGHTS = (
+    "none that transformers reads by itself: install puzzlemoe-vllm and `import puzzlemoe_vllm.transformers` first, "
+    "or serve the model with vLLM"
+)
+"""`transformers_weights` of a packed model's config.json, where transformers looks for the name of a file.  Without
+`puzzlemoe_vllm.transformers` it would warn of an unknown quantization and fill the experts at random; it stops at this
+name instead, with an error that ends in it.  vLLM does not read the field."""
+
+
 class LayoutError(UserError):
     """A packed checkpoint that this version cannot read; the text says what to do about it."""
 

