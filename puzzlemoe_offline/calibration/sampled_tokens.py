@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from puzzlemoe_offline.model.expert import Expert
-from puzzlemoe_offline.model.layerwise import StreamedExperts
+from puzzlemoe_offline.relative_error import relative_error
 
 TOKENS = 2048
 """Tokens that are kept of a layer."""
+
+
+@dataclass(frozen=True)
+class OutputErrors:
+    """||y - y'|| / ||y|| on the kept tokens.
+
+    layer: y the routed experts' output.  experts: y one expert's output, before the router's weights, for the tokens
+    that chose it; None where none did.  tokens: how many did.  A float is None where there is no such number.
+    """
+
+    layer: float | None
+    experts: list[float | None]
+    tokens: list[int]
 
 
 @dataclass
@@ -25,11 +39,32 @@ class SampledTokens:
         if room := TOKENS - sum(len(batch[0]) for batch in self.batches):
             self.batches.append((hidden[:room].clone(), ids[:room].clone(), weights[:room].clone(), out[:room].clone()))
 
-    def output_error(self, expert: Callable[[int], Expert]) -> float:
-        """||y - y'|| / ||y||, with y the original experts' output and y' that of `expert`, by the source's ids."""
-        error = energy = 0.0
+    def output_errors(
+        self, count: int, source: Callable[[int], Expert], merged: Callable[[int], Expert]
+    ) -> OutputErrors:
+        """What the layer's output and that of each of its `count` experts loses when `merged` stands for `source`,
+        both by the source's ids."""
+        device = self.batches[0][0].device if self.batches else None
+        # Rows: squared error, energy, tokens; the last column is the layer's.
+        sums = torch.zeros(3, count + 1, dtype=torch.float64, device=device)
         for hidden, ids, weights, out in self.batches:
-            merged = StreamedExperts(expert)(hidden, ids, weights)
-            error += float((merged.float() - out.float()).square().sum())
-            energy += float(out.float().square().sum())
-        return (error / energy) ** 0.5 if energy else 0.0
+            total = torch.zeros_like(hidden)
+            for number in ids.unique().tolist():
+                rows, choice = (ids == number).nonzero(as_tuple=True)
+                inputs = hidden[rows]
+                new, exact = merged(number).output(inputs), source(number).output(inputs)
+                total.index_add_(0, rows, (new * weights[rows, choice, None]).to(total.dtype))
+                sums[0, number] += _square(new.double() - exact.double())
+                sums[1, number] += _square(exact.double())
+                sums[2, number] += len(rows)
+            sums[0, count] += _square(total.double() - out.double())
+            sums[1, count] += _square(out.double())
+        error, energy, tokens = sums.tolist()
+        relative = [relative_error(*both) for both in zip(error, energy, strict=True)]
+        chosen = [round(tokens_) for tokens_ in tokens[:count]]
+        own = [one if seen else None for one, seen in zip(relative[:count], chosen, strict=True)]
+        return OutputErrors(relative[count], own, chosen)
+
+
+def _square(values: Tensor) -> Tensor:
+    return values.square().sum()

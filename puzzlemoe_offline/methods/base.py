@@ -28,10 +28,17 @@ class LayerRecord(BaseModel):
     """What is known of a layer once it is written: a row of puzzlemoe_report.json.
 
     seconds: by stage of the work.  order: new expert id -> the source's.  merged: how many experts are in pairs;
-    pair_bytes: of one pair's words and steps.
+    pair_bytes: of one pair's words and steps; expert_bytes: of all tensors of routed experts.
     centres: for each expert the one that serves in its place, of experts merged in clusters.
     tokens: calibration tokens that chose each expert of the source; few_tokens: experts with too few of them.
-    weight_error, output_error: ||difference|| / ||original||, the first for gate, up and down projection.
+    weight_error, output_error: ||difference|| / ||original||, of gate, up and down projection of all experts in pairs,
+    and of the layer's output on sampled tokens.
+    expert_weight_error, expert_output_error: the same of each expert of the source, the latter on the sampled tokens
+    that chose it.
+    An error is None where there is no such number: of a matrix of zeros that is zeros no more, of an expert that no
+    sampled token chose, of activations that are not finite.
+    lost: experts of the source that merging has lost (`LOST`), with nothing done about it; spared: those that stay
+    dense because a pair of them would have lost one, with whatever had to stay dense for that.
     clamped: weights below the smallest that the words can hold.
     shared_choices: how often a token chose both partners of a pair, here and if partners were random.
     """
@@ -41,11 +48,16 @@ class LayerRecord(BaseModel):
     order: list[int] | None = None
     merged: int | None = None
     pair_bytes: int | None = None
+    expert_bytes: int | None = None
     centres: list[int] | None = None
     tokens: list[int] | None = None
     few_tokens: list[int] | None = None
-    weight_error: list[float] | None = None
+    weight_error: list[float | None] | None = None
     output_error: float | None = None
+    expert_weight_error: list[list[float | None]] | None = None
+    expert_output_error: list[float | None] | None = None
+    lost: list[int] | None = None
+    spared: list[int] | None = None
     clamped: int | None = None
     shared_choices: dict[str, float] | None = None
 
@@ -97,6 +109,11 @@ class NewLayer:
 
     tensors: dict[str, Tensor]
     record: LayerRecord
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class LayerMethod(ABC):

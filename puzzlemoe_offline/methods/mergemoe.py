@@ -105,14 +105,21 @@ class Cluster:
         self.cross.addmm_(target.T, hidden)
 
     def merge(self) -> Expert:
-        """The merged expert, bf16."""
+        """The merged expert, bf16.  Raises MethodError for activations whose squares do not fit into float32."""
         mean = mean_by_usage([member.down for member in self.members], self.shares).double()
         gram = self.gram.double()
         rest = self.cross.double() - mean @ gram
         # Without tokens everything but the damping is zero, and the mean stays.
         damping = (DAMPING * gram.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
         gram.diagonal().add_(damping)
-        down = mean + torch.cholesky_solve(rest.T, torch.linalg.cholesky(gram)).T
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        down = mean + torch.cholesky_solve(rest.T, factor).T
+        if bool(failed) or not bool(down.isfinite().all()):
+            raise MethodError(
+                f"experts {', '.join(map(str, self.ids.tolist()))}: on the calibration text the squares of their "
+                "activations leave float32: copy or download the source again if it should have no such activations, "
+                "or use --method puzzlemoe --saliency magnitude --no-compensate"
+            )
         return Expert(self.gate, self.up, down.bfloat16().contiguous())
 
 
@@ -212,16 +219,23 @@ class MergeMoe(LayerMethod):
         merging = time.perf_counter() - began
         layer.passes.run(record=sum_up)
         began = time.perf_counter()
-        merged = merger.finish()
+        try:
+            merged = merger.finish()
+        except MethodError as error:
+            raise MethodError(f"layer {layer.index}, {error}") from None
+        errors = sample.output_errors(layer.checkpoint.experts, layer.expert, merged.expert)
         record = LayerRecord(
             layer=layer.index,
             centres=merged.centres,
             tokens=tokens.tolist(),
             few_tokens=few_tokens(tokens),
-            output_error=sample.output_error(merged.expert),
+            output_error=errors.layer,
+            expert_output_error=errors.experts,
         )
         tensors: dict[str, Tensor] = {}
         for centre, expert in merged.merged.items():
             tensors |= dense_tensors(layer.checkpoint, layer.index, centre, expert)
+        new = NewLayer(tensors, record)
+        record.expert_bytes = new.nbytes
         record.seconds["merge"] = merging + time.perf_counter() - began
-        return NewLayer(tensors, record)
+        return new

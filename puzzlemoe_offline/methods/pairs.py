@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibration.sampled_tokens import SampledTokens
-from puzzlemoe_offline.calibration.statistics import ExpertStatistics, few_tokens, projection_inputs
+from puzzlemoe_offline.calibration.sampled_tokens import OutputErrors, SampledTokens
+from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics, few_tokens, projection_inputs
 from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, SourceLayer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.model.families import expert_groups
 from puzzlemoe_offline.model.tensors import dense_tensors, experts_name
+from puzzlemoe_offline.pairing.lost import LOST
 from puzzlemoe_offline.pairing.pair_cost import merge_errors
 from puzzlemoe_offline.pairing.partners import (
     LayerPairing,
@@ -26,6 +28,8 @@ from puzzlemoe_offline.pairing.partners import (
     shared_choices,
 )
 from puzzlemoe_offline.recipe import PairRecipe
+from puzzlemoe_offline.relative_error import relative_error
+from puzzlemoe_offline.words.compensate import MomentsError
 from puzzlemoe_offline.words.nearest import PackedMatrix
 from puzzlemoe_offline.words.pack import Losses, pack_matrix
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, PairCode, UnencodableWeight, get_code
@@ -48,7 +52,7 @@ def pack_pair(
 
     ids: the experts' ids in `statistics`; None there means magnitude saliency.  group: columns that share a step, for
     codes that have steps.
-    Raises UnencodableWeight naming the experts and the projection.
+    Raises UnencodableWeight or MomentsError naming the experts and the projection.
     """
     packed = []
     for index, projection in enumerate(PROJECTIONS):
@@ -57,17 +61,18 @@ def pack_pair(
         first, second = (projection_inputs(statistics, expert, index, columns, device) for expert in ids)
         try:
             packed.append(pack_matrix(weights, (first, second), recipe, group, losses, index))
-        except UnencodableWeight as error:
-            raise UnencodableWeight(f"experts {ids[0]} and {ids[1]}, {projection} projection: {error}") from None
+        except (UnencodableWeight, MomentsError) as error:
+            raise type(error)(f"experts {ids[0]} and {ids[1]}, {projection} projection: {error}") from None
     return packed[0], packed[1], packed[2]
 
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A layer after merging, under the new expert ids of `pairing`."""
+    """A layer after merging, under the new expert ids of `pairing`.  losses: of each pair."""
 
     pairing: LayerPairing
     pairs: list[PackedPair]
+    losses: list[Losses]
     dense: list[Expert]
     code: PairCode
 
@@ -78,11 +83,39 @@ class PackedLayer:
             return self.dense[new - self.pairing.merged]
         return Expert(*(self.code.decode(matrix.words, new & 1, matrix.steps) for matrix in self.pairs[new >> 1]))
 
+    def without(self, pairing: LayerPairing, source: Callable[[int], Expert]) -> PackedLayer:
+        """The same with fewer pairs, those of `pairing`; source: the experts by the source's ids."""
+        kept = [self.pairing.pairs.index(pair) for pair in pairing.pairs]
+        return PackedLayer(
+            pairing,
+            [self.pairs[pair] for pair in kept],
+            [self.losses[pair] for pair in kept],
+            [source(number) for number in pairing.order[pairing.merged :]],
+            self.code,
+        )
+
     @property
     def pair_bytes(self) -> int:
-        """Of one pair's words and steps."""
-        steps = [matrix.steps.nbytes for matrix in self.pairs[0] if matrix.steps is not None]
-        return sum(matrix.words.nbytes for matrix in self.pairs[0]) + sum(steps)
+        """Of one pair's words and steps; 0 without pairs."""
+        matrices = self.pairs[0] if self.pairs else ()
+        steps = [matrix.steps.nbytes for matrix in matrices if matrix.steps is not None]
+        return sum(matrix.words.nbytes for matrix in matrices) + sum(steps)
+
+    @property
+    def weight_error(self) -> list[float | None]:
+        """||W - W'|| / ||W|| of all experts in pairs, per projection."""
+        error = sum((losses.error.sum(dim=0) for losses in self.losses), torch.zeros(3))
+        energy = sum((losses.energy.sum(dim=0) for losses in self.losses), torch.zeros(3))
+        return [relative_error(*both) for both in zip(error.tolist(), energy.tolist(), strict=True)]
+
+    @property
+    def expert_weight_error(self) -> list[list[float | None]]:
+        """The same of every expert, by the source's ids."""
+        errors: list[list[float | None]] = [[0.0] * len(PROJECTIONS) for _ in self.pairing.order]
+        for pair, losses in zip(self.pairing.pairs, self.losses, strict=True):
+            for position, expert in enumerate(pair):
+                errors[expert] = losses.relative(position)
+        return errors
 
     def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
         """Words, steps and dense weights by name."""
@@ -145,7 +178,8 @@ class PairMethod(LayerMethod):
             )
 
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:
-        """Half a word's and its step's of experts that merge, bf16 of the others."""
+        """Half a word's and its step's of experts that merge, bf16 of the others; if no more stay dense than the recipe
+        says."""
         merged = merged_count(checkpoint.experts, self.recipe.sparsity, expert_groups(checkpoint.config))
         share = merged / checkpoint.experts
         return share * self.code.bits_per_pair(self.group_size(checkpoint)) / 2 + (1 - share) * 16
@@ -157,8 +191,13 @@ class PairMethod(LayerMethod):
         )
 
     def quantization(self, checkpoint: Checkpoint, records: list[LayerRecord]) -> PuzzleConfig:
-        """Which experts are in pairs, and how their words are read."""
+        """Which experts are in pairs, and how their words are read.  Raises MethodError when none are."""
         merged = {record.layer: record.merged for record in records if record.merged}
+        if not merged:
+            raise MethodError(
+                f"{checkpoint.folder}: in every pair of every layer one expert would be lost, so that nothing merged; "
+                "--recipe paper merges them all the same, --method mergemoe merges whole experts"
+            )
         return PuzzleConfig(code=self.recipe.code, group_size=self.group_size(checkpoint), merged_experts=merged)
 
     def shard_metadata(self) -> dict[str, str]:
@@ -166,28 +205,52 @@ class PairMethod(LayerMethod):
         return shard_metadata(self.recipe.code)
 
     def apply(self, layer: SourceLayer) -> NewLayer:
-        """Pairs partners, packs them, and measures what was lost."""
+        """Pairs partners, packs them, and measures what each expert lost.
+
+        A pair that lost one (`LOST`) stays dense after all; but not by the paper's rule, which is kept to the letter.
+        """
         statistics, sample = None, SampledTokens()
         if layer.passes:
             statistics = layer.statistics(moments=self.recipe.compensate, record=sample.record)
-        record = LayerRecord(layer=layer.index)
+            self._check_inputs(layer, statistics)
+        record, groups = LayerRecord(layer=layer.index), expert_groups(layer.checkpoint.config)
         began = time.perf_counter()
         pairing = self._pair(layer, statistics)
         record.seconds["pair"] = time.perf_counter() - began
         began = time.perf_counter()
-        losses = Losses()
-        packed = self._pack(layer, statistics, pairing, losses)
-        record.order, record.merged = pairing.order, pairing.merged
+        packed = self._pack(layer, statistics, pairing)
+        errors = sample.output_errors(layer.checkpoint.experts, layer.expert, packed.expert)
+        lost = _lost(packed.expert_weight_error, errors)
+        if lost and not self.recipe.is_paper:
+            packed = packed.without(pairing.without(lost, groups), layer.expert)
+            errors = sample.output_errors(layer.checkpoint.experts, layer.expert, packed.expert)
+            lost = set()
+        record.order, record.merged = packed.pairing.order, packed.pairing.merged
+        record.lost, record.spared = sorted(lost), packed.pairing.spared
         record.pair_bytes = packed.pair_bytes
-        record.weight_error, record.clamped = losses.relative(), losses.clamped
+        record.weight_error, record.clamped = packed.weight_error, sum(losses.clamped for losses in packed.losses)
+        record.expert_weight_error = packed.expert_weight_error
         if statistics:
             record.tokens, record.few_tokens = statistics.tokens.tolist(), few_tokens(statistics.tokens)
-            record.output_error = sample.output_error(packed.expert)
-            groups = expert_groups(layer.checkpoint.config)
-            shared, if_random = shared_choices(pairing, statistics.together, groups)
+            record.output_error, record.expert_output_error = errors.layer, errors.experts
+            shared, if_random = shared_choices(packed.pairing, statistics.together, groups)
             record.shared_choices = {"this pairing": shared, "random partners": if_random}
+        new = NewLayer(packed.tensors(layer.checkpoint, layer.index), record)
+        record.expert_bytes = new.nbytes
         record.seconds["merge"] = time.perf_counter() - began
-        return NewLayer(packed.tensors(layer.checkpoint, layer.index), record)
+        return new
+
+    def _check_inputs(self, layer: SourceLayer, statistics: ExpertStatistics) -> None:
+        """Raises MethodError for an expert that saw activations whose squares do not fit into float32."""
+        squares = statistics.input_squares.sum(dim=1) + statistics.hidden_squares.sum(dim=1)
+        too_large = ~(squares <= torch.finfo(torch.float32).max)
+        if bool(too_large.any()):
+            magnitude = "--saliency magnitude" + (" with --no-compensate" if self.recipe.compensate else "")
+            raise MethodError(
+                f"layer {layer.index}, expert {too_large.nonzero()[0].item()}: on the calibration text the squares of "
+                f"its activations leave float32; use {magnitude}, which needs no calibration, or copy or download "
+                f"{layer.checkpoint.folder} again if it should have no such activations"
+            )
 
     def _pair(self, layer: SourceLayer, statistics: ExpertStatistics | None) -> LayerPairing:
         return pair_experts(
@@ -216,15 +279,27 @@ class PairMethod(LayerMethod):
             return lambda pool: -statistics.together[pool][:, pool]
         return None
 
-    def _pack(
-        self, layer: SourceLayer, statistics: ExpertStatistics | None, pairing: LayerPairing, losses: Losses
-    ) -> PackedLayer:
-        group, pairs = self.group_size(layer.checkpoint), []
+    def _pack(self, layer: SourceLayer, statistics: ExpertStatistics | None, pairing: LayerPairing) -> PackedLayer:
+        group, pairs, losses = self.group_size(layer.checkpoint), [], []
         for ids in pairing.pairs:
             members = layer.expert(ids[0]), layer.expert(ids[1])
+            losses.append(Losses())
             try:
-                pairs.append(pack_pair(members, ids, statistics, self.recipe, group, losses))
-            except UnencodableWeight as error:
-                raise UnencodableWeight(f"layer {layer.index}, {error}") from None
+                pairs.append(pack_pair(members, ids, statistics, self.recipe, group, losses[-1]))
+            except (UnencodableWeight, MomentsError) as error:
+                raise type(error)(f"layer {layer.index}, {error}") from None
         dense = [layer.expert(number) for number in pairing.order[pairing.merged :]]
-        return PackedLayer(pairing, pairs, dense, self.code)
+        return PackedLayer(pairing, pairs, losses, dense, self.code)
+
+
+def _lost(weights: list[list[float | None]], outputs: OutputErrors) -> set[int]:
+    """Experts that merging has lost, by their own errors; outputs count where enough tokens chose the expert."""
+    by_weights = {
+        expert for expert, errors in enumerate(weights) if any(error is None or error > LOST for error in errors)
+    }
+    judged = zip(outputs.experts, outputs.tokens, strict=True)
+    return by_weights | {
+        expert
+        for expert, (error, tokens) in enumerate(judged)
+        if error is not None and error > LOST and tokens >= FEW_TOKENS
+    }

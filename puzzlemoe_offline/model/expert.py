@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 PROJECTIONS = ("gate", "up", "down")
@@ -22,3 +23,8 @@ class Expert:
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up and down projection, as in `PROJECTIONS`."""
         return self.gate, self.up, self.down
+
+    def output(self, inputs: Tensor) -> Tensor:
+        """What the expert makes of tokens [m, H], in their dtype, before the router's weights."""
+        gate, up, down = (matrix.to(inputs.dtype) for matrix in self.matrices)
+        return F.linear(F.silu(F.linear(inputs, gate)) * F.linear(inputs, up), down)

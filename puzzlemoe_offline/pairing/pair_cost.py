@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics, projection_inputs
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
+from puzzlemoe_offline.pairing.lost import LOST
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.words.nearest import fit, own_importance, pair_importance
+from puzzlemoe_offline.words.nearest import PackedMatrix, fit, own_importance, pair_importance
 from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
 
 ROWS = 128
@@ -19,6 +20,35 @@ ROWS = 128
 
 ENTRIES = {"cpu": 1 << 14, "cuda": 1 << 20}
 """Weights fitted at once: few enough for the cache of a CPU, enough to keep a GPU busy."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Sampled rows of a projection of the experts of a pool, [n, rows, K]; `own_importance` of each [n, K], and whether
+    it saw few tokens, bool [n, 1]."""
+
+    rows: Tensor
+    own: Tensor
+    few: Tensor
+    pool: list[int]
+    projection: str
+
+    def merge(
+        self, a: Tensor, b: Tensor, recipe: PairRecipe, group: int | None
+    ) -> tuple[tuple[Tensor, Tensor], PackedMatrix]:
+        """The rows of experts a and b, int [pairs], side by side as columns of two matrices, and what they become.
+
+        Raises UnencodableWeight naming two experts and the projection.
+        """
+        importance = pair_importance((self.own[a], self.own[b]), self.few[a] | self.few[b], recipe)
+        weights = self.rows[a].transpose(0, 1).flatten(1), self.rows[b].transpose(0, 1).flatten(1)
+        try:
+            return weights, fit(weights, (importance[0].flatten(), importance[1].flatten()), recipe, group)
+        except UnencodableWeight as error:
+            for pair in zip(a.split(1), b.split(1), strict=True) if len(a) > 1 else ():
+                self.merge(*pair, recipe, group)
+            ids = f"{self.pool[int(a[0])]} and {self.pool[int(b[0])]}"
+            raise UnencodableWeight(f"experts {ids}, {self.projection} projection: {error}") from None
 
 
 def merge_errors(
@@ -37,10 +67,14 @@ def merge_errors(
     The merged weights are those of the recipe's code and rule, without compensation, on evenly spaced rows: `ROWS`, or
     so many that the search fits no more weights than merging the pool does.  Many pairs are fitted at once, side by
     side as columns of one matrix.
+    Infinite for two of which one would be lost (`LOST`) in any projection; but not by the paper's rule, which merges
+    whatever it meets.
+    Raises UnencodableWeight naming the experts and the projection.
     """
     code, count = get_code(recipe.code), len(pool)
     first, second = torch.triu_indices(count, count, offset=1)
     errors = torch.zeros(count, count, dtype=torch.float64, device=device)
+    lost = torch.zeros(count, count, dtype=torch.bool, device=device)
     for index, projection in enumerate(PROJECTIONS):
         matrices = [getattr(expert(number), projection) for number in pool]
         rows, columns = matrices[0].shape
@@ -55,19 +89,20 @@ def merge_errors(
         energy = float((sample.float().square().sum(dim=1) * squares).sum())
         own = torch.stack([own_importance(seen, recipe) for seen in inputs])
         few = torch.tensor([[seen.tokens < FEW_TOKENS] for seen in inputs], device=device)
+        most = LOST**2 * sample.double().square().sum(dim=(1, 2))
+        trial = _Sample(sample, own, few, pool, projection)
         at_once = max(1, ENTRIES[device.type] // (sampled * columns))
         for pairs in zip(first.to(device).split(at_once), second.to(device).split(at_once), strict=True):
             a, b = pairs
-            importance = pair_importance((own[a], own[b]), few[a] | few[b], recipe)
-            weights = sample[a].transpose(0, 1).flatten(1), sample[b].transpose(0, 1).flatten(1)
-            try:
-                packed = fit(weights, (importance[0].flatten(), importance[1].flatten()), recipe, group)
-            except UnencodableWeight as error:
-                raise UnencodableWeight(f"one of experts {pool}, {projection} projection: {error}") from None
-            lost = torch.zeros(len(a), device=device)
+            weights, packed = trial.merge(a, b, recipe, group)
+            cost = torch.zeros(len(a), device=device)
             for position, (exact, members) in enumerate(zip(weights, pairs, strict=True)):
                 difference = exact.float() - code.decode(packed.words, position, packed.steps).float()
                 by_column = difference.square().sum(dim=0).view(-1, columns)
-                lost += (by_column * squares[members]).sum(dim=1)
-            errors[a, b] += lost.double() / energy if energy else 0.0
+                cost += (by_column * squares[members]).sum(dim=1)
+                # Not `>`: NaN is lost, too.
+                lost[a, b] |= ~(by_column.double().sum(dim=1) <= most[members])
+            errors[a, b] += cost.double() / energy if energy else 0.0
+    if not recipe.is_paper:
+        errors.masked_fill_(lost, torch.inf)
     return (errors + errors.T).cpu()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import networkx
 from torch import Tensor
@@ -18,19 +19,36 @@ class LayerPairing:
 
     order: new expert id -> source expert id.  New experts 2p and 2p+1 are pair p for ids below `merged`; the others
     stay dense.
+    spared: source ids of those that stay dense because a pair would lose an expert.
     """
 
     order: list[int]
     merged: int
+    spared: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, merged: list[int], experts: int, spared: list[int]) -> LayerPairing:
+        """Experts that merge, partners side by side, of so many; the others stay dense in the order of their ids, so
+        that routing groups that do not merge stay whole."""
+        return cls(merged + sorted(set(range(experts)) - set(merged)), len(merged), sorted(spared))
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
         """Source ids of the partners."""
         return list(zip(self.order[: self.merged : 2], self.order[1 : self.merged : 2], strict=True))
 
+    def without(self, lost: set[int], groups: int) -> LayerPairing:
+        """The same, but that the pairs of these experts stay dense; with group-limited routing (`groups` > 1) all pairs
+        of their groups, since a group's experts stay neighbours."""
+        size = len(self.order) // groups if groups > 1 else 2
+        units = [self.order[start : start + size] for start in range(0, self.merged, size)]
+        kept = [expert for unit in units if not lost & set(unit) for expert in unit]
+        dropped = [expert for unit in units if lost & set(unit) for expert in unit]
+        return LayerPairing.of(kept, len(self.order), self.spared + dropped)
+
 
 PairCosts = Callable[[list[int]], Tensor]
-"""The cost of merging any two of n experts, symmetric [n, n]."""
+"""The cost of merging any two of n experts, symmetric [n, n]; infinite for two that must not merge."""
 
 
 def pair_experts(
@@ -41,15 +59,21 @@ def pair_experts(
     sparsity 0.5 merges every expert (with an odd count one stays dense), 0.25 half of them: those that saw the fewest
     calibration tokens; a random half when tokens is None (no calibration).
     groups: group-limited routing sees each group of experts / groups consecutive experts as a unit, so partners come
-    from one group and groups stay whole; at 0.25 the half of the groups with the fewest tokens merges.
+    from one group and groups stay whole; at 0.25 the half of the groups with the fewest tokens merges.  A group with an
+    expert that no partner suits stays dense.
     tokens: int [experts], calibration tokens per expert.
     Raises UnsupportedModel when groups of an odd size cannot be paired.
     """
     rng = random.Random(seed)
     order: list[int] = []
+    spared: list[int] = []
     for pool in _pools(experts, sparsity, groups, tokens, rng):
-        order += _shuffled(pool, rng) if costs is None or len(pool) < 2 else _matched(pool, costs(pool))
-    return LayerPairing(order + sorted(set(range(experts)) - set(order)), len(order))
+        merged = _shuffled(pool, rng) if costs is None or len(pool) < 2 else _matched(pool, costs(pool))
+        if len(merged) < len(pool) // 2 * 2:
+            merged = [] if groups > 1 else merged
+            spared += set(pool) - set(merged)
+        order += merged
+    return LayerPairing.of(order, experts, spared)
 
 
 def check_groups(experts: int, groups: int) -> None:
@@ -63,7 +87,7 @@ def check_groups(experts: int, groups: int) -> None:
 
 
 def merged_count(experts: int, sparsity: float, groups: int) -> int:
-    """How many experts of a layer merge in pairs; arguments as in `pair_experts`."""
+    """How many experts of a layer merge in pairs, if any two may; arguments as in `pair_experts`."""
     pools = _pools(experts, sparsity, groups, None, random.Random(0))
     return sum(len(pool) // 2 * 2 for pool in pools)
 
@@ -88,10 +112,11 @@ def _shuffled(pool: list[int], rng: random.Random) -> list[int]:
 
 
 def _matched(pool: list[int], costs: Tensor) -> list[int]:
-    """The same, from the minimum-weight matching that leaves out no more than one expert."""
+    """The same, from the minimum-weight matching of as many experts as may merge."""
     graph = networkx.Graph()
     values = costs.tolist()
-    graph.add_weighted_edges_from((a, b, values[a][b]) for b in range(len(pool)) for a in range(b))
+    edges = ((a, b, values[a][b]) for b in range(len(pool)) for a in range(b))
+    graph.add_weighted_edges_from(edge for edge in edges if math.isfinite(edge[2]))
     matching = networkx.min_weight_matching(graph)
     return [pool[member] for pair in sorted(sorted(pair) for pair in matching) for member in pair]
 
@@ -101,6 +126,8 @@ def shared_choices(pairing: LayerPairing, together: Tensor, groups: int) -> tupl
 
     together: int [experts, experts], tokens that chose both experts; groups: as in `pair_experts`.
     """
+    if not pairing.merged:
+        return 0.0, 0.0
     here = sum(int(together[pair]) for pair in pairing.pairs)
     size = len(together) // groups if groups > 1 else pairing.merged
     drawn = 0.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from statistics import mean
 
+from puzzlemoe_offline.methods.base import LayerRecord
 from puzzlemoe_offline.model.families import Family
 from puzzlemoe_offline.run.job import Job
-from puzzlemoe_offline.run.report import GB, REPORT, Report
+from puzzlemoe_offline.run.report import GB, REPORT, Report, warnings, worst_expert
 
 CARD = "README.md"
 
@@ -59,6 +60,7 @@ def _packed_card(job: Job, report: Report) -> str:
         f"| calibration | {calibrated} |",
         f"| layers with merged experts | {len(layers)} |",
         *([f"| relative error of the MoE layers' outputs, mean | {mean(errors):.4f} |"] if errors else []),
+        *_worst_row(layers),
         f"| tool | puzzlemoe-vllm {report.tool_version} |",
         "",
         f"Per-layer errors and token counts: `{REPORT}`. "
@@ -69,8 +71,18 @@ def _packed_card(job: Job, report: Report) -> str:
             "source's."
         ),
         "",
+        *[f"Warning: {line}.\n" for line in warnings(report)],
     ]
     return "\n".join(lines)
+
+
+def _worst_row(layers: list[LayerRecord]) -> list[str]:
+    """The expert of the model that lost most."""
+    worst = [(*found[::-1], layer.layer) for layer in layers if (found := worst_expert(layer))]
+    if not worst:
+        return []
+    error, expert, layer = max(worst)
+    return [f"| largest relative error of an expert | {error:.4f}, expert {expert} of the source's layer {layer} |"]
 
 
 def _is_hub_id(source: str) -> bool:

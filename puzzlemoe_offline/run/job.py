@@ -45,7 +45,7 @@ class Job:
 
     @property
     def experts_after(self) -> int:
-        """Bytes of routed experts in the method's own storage."""
+        """Bytes of routed experts in the method's own storage, before any is seen: more if some suit no partner."""
         return round(self.checkpoint.routed_bytes * self.method.bits_per_weight(self.checkpoint) / 16)
 
     @property

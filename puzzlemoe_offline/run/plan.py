@@ -1,4 +1,8 @@
-"""What a compression run will take, before it starts: sizes exactly, memory and time by estimate."""
+"""What a compression run will take, before it starts: sizes from the headers, memory and time by estimate.
+
+Experts that no partner suits stay dense, which is found only when they are merged: they make the model larger than
+planned here.
+"""
 
 from __future__ import annotations
 

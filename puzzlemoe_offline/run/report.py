@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,12 +18,19 @@ from puzzlemoe_offline.version import VERSION
 from puzzlemoe_vllm.format.layout import Provenance
 
 REPORT = "puzzlemoe_report.json"
+NAMED = 4
+"""Layers whose experts a warning names."""
+
 GB = 1e9
 MB = 1e6
 
 
 class Sizes(BaseModel):
-    """Bytes of routed experts, as source and method store them, and of everything else."""
+    """Bytes of routed experts, as source and method store them, and of everything else.
+
+    experts_after: of the tensors that were written, or, of a method whose results are written in bf16, of what its own
+    storage would take.
+    """
 
     experts_before: int
     experts_after: int
@@ -48,7 +56,8 @@ class Report(BaseModel):
     def text(self) -> str:
         """As the file holds it; a layer has no rows for what is not known of it."""
         layers = [layer.model_dump(exclude_none=True) for layer in self.layers]
-        return json.dumps(self.model_dump(exclude={"layers"}) | {"layers": layers}, indent=2) + "\n"
+        text = json.dumps(self.model_dump(exclude={"layers"}) | {"layers": layers}, indent=2, allow_nan=False)
+        return text + "\n"
 
     @property
     def changed(self) -> list[LayerRecord]:
@@ -73,7 +82,9 @@ def build_report(job: Job, calibration: Calibration | None, records: list[LayerR
         else None,
         bytes=Sizes(
             experts_before=job.checkpoint.routed_bytes,
-            experts_after=job.experts_after,
+            experts_after=sum(record.expert_bytes or 0 for record in records)
+            if job.method.packs
+            else job.experts_after,
             other=job.checkpoint.other_bytes,
         ),
         bytes_per_token=_loaded(job, calibration, records) if calibration else None,
@@ -91,7 +102,7 @@ def _loaded(job: Job, calibration: Calibration, records: list[LayerRecord]) -> d
         return None
     dense = job.checkpoint.expert_bytes
     for record in paired:
-        assert record.tokens and record.order and record.shared_choices and record.pair_bytes
+        assert record.tokens and record.order and record.shared_choices and record.pair_bytes is not None
         in_pairs = sum(record.tokens[expert] for expert in record.order[: record.merged])
         alone = dense * (sum(record.tokens) - in_pairs)
         totals["before"] += dense * sum(record.tokens)
@@ -121,7 +132,8 @@ def provenance(job: Job, calibration: Calibration | None) -> Provenance:
 def summary(report: Report) -> Group:
     """The report for a terminal."""
     table = Table(title="Relative error per layer")
-    for column in ("layer", "merged experts", "gate", "up", "down", "output", "clamped", "fewest tokens"):
+    columns = "layer", "merged experts", "gate", "up", "down", "output", "worst expert", "clamped", "fewest tokens"
+    for column in columns:
         table.add_column(column, justify="right")
     for layer in report.changed:
         table.add_row(*_row(layer))
@@ -138,14 +150,63 @@ def summary(report: Report) -> Group:
         )
     if few := sum(len(layer.few_tokens or ()) for layer in report.changed):
         lines.append(f"[yellow]{few} experts saw too few calibration tokens to tell which inputs matter")
+    lines += [f"[yellow]{line}" for line in warnings(report)]
     return Group(table, *lines)
+
+
+def warnings(report: Report) -> list[str]:
+    """A line for experts that merging lost, and one for those that stay dense lest it did."""
+    found = []
+    if lost := {layer.layer: layer.lost for layer in report.changed if layer.lost}:
+        found.append(
+            f"{_named(lost)}: merging lost these beside their partners; --recipe default leaves such experts dense"
+        )
+    if spared := {layer.layer: layer.spared for layer in report.changed if layer.spared}:
+        found.append(f"{_named(spared)}: stay dense, since a pair of them would have lost one of its experts")
+    return found
+
+
+def _named(experts: dict[int, list[int]]) -> str:
+    """The source's experts of some layers, the first `NAMED` layers by their ids."""
+    layers = [f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in list(experts.items())[:NAMED]]
+    more = len(experts) - len(layers)
+    rest = f"; {more} more layers in {REPORT}" if more else ""
+    return f"{sum(map(len, experts.values()))} experts ({'; '.join(layers)}{rest})"
+
+
+def worst_expert(layer: LayerRecord) -> tuple[int, float] | None:
+    """The source's id and the error of a layer's expert that lost most, by its output where tokens chose it, or else by
+    its worst projection; an expert of zeros that is zeros no more has lost infinitely much.  None where neither is
+    known."""
+    outputs = layer.expert_output_error or []
+    if any(error is not None for error in outputs):
+        errors = [-1.0 if error is None else error for error in outputs]
+    elif layer.expert_weight_error:
+        errors = [max(math.inf if e is None else e for e in own) for own in layer.expert_weight_error]
+    else:
+        return None
+    worst = max(range(len(errors)), key=errors.__getitem__)
+    return worst, errors[worst]
 
 
 def _row(layer: LayerRecord) -> list[str]:
     merged = str(layer.merged)
     if layer.centres:
         merged = f"{len(layer.centres)} in {len(set(layer.centres))}"
-    errors = [f"{error:.4f}" for error in layer.weight_error or ()] or ["-"] * 3
-    output = "-" if layer.output_error is None else f"{layer.output_error:.4f}"
+    errors = [_error(error) for error in layer.weight_error or [None] * 3]
+    worst = worst_expert(layer)
+    own = f"{worst[0]}: {worst[1]:.4f}" if worst else "-"
     clamped = "-" if layer.clamped is None else str(layer.clamped)
-    return [str(layer.layer), merged, *errors, output, clamped, str(min(layer.tokens)) if layer.tokens else "-"]
+    return [
+        str(layer.layer),
+        merged,
+        *errors,
+        _error(layer.output_error),
+        own,
+        clamped,
+        str(min(layer.tokens)) if layer.tokens else "-",
+    ]
+
+
+def _error(error: float | None) -> str:
+    return "-" if error is None else f"{error:.4f}"

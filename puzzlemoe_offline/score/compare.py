@@ -144,8 +144,10 @@ class Comparison:
             with TemporaryDirectory(dir=self.scratch, prefix="puzzlemoe-compare-") as folder:
                 began = time.perf_counter()
                 job = Job(self.model, method, checkpoint.folder.name, tokens=self.calibration.tokens.numel())
-                run(job, self.calibration if method.passes else None, Path(folder))
+                report = run(job, self.calibration if method.passes else None, Path(folder))
                 seconds.append(time.perf_counter() - began)
+                if method.packs:  # experts that suit no partner stay dense
+                    bits = 8 * report.bytes.experts_after / weights
                 written = LayerwiseModel(Checkpoint(Path(folder)), str(self.model.device))
                 for text, value in self._score(written).items():
                     scores[text].append(value)

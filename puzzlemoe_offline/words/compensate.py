@@ -20,7 +20,9 @@ from puzzlemoe_offline.words.nearest import (
     check_finite,
     fit_least_squares,
     fit_table,
+    stored_steps,
 )
+from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.codes import PairCode, TableCode
 
 DAMPING = 0.1
@@ -31,6 +33,10 @@ BLOCK = 128
 """Columns whose errors reach the rest of the matrix in one matrix product."""
 
 
+class MomentsError(UserError):
+    """Second moments of inputs that are too large for float32, so that no error can be compensated."""
+
+
 def fit_compensated(
     code: PairCode,
     weights: tuple[Tensor, Tensor],
@@ -39,7 +45,7 @@ def fit_compensated(
 ) -> PackedMatrix:
     """The words of two matrices [N, K] whose inputs have moments.
 
-    Raises UnencodableWeight for a weight that the code cannot hold.
+    Raises UnencodableWeight for a weight that the code cannot hold, MomentsError as `inverse_factor` does.
     """
     check_finite(weights)
     factors = torch.stack([inverse_factor(seen) for seen in inputs])
@@ -60,15 +66,26 @@ def fit_compensated(
 
 
 def inverse_factor(inputs: ProjectionInputs) -> Tensor:
-    """Upper triangular U, float32 [K, K], with U'U the inverse of the damped moments per token^`BALANCE`."""
+    """Upper triangular U, float32 [K, K], with U'U the inverse of the damped moments per token^`BALANCE`.
+
+    Raises MomentsError for moments that have none.
+    """
     assert inputs.moments is not None
     moments = inputs.moments.float() / inputs.tokens**BALANCE
     mean = moments.diagonal().mean()
     # An expert whose inputs are all zero: the down projection of one whose gate or up projection is.
     moments.diagonal().add_(torch.where(mean > 0, DAMPING * mean, 1.0))
     # With rows and columns in reverse the lower factor becomes an upper one, R R' = moments; its inverse is U.
-    upper = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
+    lower, failed = torch.linalg.cholesky_ex(moments.flip(0, 1))
+    upper = lower.flip(0, 1)
+    factor = torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
+    diagonal = factor.diagonal()
+    if bool(failed) or not bool((torch.isfinite(diagonal) & (diagonal > 0)).all()):
+        raise MomentsError(
+            "on the calibration text the squares of the inputs leave float32: copy or download the source again if it "
+            "should have no such activations"
+        )
+    return factor
 
 
 def coder_of(code: PairCode, group: int | None, matrix: Tensor) -> Columns | ColumnsInKernel:
@@ -188,5 +205,8 @@ class ColumnsInKernel:
 
 
 def packed_with_steps(code: TableCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:
-    """Words [N, K], one a column, and the steps [N] of every group of columns, as they are stored."""
-    return PackedMatrix(code.pack(words), torch.stack(steps, dim=1).to(torch.bfloat16))
+    """Words [N, K], one a column, and the steps [N] of every group of columns, as they are stored.
+
+    Raises UnencodableWeight as `stored_steps` does.
+    """
+    return PackedMatrix(code.pack(words), stored_steps(torch.stack(steps, dim=1)))

@@ -20,6 +20,7 @@ from puzzlemoe_offline.words.merged_pair import MergedPair
 from puzzlemoe_offline.words.paper_rule import merge_pair
 from puzzlemoe_vllm.format.codes import PairCode, TableCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.codes.angle16 import Angle16
+from puzzlemoe_vllm.format.codes.base import LARGEST
 from puzzlemoe_vllm.format.codes.mask16 import SMALLEST, Mask16
 
 UNSEEN = 1e-4
@@ -156,7 +157,7 @@ def fit_table(
         from puzzlemoe_offline.words.nearest_kernels import fit_groups
 
         fitted, steps = fit_groups(code, weights, importance, group, STEP_MULTIPLES)
-        return PackedMatrix(code.pack(fitted), steps.to(torch.bfloat16))
+        return PackedMatrix(code.pack(fitted), stored_steps(steps))
     pair = torch.stack([weight.float().abs().unflatten(1, (-1, group)) for weight in weights])
     by_group = torch.stack(importance)[:, None].unflatten(2, (-1, group))
     magnitudes = code.magnitudes.to(pair.device)
@@ -179,7 +180,19 @@ def fit_table(
         product += (weighted * pair[position]).sum(dim=2)
         square += (weighted * value).sum(dim=2)
     words = code.encode(index.flatten(1), (torch.signbit(weights[0]), torch.signbit(weights[1])))
-    return PackedMatrix(words, (product / square).to(torch.bfloat16))
+    return PackedMatrix(words, stored_steps(product / square))
+
+
+def stored_steps(steps: Tensor) -> Tensor:
+    """Steps in bf16, as they are stored.
+
+    Raises UnencodableWeight for one that is NaN, infinite or above `LARGEST`: the squares of larger weights leave
+    float32, in which steps are fitted.
+    """
+    stored = steps.to(torch.bfloat16)
+    if not bool((stored.abs() <= LARGEST).all()):
+        raise UnencodableWeight(f"a step is NaN, infinite or above {LARGEST:g}: no working model has such weights")
+    return stored
 
 
 FITS: dict[type[PairCode], Callable[..., PackedMatrix]] = {

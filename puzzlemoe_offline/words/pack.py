@@ -9,9 +9,10 @@ from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
 from puzzlemoe_offline.recipe import PairRecipe
+from puzzlemoe_offline.relative_error import relative_error
 from puzzlemoe_offline.words.compensate import fit_compensated
 from puzzlemoe_offline.words.nearest import PackedMatrix, column_importance, fit
-from puzzlemoe_vllm.format.codes import get_code
+from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
 
 ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}
 """Entries merged at a time: bounds the float32 scratch memory, lets it stay in a CPU's cache, and keeps a GPU busy."""
@@ -19,18 +20,17 @@ ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}
 
 @dataclass
 class Losses:
-    """What packing lost: squared error and energy per projection (gate, up, down), and entries clamped to the code's
-    smallest magnitude or to zero."""
+    """What packing a pair lost: squared error and energy, float64 [2, 3] by position and projection (gate, up, down),
+    and entries clamped to the code's smallest magnitude or to zero."""
 
-    error: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    energy: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    error: Tensor = field(default_factory=lambda: torch.zeros(2, 3, dtype=torch.float64))
+    energy: Tensor = field(default_factory=lambda: torch.zeros(2, 3, dtype=torch.float64))
     clamped: int = 0
 
-    def relative(self) -> list[float]:
-        """||W - W'|| / ||W|| of the merged experts, per projection."""
-        return [
-            (error / energy) ** 0.5 if energy else 0.0 for error, energy in zip(self.error, self.energy, strict=True)
-        ]
+    def relative(self, position: int) -> list[float | None]:
+        """||W - W'|| / ||W|| of one expert, per projection."""
+        error, energy = self.error[position].tolist(), self.energy[position].tolist()
+        return [relative_error(*both) for both in zip(error, energy, strict=True)]
 
 
 def rows_at_once(weight: Tensor) -> int:
@@ -46,7 +46,10 @@ def pack_matrix(
     losses: Losses,
     index: int,
 ) -> PackedMatrix:
-    """Two matrices [N, K] as words, on their device; what they lose is added to `losses`."""
+    """Two matrices [N, K] as words, on their device; what they lose is added to `losses`.
+
+    Raises UnencodableWeight for weights that the code cannot hold, MomentsError where compensation cannot be.
+    """
     code = get_code(recipe.code)
     rows = rows_at_once(weights[0])
     blocks = list(zip(weights[0].split(rows), weights[1].split(rows), strict=True))
@@ -56,13 +59,17 @@ def pack_matrix(
         importance = column_importance(inputs, recipe)
         packed = PackedMatrix.stack([fit(block, importance, recipe, group) for block in blocks])
     steps = [None] * len(blocks) if packed.steps is None else packed.steps.split(rows)
-    error, energy = torch.zeros(2, dtype=torch.float64, device=weights[0].device)
+    # Squares of the smallest and largest weights fit only into float64.
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=weights[0].device)
     for block, words, step in zip(blocks, packed.words.split(rows), steps, strict=True):
         for position, weight in enumerate(block):
-            exact = weight.float()
-            error += (exact - code.decode(words, position, step).float()).square().sum()
-            energy += exact.square().sum()
-    losses.error[index] += float(error)
-    losses.energy[index] += float(energy)
+            exact = weight.double()
+            sums[0, position] += (exact - code.decode(words, position, step)).square().sum()
+            sums[1, position] += exact.square().sum()
+    found = sums.cpu()
+    if not bool(found.isfinite().all()):
+        raise UnencodableWeight("the words of these weights decode to NaN or infinity")
+    losses.error[:, index] += found[0]
+    losses.energy[:, index] += found[1]
     losses.clamped += packed.clamped
     return packed

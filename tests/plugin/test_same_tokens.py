@@ -13,6 +13,7 @@ from support import models as tiny_models
 from support.comparison import assert_same_generation
 from support.engine import Engine, Step
 from support.packed_models import Models
+from support.runs import compress_pairs, unpack
 
 from puzzlemoe_offline.model import families
 from puzzlemoe_vllm.format.shards import save_shard
@@ -105,3 +106,17 @@ def exchange_pair(folder: Path, prefix: str) -> None:
                 word = tensors[name].int() & 0xFFFF
                 tensors[name] = ((word & 0x0FFF) | (word & 0xA000) >> 1 | (word & 0x5000) << 1).short()
         save_shard(tensors, shard, metadata)
+
+
+def test_layers_whose_experts_all_stay_dense(engine, tmp_path):
+    """A dead expert suits no partner: layer 0 has no pairs at all, layer 1 has one."""
+    source = tiny_models.build("mixtral", tmp_path / "source", num_local_experts=2)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if "layers.0.block_sparse_moe.experts.1." in name]:
+        tensors[name].zero_()
+    save_shard(tensors, source / "model.safetensors", {"format": "pt"})
+    report = compress_pairs(source, tmp_path / "packed", code="angle8", pairing="search")
+    assert [layer["merged"] for layer in report["layers"]] == [0, 2]
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
+    expected = engine.generate(tmp_path / "unpacked", enforce_eager=True)
+    assert_same_generation(expected, engine.generate(tmp_path / "packed", enforce_eager=True))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.words.compensate import DAMPING, fit_compensated, inverse_factor
+from puzzlemoe_offline.words.compensate import DAMPING, MomentsError, fit_compensated, inverse_factor
 from puzzlemoe_offline.words.nearest import BALANCE, PackedMatrix, column_importance, fit
 from puzzlemoe_vllm.format.codes import CODES, get_code
 
@@ -45,6 +45,13 @@ def test_the_factor_inverts_the_damped_moments():
     damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(48)
     torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(48), rtol=0, atol=1e-3)
     assert not factor.tril(-1).any()
+
+
+@pytest.mark.parametrize("size", [float("inf"), 1e38, float("nan")])
+def test_moments_beyond_float32_are_refused(size):
+    moments = torch.full((16, 16), size)
+    with pytest.raises(MomentsError, match="the squares of the inputs leave float32"):
+        inverse_factor(ProjectionInputs(torch.ones(16), 1, moments + moments))
 
 
 def test_moments_are_left_as_they_were():

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics, ProjectionInputs
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.words.nearest import column_importance, fit, fit_angle16, fit_mask16, fit_table, nearest
+from puzzlemoe_offline.words.nearest import (
+    column_importance,
+    fit,
+    fit_angle16,
+    fit_mask16,
+    fit_table,
+    nearest,
+    stored_steps,
+)
 from puzzlemoe_vllm.format.codes import CODES, UnencodableWeight, get_code
 
 LEAST_SQUARES = PairRecipe(rule="least-squares")
@@ -168,3 +176,11 @@ def test_an_expert_without_tokens_leaves_the_word_to_its_partner():
         for position, weight in enumerate(weights)
     ]
     assert 2 * errors[0] < errors[1] < 0.5
+
+
+@pytest.mark.parametrize("step", [float("nan"), float("inf"), -float("inf"), 131072.0, 3e38])
+def test_no_step_is_stored_that_no_weight_needs(step):
+    with pytest.raises(UnencodableWeight, match="a step is NaN, infinite or above 130560"):
+        stored_steps(torch.tensor([[0.01, step]]))
+    kept = torch.tensor([[0.0, 1e-39, 130560.0]])
+    assert torch.equal(stored_steps(kept), kept.bfloat16())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
 from puzzlemoe_offline.words import compensate
-from puzzlemoe_offline.words.nearest import STEP_MULTIPLES, PackedMatrix, fit_table
+from puzzlemoe_offline.words.nearest import STEP_MULTIPLES, PackedMatrix, fit_table, stored_steps
 from puzzlemoe_vllm.format.codes import CODES, UnencodableWeight, get_code
 
 pytest.importorskip("triton")
@@ -78,6 +78,20 @@ def test_groups(name, group):
         code, tuple(w.to(DEVICE) for w in weights), tuple(s.to(DEVICE) for s in importance), group, STEP_MULTIPLES
     )
     assert_same(PackedMatrix(code.pack(words), steps.bfloat16()), fit_table(code, weights, importance, group))
+
+
+@runs
+@pytest.mark.parametrize("size", [1e20, 3e38])
+def test_steps_of_weights_beyond_float32_are_refused(size):
+    from puzzlemoe_offline.words.nearest_kernels import fit_groups
+
+    weights = tuple((weight.float().sign() * size).bfloat16() for weight in random_weights(16, 64))
+    importance = torch.ones(64, device=DEVICE)
+    _, steps = fit_groups(
+        get_code("angle8"), tuple(w.to(DEVICE) for w in weights), (importance, importance), 64, STEP_MULTIPLES
+    )
+    with pytest.raises(UnencodableWeight, match="a step is NaN, infinite or above"):
+        stored_steps(steps)
 
 
 @runs
