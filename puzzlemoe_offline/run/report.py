@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Group
+from rich.filesize import decimal
 from rich.table import Table
 
 from puzzlemoe_offline.calibration.text import Calibration
@@ -17,7 +18,6 @@ from puzzlemoe_offline.version import VERSION
 from puzzlemoe_vllm.format.layout import Provenance
 
 REPORT = "puzzlemoe_report.json"
-GB = 1e9
 MB = 1e6
 
 
@@ -127,8 +127,8 @@ def summary(report: Report) -> Group:
         table.add_row(*_row(layer))
     sizes = report.bytes
     lines = [
-        f"expert weights  {sizes.experts_before / GB:.3f} GB -> {sizes.experts_after / GB:.3f} GB",
-        f"other weights   {sizes.other / GB:.3f} GB, unchanged",
+        f"expert weights  {decimal(sizes.experts_before)} -> {decimal(sizes.experts_after)}",
+        f"other weights   {decimal(sizes.other)}, unchanged",
         "seconds         " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items()),
     ]
     if loaded := report.bytes_per_token:
