@@ -1,6 +1,6 @@
 """Runs killed at random times and inside every step that touches the disk, each resumed to the same bytes.
 
-    OMP_NUM_THREADS=1 python tests/fuzz/kills.py [--kills N] [--seed N] [--finishing]
+    PYTHONPATH=.:tests OMP_NUM_THREADS=1 python tests/fuzz/kills.py [--kills N] [--seed N] [--finishing]
 
 A killed run is a fork of this process, which has imported everything: one takes a fraction of a second.  Prints a
 summary; ends with status 1 at the first folder that differs from an uninterrupted run's.
@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
-
 from support.models import build
 from support.runs import SENTENCE
 
@@ -107,7 +104,8 @@ class Trials:
         source = build("mixtral", folder / "source", num_hidden_layers=3)
         text = folder / "text.txt"
         text.write_text(SENTENCE * 60)
-        self.words = ["compress", str(source), "--calibration", str(text), "--samples", "8", "--sequence-length", "64"]
+        sizes = ["--samples", "8", "--sequence-length", "64"]
+        self.words = ["compress", str(source), "--calibration", str(text), "--recipe", "paper", *sizes]
         self.kills = self.again = self.finished = self.resumed = 0
         whole = folder / "whole"
         assert wait(start([*self.words, str(whole)])) == 0
@@ -181,8 +179,9 @@ def trials() -> None:
         runs = Trials(Path(folder), random.Random(options.seed))
         runs.at_random_times(options.kills)
         print(
-            f"{runs.kills} kills at random times of runs of {runs.seconds:.2f} s, {runs.again} of them of a resumed run "
-            f"({runs.finished} runs were done first): {runs.resumed} folders resumed to the same bytes"
+            f"{runs.kills} kills at random times of runs of {runs.seconds:.2f} s, {runs.again} of resumed runs "
+            f"({runs.finished} runs ended before their kill): {runs.resumed} folders resumed to the same bytes",
+            flush=True,
         )
         steps = runs.at_steps(options.finishing)
         print(f"{steps} kills, one before each step of {'finishing' if options.finishing else 'a run'}: the same bytes")
