@@ -256,12 +256,11 @@ class ModelFolder:
         """Copies the source's small files, writes `files`, then index and config.json, and drops the work folder."""
         self._wait()
         with writing(self.folder):
-            for pattern in SMALL_FILES:
-                for path in source.glob(pattern):
-                    if path.is_file() and path.name not in (CONFIG, INDEX, *files):
-                        target = self.folder / path.relative_to(source)
-                        target.parent.mkdir(exist_ok=True)
-                        self._write(target, path.read_bytes())
+            for path in _small_files(source):
+                if path.name not in (CONFIG, INDEX, *files):
+                    target = self.folder / path.relative_to(source)
+                    target.parent.mkdir(exist_ok=True)
+                    self._write(target, path.read_bytes())
             for name, text in files.items():
                 self._write(self.folder / name, text.encode())
             self._write(self.folder / INDEX, _json(self._index(config)))
@@ -288,6 +287,11 @@ class ModelFolder:
         index = index_with_records(self.folder, weight_map, total, layout, records)
         index["metadata"]["run_sha256"] = self._fingerprint
         return index
+
+
+def _small_files(source: Path) -> list[Path]:
+    """What is copied of a source beside its weights."""
+    return [path for pattern in SMALL_FILES for path in sorted(source.glob(pattern)) if path.is_file()]
 
 
 def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,11 +12,13 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +29,36 @@ from support.runs import SENTENCE
 from puzzlemoe_offline.cli.main import main
 from puzzlemoe_offline.run.output import ModelFolder
 
-STEPS = ("fsync", "replace", "unlink", "rmdir", "mkdir", "open")
+STEPS = ("fsync", "replace", "unlink", "rmdir", "mkdir")
 """Functions of `os` by which a run changes the disk, but for writes into files that have no name of their own yet."""
 
 REPORT = "puzzlemoe_report.json"
 
 
-class Killer:
-    """Ends this process by SIGKILL at its nth step; steps count from when it is armed."""
+def kill_at(step: int, finishing: bool) -> None:
+    """Has this process end by SIGKILL just before its nth step, counted from its first or from the last shard on."""
+    taken, armed = 0, not finishing
 
-    def __init__(self, step: int):
-        self.step, self.taken, self.armed = step, 0, False
-        for name in STEPS:
-            setattr(os, name, self._counting(getattr(os, name)))
-
-    def _counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*words: Any, **options: Any) -> Any:
-            if self.armed:
-                if self.taken == self.step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                self.taken += 1
+            nonlocal taken
+            if armed and taken == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            taken += armed
             return function(*words, **options)
 
         return counted
 
-    def arm_at_finish(self) -> None:
-        """Counts no steps before the last shard is written."""
-        finish = ModelFolder.finish
+    for name in STEPS:
+        setattr(os, name, counting(getattr(os, name)))
+    finish = ModelFolder.finish
 
-        def finishing(*words: Any) -> None:
-            self.armed = True
-            finish(*words)
+    def finishing_now(*words: Any) -> None:
+        nonlocal armed
+        armed = True
+        finish(*words)
 
-        ModelFolder.finish = finishing  # type: ignore[method-assign]
+    ModelFolder.finish = finishing_now  # type: ignore[method-assign]
 
 
 def start(words: list[str], prepare: Callable[[], object] = lambda: None) -> int:
@@ -124,9 +123,7 @@ class Trials:
         if found != self.expected:
             names = {name for name in found.keys() | self.expected if found.get(name) != self.expected.get(name)}
             sys.exit(f"{why}: {', '.join(sorted(names))} differ; see {out}")
-        for path in sorted(out.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        out.rmdir()
+        shutil.rmtree(out)
         self.resumed += 1
 
     def at_random_times(self, kills: int) -> None:
@@ -148,21 +145,18 @@ class Trials:
 
     def at_steps(self, finishing: bool) -> int:
         """A kill before every step of a run, or of finishing it; how many there were."""
-        step = 0
+        step, begun = 0, self.folder / "begun"
         while True:
             out = self.folder / f"step-{step}"
-
-            def prepare(step: int = step) -> None:
-                killer = Killer(step)
-                if finishing:
-                    killer.arm_at_finish()
-                else:
-                    killer.armed = True
-
-            if (status := wait(start([*self.words, str(out)], prepare))) == 0:
+            if begun.exists():
+                shutil.copytree(begun, out)
+            prepare = partial(kill_at, step, finishing)
+            if (status := wait(start([*self.words, str(out), "--resume"], prepare))) == 0:
                 return step
             if status != -signal.SIGKILL:
                 sys.exit(f"step {step}: status {status}")
+            if finishing and step == 0:
+                shutil.copytree(out, begun)  # all layers are there: later steps need not make them again
             self.check(out, f"killed before step {step}")
             step += 1
 

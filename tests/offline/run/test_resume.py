@@ -358,7 +358,7 @@ def test_kills_at_random_times_and_inside_every_step_of_finishing():
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith("6 kills at random times")
-    assert int(second.split()[0]) > 30 and "each step of finishing: the same bytes" in second
+    assert int(second.split()[0]) > 25 and "each step of finishing: the same bytes" in second
 
 
 def test_only_one_shard_is_written_behind(source, tmp_path, monkeypatch):
