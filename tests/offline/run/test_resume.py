@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -361,24 +362,23 @@ def test_kills_at_random_times_and_inside_every_step_of_finishing():
     assert int(second.split()[0]) > 25 and "each step of finishing: the same bytes" in second
 
 
-def test_only_one_shard_is_written_behind(source, tmp_path, monkeypatch):
-    alive = []
-    keep = ModelFolder._keep
+def test_a_shard_is_finished_while_the_next_layer_is_made(source, packed, tmp_path, monkeypatch):
+    """And no more than one: each waits here for the next layer to begin, and the layer after that for it."""
+    out, begun = tmp_path / "out", [threading.Event() for _ in range(LAYERS)]
+    keep, new_layer, recorded = ModelFolder._keep, runner._new_layer, []
 
-    def slow(self: ModelFolder, number: int, *words: Any) -> None:
-        alive.append(number)
-        time.sleep(0.2)
+    def waiting(self: ModelFolder, number: int, *words: Any) -> None:
+        if number + 1 < LAYERS:
+            assert begun[number + 1].wait(60)
         keep(self, number, *words)
-        alive.remove(number)
 
-    seen = []
-    new_layer = runner._new_layer
-
-    def watched(job: Any, index: int, *words: Any) -> Any:
-        seen.append(list(alive))
+    def beginning(job: Any, index: int, *words: Any) -> Any:
+        recorded.append(len(list((out / WORK).glob("shard-*.json"))))
+        begun[index].set()
         return new_layer(job, index, *words)
 
-    monkeypatch.setattr(ModelFolder, "_keep", slow)
-    monkeypatch.setattr(runner, "_new_layer", watched)
-    assert puzzlemoe(*compress(source, tmp_path / "out")) == 0
-    assert seen == [[], [0], [1]]
+    monkeypatch.setattr(ModelFolder, "_keep", waiting)
+    monkeypatch.setattr(runner, "_new_layer", beginning)
+    assert puzzlemoe(*compress(source, out)) == 0
+    assert recorded == [0, 0, 1]
+    assert contents(out) == contents(packed)
