@@ -20,7 +20,7 @@ from puzzlemoe_offline.cli.options import (
     SourceModel,
     WindowOption,
 )
-from puzzlemoe_offline.cli.terminal import console, layer_progress
+from puzzlemoe_offline.cli.terminal import console, layer_progress, print_finished
 from puzzlemoe_offline.cli.texts import CalibrationText
 from puzzlemoe_offline.methods import BASELINES
 from puzzlemoe_offline.model.checkpoint import Checkpoint
@@ -53,7 +53,9 @@ def baseline_command(
     check(job, out, resume)
     data = text.read(folder) if chosen.passes else None
     with layer_progress(method, model.checkpoint.layers) as advance:
-        run(job, data, out, resume, advance)
+        report = run(job, data, out, resume, advance)
+    if report is None:
+        print_finished(out)
     console.print(
         f"dense model written to {out}; {method} itself would store {chosen.bits_per_weight(model.checkpoint):.3f} "
         "bits per expert weight",

@@ -66,6 +66,8 @@ def compare_command(
     if model.checkpoint.quantization:
         raise OptionError(f"{folder} is packed already; compare starts from the 16-bit original")
     to_calibrate = CalibrationText.checked(model.checkpoint, calibration, column, samples, sequence_length)
+    if folder.resolve() in output.resolve().parents:
+        raise OptionError(f"--output {output}: lies inside the source, and so would models in the making: name another")
     texts = _texts(model.checkpoint, text, to_calibrate.length, windows)
     data = to_calibrate.read(folder)
     comparison = Comparison(model, data, texts, output.parent)

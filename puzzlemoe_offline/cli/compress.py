@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,7 +27,7 @@ from puzzlemoe_offline.cli.options import (
     SourceModel,
     WindowOption,
 )
-from puzzlemoe_offline.cli.terminal import console, layer_progress
+from puzzlemoe_offline.cli.terminal import console, layer_progress, print_finished
 from puzzlemoe_offline.cli.texts import CalibrationText
 from puzzlemoe_offline.methods.base import LayerMethod
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
@@ -38,7 +39,7 @@ from puzzlemoe_offline.recipe import ClusterRecipe, MethodName, RecipeError, Rec
 from puzzlemoe_offline.run.card import serve_command
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.plan import make_plan
-from puzzlemoe_offline.run.report import GB, summary
+from puzzlemoe_offline.run.report import summary
 from puzzlemoe_offline.run.runner import check, run
 
 
@@ -84,7 +85,10 @@ def compress_command(
     data = text.read(folder) if chosen.passes else None
     with layer_progress("compressing", model.checkpoint.layers) as advance:
         report = run(job, data, out, resume, advance)
-    console.print(summary(report))
+    if report is None:
+        print_finished(out)
+    else:
+        console.print(summary(report))
     serve = serve_command(str(out), model.checkpoint.family)
     console.print(f"packed model written to {out}; serve it with: {serve}", markup=False, soft_wrap=True)
 
@@ -115,11 +119,11 @@ def _plan_table(job: Job) -> Table:
     plan = make_plan(job)
     table = Table(title=f"{escape(job.source)}: plan (memory and time are estimates)", show_header=False)
     rows = [
-        ("expert weights", f"{plan.experts_before / GB:.3f} GB -> {plan.experts_after / GB:.3f} GB"),
-        ("other weights", f"{plan.other / GB:.3f} GB, unchanged"),
-        ("peak host memory", f"{plan.peak_host / GB:.2f} GB"),
-        ("peak GPU memory", f"{plan.peak_device / GB:.2f} GB" if plan.peak_device else "none"),
-        ("disk", f"{plan.disk / GB:.2f} GB"),
+        ("expert weights", f"{decimal(plan.experts_before)} -> {decimal(plan.experts_after)}"),
+        ("other weights", f"{decimal(plan.other)}, unchanged"),
+        ("peak host memory", decimal(plan.peak_host)),
+        ("peak GPU memory", decimal(plan.peak_device) if plan.peak_device else "none"),
+        ("disk", decimal(plan.disk)),
         ("time", f"{plan.seconds:.0f} s"),
     ]
     for name, value in rows:

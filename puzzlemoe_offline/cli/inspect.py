@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,7 +16,6 @@ from puzzlemoe_offline.cli.terminal import console, errors
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.hub import locate
 from puzzlemoe_offline.model.inspection import inspect
-from puzzlemoe_offline.run.report import GB
 from puzzlemoe_offline.score.distribution import expert_distribution
 
 
@@ -37,10 +37,10 @@ def inspect_command(
         return
     table = Table(title=escape(model))
     table.add_column("part")
-    table.add_column("GB", justify="right")
+    table.add_column("size", justify="right")
     for part, size in facts["bytes"].items():
-        table.add_row(part, f"{size / GB:.3f}")
-    table.add_row("total", f"{facts['total_bytes'] / GB:.3f}", style="bold")
+        table.add_row(part, decimal(size))
+    table.add_row("total", decimal(facts["total_bytes"]), style="bold")
     console.print(table)
     console.print(
         f"{facts['model_type']}: {facts['moe_layers']} of {facts['layers']} layers with "

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from statistics import mean
+
+from rich.filesize import decimal
 
 from puzzlemoe_offline.methods.base import LayerRecord
 from puzzlemoe_offline.model.families import Family
 from puzzlemoe_offline.run.job import Job
-from puzzlemoe_offline.run.report import GB, REPORT, Report, warnings, worst_expert
+from puzzlemoe_offline.run.report import REPORT, Report, warnings, worst_expert
 
 CARD = "README.md"
 
 
 def serve_command(folder: str, family: Family) -> str:
-    """What serves a packed model."""
-    return f"vllm serve {folder}" + (" --trust-remote-code" if family.remote_config else "")
+    """What serves a packed model, as a shell reads it."""
+    return f"vllm serve {shlex.quote(folder)}" + (" --trust-remote-code" if family.remote_config else "")
 
 
 def model_card(job: Job, report: Report) -> str:
@@ -41,8 +44,8 @@ def _packed_card(job: Job, report: Report) -> str:
         f"# {report.source.rstrip('/').split('/')[-1]}, experts merged "
         + ("in clusters with MergeMoE" if clustered else "in pairs with PuzzleMoE"),
         "",
-        f"Routed experts take {sizes.experts_after / GB:.2f} GB instead of {sizes.experts_before / GB:.2f} GB; "
-        f"the other {sizes.other / GB:.2f} GB are unchanged.",
+        f"Routed experts take {decimal(sizes.experts_after)} instead of {decimal(sizes.experts_before)}; "
+        f"the other {decimal(sizes.other)} are unchanged.",
         "",
         "## Serve",
         f"With vLLM and its plugin puzzlemoe-vllm {report.tool_version} installed:",

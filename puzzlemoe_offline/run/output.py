@@ -1,6 +1,7 @@
 """Writing a model folder shard by shard, so that a killed run resumes and a half-written one never loads as a model.
 
-Shards appear by atomic rename; config.json and the index, without which nothing loads the folder, come last.
+Shards appear by atomic rename; config.json and the index, without which nothing loads the folder, come last.  The index
+says which run wrote the folder, so that resuming a finished one is no error.
 """
 
 from __future__ import annotations
@@ -10,47 +11,54 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.filesize import decimal
+from safetensors.torch import load_file
 from torch import Tensor
 
 from puzzlemoe_offline.methods.base import LayerRecord
 from puzzlemoe_offline.model.hub import SMALL_FILES
-from puzzlemoe_vllm.errors import UserError
-from puzzlemoe_vllm.format.layout import parse_config
-from puzzlemoe_vllm.format.shards import INDEX, ShardRecord, index_with_records, record_shard, save_shard
+from puzzlemoe_offline.run.files import OutputError, is_intact, put, sync, write_file, writing
+from puzzlemoe_offline.run.work import FinishedShard, WorkFolder
+from puzzlemoe_vllm.format.layout import LayoutError, parse_config
+from puzzlemoe_vllm.format.shards import (
+    INDEX,
+    ShardRecord,
+    check_headers,
+    index_with_records,
+    read_json_object,
+    record_shard,
+    save_shard,
+)
 
-WORK = ".puzzlemoe-work"
-
-
-class OutputError(UserError):
-    """An output folder that cannot be used; the text says what to do."""
-
-
-class FinishedShard(BaseModel):
-    """What is kept of a finished shard: its tensors' bytes, its digests, and what is known of its layer."""
-
-    tensors: dict[str, int]
-    digests: ShardRecord
-    layer: LayerRecord | None = None
+CONFIG = "config.json"
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raises OutputError when a folder that is to hold `needed` bytes, with what it holds already, has no room."""
-    path = folder.absolute()
-    free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
-    held = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
-    if needed > free + held:
-        raise OutputError(
-            f"{folder}: the run writes up to {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left: make "
-            "room or name a folder elsewhere"
-        )
+class _Holds(Enum):
+    """What an output folder holds."""
+
+    nothing = auto()
+    unfinished = auto()
+    finished = auto()
+    other = auto()
+
+
+class _Finished(BaseModel):
+    """`metadata` of the index of a finished folder.  run_sha256: the fingerprint of the run that wrote it;
+    layout_sha256: in a packed folder."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    run_sha256: str
+    shards: dict[str, ShardRecord]
+    layout_sha256: str | None = None
 
 
 class ModelFolder:
@@ -59,117 +67,231 @@ class ModelFolder:
 
     def __init__(self, folder: Path, shards: int, metadata: dict[str, str]):
         self.folder, self.shards, self.metadata = folder, shards, metadata
-        self.work = folder / WORK
-        self.run = self.work / "run.json"
+        self.work = WorkFolder(folder)
+        self._fingerprint = ""
+        self._behind: ThreadPoolExecutor | None = None
+        self._outstanding: Future[None] | None = None
 
-    def check(self, resume: bool) -> None:
-        """Raises OutputError when the folder holds something else, or an unfinished run that is not to be resumed."""
-        if self.run.exists() and not resume:
+    def check(self, resume: bool, needed: int) -> None:
+        """Raises OutputError when the folder holds something else, an unfinished run that is not to be resumed, or
+        links, or when its disk has no room for what is not written yet of `needed` bytes."""
+        match self._holds():
+            case _Holds.unfinished if not resume:
+                raise OutputError(
+                    f"{self.folder} holds an unfinished run: go on with --resume, name a new folder or empty this one"
+                )
+            case _Holds.finished if resume:
+                self._check_links()
+                return
+            case _Holds.finished | _Holds.other:
+                raise OutputError(f"{self.folder} is not empty: name a new folder or empty this one")
+        self._check_links()
+        self._check_space(needed)
+
+    def _holds(self) -> _Holds:
+        with writing(self.folder):
+            if self._finished() is not None:
+                return _Holds.finished
+            if self.work.begun:
+                return _Holds.unfinished
+            others = self.folder.exists() and any(path != self.work.path for path in self.folder.iterdir())
+            return _Holds.other if others else _Holds.nothing
+
+    def _finished(self) -> _Finished | None:
+        """What the index says of a finished folder; None of one that no run has finished."""
+        if not (self.folder / CONFIG).exists():
+            return None
+        try:
+            return _Finished.model_validate(read_json_object(self.folder / INDEX).get("metadata"))
+        except (LayoutError, ValidationError):
+            return None
+
+    def _check_links(self) -> None:
+        """A run makes no links: one that is there would have what lies elsewhere read, or overwritten."""
+        for parent, folders, files in os.walk(self.folder):
+            for name in (*folders, *files):
+                if (path := Path(parent, name)).is_symlink():
+                    raise OutputError(f"{path} is a link, which no run makes: remove it, or name a new folder")
+
+    def _check_space(self, needed: int) -> None:
+        path = self.folder.absolute()
+        free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+        if self.work.begun:
+            written = [shard for shard in self._shard_paths() if shard.is_file()]
+            needed -= sum(shard.stat().st_size for shard in written) + self.work.bytes
+        if needed > free:
             raise OutputError(
-                f"{self.folder} holds an unfinished run: go on with --resume, name a new folder or empty this one"
+                f"{self.folder}: the run writes up to {decimal(needed)}, and its disk has {decimal(free)} left: make "
+                "room or name a folder elsewhere"
             )
-        with self._writing():
-            used = not self.run.exists() and self.folder.exists() and any(self.folder.iterdir())
-        if used:
-            raise OutputError(f"{self.folder} is not empty: name a new folder or empty this one")
 
-    def start(self, fingerprint: str, resume: bool) -> list[LayerRecord | None]:
-        """Prepares the folder and returns the records of the shards that an earlier run finished, in order.
+    @contextmanager
+    def opened(self, fingerprint: str, resume: bool, needed: int) -> Iterator[list[LayerRecord | None] | None]:
+        """The folder of a run, which no other can write meanwhile: the records of the shards that an earlier run
+        finished, in order; None when it finished all, and they are as it wrote them.
 
-        Raises OutputError as `check` does, and for an unfinished run of another fingerprint.
+        Raises OutputError as `check` does, for another run's folder, and for a finished one that was changed.
         """
-        self.check(resume)
-        if not self.run.exists():
-            with self._writing():
-                self.work.mkdir(parents=True, exist_ok=True)
-                _write_json(self.run, {"fingerprint": fingerprint})
-            return []
-        if json.loads(self.run.read_text())["fingerprint"] != fingerprint:
+        self.check(resume, needed)
+        if self._holds() is _Holds.finished and not self.work.path.exists():
+            self._check_finished(fingerprint)
+            yield None
+            return
+        with self.work.locked():
+            # Again: another run may have ended meanwhile.
+            self.check(resume, needed)
+            if self._holds() is _Holds.finished:
+                self._check_finished(fingerprint)
+                with writing(self.folder):
+                    self.work.remove()
+                yield None
+                return
+            self._fingerprint = fingerprint
+            finished = self._go_on(fingerprint)
+            with ThreadPoolExecutor(1) as self._behind:
+                yield [shard.layer for shard in finished]
+
+    def _go_on(self, fingerprint: str) -> list[FinishedShard]:
+        with writing(self.folder):
+            if not self.work.begun:
+                self.work.begin(fingerprint)
+                return []
+            self._check_same_run(self.work.fingerprint(), fingerprint, "an unfinished run")
+            return self.work.finished(self._shard_paths())
+
+    def _check_same_run(self, held: str, fingerprint: str, what: str) -> None:
+        if held != fingerprint:
             raise OutputError(
-                f"{self.folder} holds an unfinished run of another source, recipe or calibration, or on another device "
+                f"{self.folder} holds {what} of another source, recipe or calibration, or on another device "
                 "or by another version of this tool: repeat that run's options, or name a new folder"
             )
-        records: list[LayerRecord | None] = []
-        while self._record(len(records)).exists():
-            records.append(self._read_record(len(records)).layer)
-        return records
+
+    def _check_finished(self, fingerprint: str) -> None:
+        """Raises OutputError or LayoutError unless this run finished the folder, and its weights and config.json are
+        still what it wrote."""
+        found = self._finished()
+        assert found
+        self._check_same_run(found.run_sha256, fingerprint, "a finished model")
+        with ThreadPoolExecutor() as pool:
+            intact = pool.map(lambda item: is_intact(self.folder / item[0], item[1]), found.shards.items())
+            for name, whole in zip(found.shards, intact, strict=True):
+                if not whole:
+                    raise OutputError(
+                        f"{self.folder / name} is not as this run wrote it: empty {self.folder} and run again, or name "
+                        "a new folder"
+                    )
+        packed = read_json_object(self.folder / CONFIG).get("quantization_config")
+        if found.layout_sha256 and not packed:
+            raise OutputError(
+                f"{self.folder / CONFIG} has no quantization_config, this run wrote one: empty {self.folder} and run "
+                "again, or name a new folder"
+            )
+        if packed:
+            check_headers(self.folder, parse_config(packed))
 
     def shard_name(self, number: int) -> str:
         """File name of shard `number`, counted from 0."""
         return f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
 
+    def _shard_paths(self) -> list[Path]:
+        return [self.folder / self.shard_name(number) for number in range(self.shards)]
+
     def write_shard(
         self, number: int, tensors: dict[str, Tensor], state: Tensor | None, record: LayerRecord | None
     ) -> None:
-        """Writes a shard, what the next shard needs to go on (`state`), and its record: only then is it finished.
+        """Writes a shard and what the next shard needs to go on (`state`).
 
-        The record gets the seconds that the shard took.
+        It is synced, read for its digest and recorded, and only then finished, while the caller makes the next; an
+        error in that is raised by the next call.  The record gets the seconds that this call took.
         """
         began = time.perf_counter()
-        target = self.folder / self.shard_name(number)
-        partial = self.work / target.name
+        self._wait()
         on_host = to_host(tensors)
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-        with self._writing():
-            save_shard(on_host, partial, self.metadata)
-            partial.chmod(0o666 & ~_umask())
-            digests = record_shard(partial)
-            os.replace(partial, target)
+        with writing(self.folder):
+            self._save(on_host, self._partial_shard, self.metadata)
             if state is not None:
-                save_file({"state": state}, self._state(number))
-            if record:
-                record.seconds["write"] = time.perf_counter() - began
-            finished = FinishedShard(tensors=sizes, digests=digests, layer=record)
-            _write_json(self._record(number), finished.model_dump(exclude_none=True))
-            self._state(number - 1).unlink(missing_ok=True)
+                self._save({"state": state}, self._partial_state, {"format": "pt"})
+        if record:
+            record.seconds["write"] = time.perf_counter() - began
+        assert self._behind, "the folder is not open"
+        self._outstanding = self._behind.submit(self._keep, number, sizes, state is not None, record)
+
+    @property
+    def _partial_shard(self) -> Path:
+        return self.work.path / "shard.partial"
+
+    @property
+    def _partial_state(self) -> Path:
+        return self.work.path / "state.partial"
+
+    def _save(self, tensors: dict[str, Tensor], partial: Path, metadata: dict[str, str]) -> None:
+        partial.unlink(missing_ok=True)
+        save_shard(tensors, partial, metadata)
+        partial.chmod(0o666 & ~_umask())
+
+    def _keep(self, number: int, sizes: dict[str, int], has_state: bool, record: LayerRecord | None) -> None:
+        """Finishes the shard that lies in the partial files."""
+        with writing(self.folder):
+            digests = record_shard(self._partial_shard)
+            state = record_shard(self._partial_state) if has_state else None
+            put(self._partial_shard, self.folder / self.shard_name(number))
+            if has_state:
+                put(self._partial_state, self.work.state(number))
+            finished = FinishedShard(tensors=sizes, digests=digests, state=state, layer=record)
+            self.work.write_json(self.work.record(number), finished)
+            self.work.state(number - 1).unlink(missing_ok=True)
+
+    def _wait(self) -> None:
+        """For the shard before to be finished: no more than one is written behind."""
+        if self._outstanding:
+            self._outstanding.result()
+            self._outstanding = None
 
     def state_after(self, number: int) -> Tensor:
         """The `state` that was written with shard `number`."""
-        return load_file(self._state(number))["state"]
+        return load_file(self.work.state(number))["state"]
 
     def finish(self, config: dict[str, Any], source: Path, files: dict[str, str]) -> None:
         """Copies the source's small files, writes `files`, then index and config.json, and drops the work folder."""
-        with self._writing():
-            for pattern in SMALL_FILES:
-                for path in source.glob(pattern):
-                    if path.is_file() and path.name not in ("config.json", INDEX, *files):
-                        target = self.folder / path.relative_to(source)
-                        target.parent.mkdir(exist_ok=True)
-                        shutil.copyfile(path, target)
+        self._wait()
+        with writing(self.folder):
+            for path in _small_files(source):
+                if path.name not in (CONFIG, INDEX, *files):
+                    target = self.folder / path.relative_to(source)
+                    target.parent.mkdir(exist_ok=True)
+                    self._write(target, path.read_bytes())
             for name, text in files.items():
-                (self.folder / name).write_text(text, encoding="utf-8")
-            weight_map: dict[str, str] = {}
-            records: dict[str, ShardRecord] = {}
-            total = 0
-            for number in range(self.shards):
-                finished, name = self._read_record(number), self.shard_name(number)
-                weight_map |= dict.fromkeys(finished.tensors, name)
-                records[name] = finished.digests
-                total += sum(finished.tensors.values())
-            packed = config.get("quantization_config")
-            layout = parse_config(packed) if packed else None
-            _write_json(self.folder / INDEX, index_with_records(self.folder, weight_map, total, layout, records))
-            _write_json(self.folder / "config.json", config)
-            shutil.rmtree(self.work)
+                self._write(self.folder / name, text.encode())
+            self._write(self.folder / INDEX, _json(self._index(config)))
+            self._write(self.folder / CONFIG, _json(config))
+            self.work.remove()
+            sync(self.folder)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"{self.folder} cannot be written ({error}): make room or name another folder; "
-                "--resume goes on after the last whole layer"
-            ) from None
+    def _write(self, target: Path, data: bytes) -> None:
+        write_file(target, data, self.work.partial)
 
-    def _record(self, number: int) -> Path:
-        return self.work / f"shard-{number:05d}.json"
+    def _index(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The index of the finished shards, with the run that wrote them."""
+        weight_map: dict[str, str] = {}
+        records: dict[str, ShardRecord] = {}
+        total = 0
+        for number in range(self.shards):
+            name = self.shard_name(number)
+            finished = FinishedShard.model_validate_json(self.work.record(number).read_text())
+            weight_map |= dict.fromkeys(finished.tensors, name)
+            records[name] = finished.digests
+            total += sum(finished.tensors.values())
+        packed = config.get("quantization_config")
+        layout = parse_config(packed) if packed else None
+        index = index_with_records(self.folder, weight_map, total, layout, records)
+        index["metadata"]["run_sha256"] = self._fingerprint
+        return index
 
-    def _read_record(self, number: int) -> FinishedShard:
-        return FinishedShard.model_validate_json(self._record(number).read_text())
 
-    def _state(self, number: int) -> Path:
-        return self.work / f"state-{number:05d}.safetensors"
+def _small_files(source: Path) -> list[Path]:
+    """What is copied of a source beside its weights."""
+    return [path for pattern in SMALL_FILES for path in sorted(source.glob(pattern)) if path.is_file()]
 
 
 def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -191,7 +313,5 @@ def _umask() -> int:
     return mask
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def _json(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Group
+from rich.filesize import decimal
 from rich.table import Table
 
 from puzzlemoe_offline.calibration.text import Calibration
@@ -21,7 +22,6 @@ REPORT = "puzzlemoe_report.json"
 NAMED = 4
 """Layers whose experts a warning names."""
 
-GB = 1e9
 MB = 1e6
 
 
@@ -139,8 +139,8 @@ def summary(report: Report) -> Group:
         table.add_row(*_row(layer))
     sizes = report.bytes
     lines = [
-        f"expert weights  {sizes.experts_before / GB:.3f} GB -> {sizes.experts_after / GB:.3f} GB",
-        f"other weights   {sizes.other / GB:.3f} GB, unchanged",
+        f"expert weights  {decimal(sizes.experts_before)} -> {decimal(sizes.experts_after)}",
+        f"other weights   {decimal(sizes.other)}, unchanged",
         "seconds         " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items()),
     ]
     if loaded := report.bytes_per_token:

@@ -14,8 +14,9 @@ from puzzlemoe_offline.model.layerwise import LayerExperts, batch_size
 from puzzlemoe_offline.model.tensors import plain_tensors, tensors_outside_layers
 from puzzlemoe_offline.model.tokenizer import mended_config
 from puzzlemoe_offline.run.card import CARD, model_card
+from puzzlemoe_offline.run.files import OutputError
 from puzzlemoe_offline.run.job import Job
-from puzzlemoe_offline.run.output import ModelFolder, check_space
+from puzzlemoe_offline.run.output import ModelFolder
 from puzzlemoe_offline.run.report import REPORT, Report, build_report, provenance
 
 
@@ -25,9 +26,11 @@ def check(job: Job, out: Path, resume: bool) -> ModelFolder:
     Raises MethodError for a model that the method does not fit, OutputError for a folder that cannot take the result.
     """
     job.method.check(job.checkpoint)
+    source, target = job.checkpoint.folder.resolve(), out.resolve()
+    if source in (target, *target.parents):
+        raise OutputError(f"{out} is the source or lies inside it: name a folder elsewhere")
     folder = ModelFolder(out, job.shards, job.method.shard_metadata())
-    folder.check(resume)
-    check_space(out, job.disk_bytes)
+    folder.check(resume, job.disk_bytes)
     return folder
 
 
@@ -37,17 +40,29 @@ def run(
     out: Path,
     resume: bool = False,
     on_layer: Callable[[LayerRecord], None] = lambda record: None,
-) -> Report:
-    """Writes the model to `out` and returns the report.
+) -> Report | None:
+    """Writes the model to `out` and returns the report; None when an earlier run of the same job has finished it and
+    `resume` allows that.
 
-    calibration: None for a method that needs none.  on_layer is called as each layer is finished, also for those that
+    calibration: None for a method that needs none.  on_layer is called as each layer is written, also for those that
     an earlier run finished.
     Raises UserError; finished layers stay and `resume` goes on from there.
     """
-    checkpoint = job.checkpoint
     folder = check(job, out, resume)
+    with folder.opened(job.fingerprint(calibration), resume, job.disk_bytes) as finished:
+        return None if finished is None else _write(job, calibration, folder, finished, on_layer)
+
+
+def _write(
+    job: Job,
+    calibration: Calibration | None,
+    folder: ModelFolder,
+    finished: list[LayerRecord | None],
+    on_layer: Callable[[LayerRecord], None],
+) -> Report:
+    """Writes what is not finished yet."""
+    checkpoint = job.checkpoint
     tokenizer = mended_config(checkpoint.folder)
-    finished = folder.start(job.fingerprint(calibration), resume)
     records = [record for record in finished if record]
     for record in records:
         on_layer(record)

@@ -159,7 +159,7 @@ def test_a_dry_run_writes_nothing(example, tmp_path):
     options = ["--calibration", example / "calibration.txt", *OPTIONS, "--dry-run"]
     done = puzzlemoe("compress", example / "model", out, *options)
     assert done.returncode == 0
-    assert "0.006 GB -> 0.003 GB" in done.stdout
+    assert "6.3 MB -> 3.1 MB" in done.stdout
     assert "peak host memory" in done.stdout
     assert not out.exists()
 

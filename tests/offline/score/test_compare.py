@@ -1,16 +1,22 @@
 """compare and baseline from the command line: the table, the files, and one clear error for what cannot be run."""
 
+import errno
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from support.command import puzzlemoe
 from support.models import build
 
 from puzzlemoe_offline.methods import BASELINES
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.recipe import named_recipe
-from puzzlemoe_offline.score.compare import CONTENDERS, TAU_SWEEP, Row
+from puzzlemoe_offline.run.files import OutputError
+from puzzlemoe_offline.run.output import ModelFolder
+from puzzlemoe_offline.score.compare import CONTENDERS, TAU_SWEEP, Contender, Row
 
 TEXT = "It was the best of times, it was the worst of times. "
 CHEAP = ["--samples", "16", "--sequence-length", "64", "--device", "cpu"]
@@ -93,6 +99,49 @@ def test_what_does_not_fit_a_model_is_said_and_the_rest_runs(source, tmp_path):
     assert "has 2 experts per layer; choose 1 to 1" in rows["mergemoe-25"]["refused"]
     assert rows["mergemoe-50"]["refused"] is None and rows["mergemoe-50"]["bits_per_weight"] == 8
     assert rows["int3"]["refused"] is None and rows["int3"]["perplexity"]["text"]
+
+
+def test_a_row_that_fails_loses_no_other(source, tmp_path, monkeypatch):
+    def failing(error: Exception) -> Contender:
+        def method(checkpoint, seed):
+            raise error
+
+        return Contender(method)
+
+    rows = {
+        "memory": failing(torch.cuda.OutOfMemoryError("CUDA out of memory")),
+        "folder": failing(OutputError("no room")),
+        "int8": CONTENDERS["int8"],
+    }
+    monkeypatch.setattr("puzzlemoe_offline.cli.compare.CONTENDERS", rows)
+    assert compare(source, tmp_path / "r.json") == 0
+    dense, memory, folder, int8 = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert (memory["refused"], folder["refused"]) == ("CUDA out of memory", "no room")
+    assert dense["perplexity"]["text"] and int8["perplexity"]["text"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_comparison_leaves_no_model(source, tmp_path, capsys, monkeypatch, number):
+    monkeypatch.setattr(ModelFolder, "finish", lambda *words: os.kill(os.getpid(), number))
+    assert compare(source, tmp_path / "r.json", "--only", "int8") == 128 + number
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.png"]
+
+
+def test_a_full_disk_is_no_reason_to_resume_a_comparison(source, tmp_path, monkeypatch):
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("puzzlemoe_offline.run.output.record_shard", full)
+    assert compare(source, tmp_path / "r.json", "--only", "int8") == 0
+    refused = json.loads((tmp_path / "r.json").read_text())["rows"][1]["refused"]
+    assert "No space left" in refused and "--resume" not in refused
+
+
+def test_models_in_the_making_do_not_go_into_the_source(source, capsys):
+    assert compare(source, source / "r.json", "--only", "int8") == 1
+    assert "r.json: lies inside the source" in capsys.readouterr().err
+    assert not (source / "r.json").exists()
 
 
 @pytest.mark.parametrize(

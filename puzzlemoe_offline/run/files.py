@@ -1,0 +1,69 @@
+"""Files that a crash leaves whole or absent: written under another name, synced, then renamed; never through a link."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from puzzlemoe_vllm.errors import UserError
+from puzzlemoe_vllm.format.layout import LayoutError
+from puzzlemoe_vllm.format.shards import ShardRecord, file_digest
+
+
+class OutputError(UserError):
+    """An output folder that cannot be used; the text says what to do."""
+
+
+class WriteError(OutputError):
+    """An output folder that could not be written; what a run had finished in it stays."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what the system refuses into a WriteError that names the output folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"{folder} cannot be written ({error}): make room or name another folder") from None
+
+
+def sync(path: Path) -> None:
+    """Returns when the disk holds a file's content, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems sync no folders: they hold an entry once it is made.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def put(partial: Path, target: Path) -> None:
+    """Gives a finished file its name, in place of whatever file or link has it; both lie on one disk."""
+    sync(partial)
+    os.replace(partial, target)
+    sync(target.parent)
+
+
+def write_file(target: Path, data: bytes, partial: Path) -> None:
+    """Writes a file by way of `partial`, which must lie on the same disk."""
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+    put(partial, target)
+
+
+def is_intact(path: Path, record: ShardRecord) -> bool:
+    """Whether a file is, byte for byte, the one that was recorded; reads all of it."""
+    try:
+        return path.stat().st_size == record.bytes and file_digest(path) == record.sha256
+    except (LayoutError, OSError):
+        return False
