@@ -8,6 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from puzzlemoe_offline.model.checkpoint import CheckpointError
+from puzzlemoe_offline.model.hub import small_files
+from puzzlemoe_vllm.format.shards import shown
 
 CONFIG = "tokenizer_config.json"
 FAITHFUL = "PreTrainedTokenizerFast"
@@ -15,7 +17,8 @@ FAITHFUL = "PreTrainedTokenizerFast"
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """A model folder's tokenizer.  Raises CheckpointError when it cannot be loaded."""
+    """A model folder's tokenizer.  Raises CheckpointError when it cannot be loaded, UserError as `small_files` does."""
+    small_files(folder)
     # A checkpoint's own code is never run; a tokenizer that needs it cannot be used here.
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -24,11 +27,14 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{folder}: its tokenizer could not be loaded ({reason}): fetch its tokenizer files again"
+            f"{shown(folder, 200)}: its tokenizer could not be loaded ({shown(reason)}): fetch its tokenizer "
+            "files again"
         ) from None
     # Where there are no tokenizer files, transformers may make up a tokenizer that knows special tokens only.
     if len(tokenizer) <= len(tokenizer.get_added_vocab()):
-        raise CheckpointError(f"{folder}: its tokenizer has no vocabulary: the download or the copy is incomplete")
+        raise CheckpointError(
+            f"{shown(folder, 200)}: its tokenizer has no vocabulary: the download or the copy is incomplete"
+        )
     return tokenizer
 
 
@@ -36,8 +42,10 @@ def mended_config(folder: Path) -> dict[str, str]:
     """The text of tokenizer_config.json by its name, with a class that reads tokenizer.json as it is, where the class
     that it names does not; else nothing.
 
-    A server would otherwise misread every prompt of the packed model, as of its source.
+    A server would otherwise misread every prompt of the packed model, as of its source.  Raises UserError as
+    `small_files` does.
     """
+    small_files(folder)
     if not (folder / CONFIG).exists():
         return {}
     try:
