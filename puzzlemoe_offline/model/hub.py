@@ -98,7 +98,7 @@ def small_files(folder: Path) -> list[Path]:
     """
     files = []
     for path in sorted({path for pattern in SMALL_FILES for path in folder.glob(pattern)}):
-        if path.is_dir() and path.name not in ("config.json", INDEX):
+        if path.is_dir() and path.name.startswith(("LICENSE", "NOTICE")):
             continue
         with open_regular(path, folder) as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:

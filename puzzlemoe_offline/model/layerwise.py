@@ -128,8 +128,8 @@ class LayerwiseModel:
         except Exception as error:  # transformers raises whatever its configurations and layers raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise CheckpointError(
-                f"{shown(checkpoint.folder / 'config.json', 200)}: transformers makes no model of it "
-                f"({shown(reason)}): copy it again, or install a later transformers"
+                f"{shown(checkpoint.folder / 'config.json', 150)}: transformers makes no model of it "
+                f"({shown(reason, 150)}): copy it again, or install a later transformers"
             ) from None
         self.model.model.rotary_emb.to(self.device)
         self._check_tensors()
