@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
@@ -123,8 +122,10 @@ class LayerwiseModel:
         self.device = torch.device(device)
         self.dtype = activation_dtype(device)
         try:
-            with init_empty_weights(include_buffers=False):
+            # On the meta device from the start: even for a moment, a layer's experts may be more than there is memory.
+            with torch.device("meta"):
                 self.model = _build(checkpoint, self.dtype).eval()
+            self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=self.model.config)
         except Exception as error:  # transformers raises whatever its configurations and layers raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise CheckpointError(

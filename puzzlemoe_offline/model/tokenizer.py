@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from puzzlemoe_offline.model.checkpoint import CheckpointError
 from puzzlemoe_offline.model.hub import small_files
-from puzzlemoe_vllm.format.shards import shown
+from puzzlemoe_vllm.format.shards import read_json_object, shown
 
 CONFIG = "tokenizer_config.json"
 FAITHFUL = "PreTrainedTokenizerFast"
@@ -21,7 +27,7 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     small_files(folder)
     # A checkpoint's own code is never run; a tokenizer that needs it cannot be used here.
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = _by_its_class(folder)
         if _class_misreads(folder, tokenizer):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
@@ -49,12 +55,23 @@ def mended_config(folder: Path) -> dict[str, str]:
     if not (folder / CONFIG).exists():
         return {}
     try:
-        if not _class_misreads(folder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)):
+        if not _class_misreads(folder, _by_its_class(folder)):
             return {}
     except Exception:  # packing needs no tokenizer; what loads the model will say what is wrong with it
         return {}
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {"tokenizer_class": FAITHFUL}
     return {CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+
+
+def _by_its_class(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer as transformers loads it."""
+    options = {}
+    if (folder / "config.json").exists():
+        model_type = read_json_object(folder / "config.json").get("model_type")
+        if model_type not in CONFIG_MAPPING:
+            # transformers would read what it does not know, such as a rope_scaling, and fail over it.
+            options["config"] = PreTrainedConfig()
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 
 def _class_misreads(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
