@@ -15,9 +15,14 @@ from transformers import (
 
 from puzzlemoe_offline.model.checkpoint import CheckpointError
 from puzzlemoe_offline.model.hub import small_files
+from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.shards import read_json_object, shown
 
 CONFIG = "tokenizer_config.json"
+
+LARGEST_ID = 10_000_000
+"""Of a token."""
+
 FAITHFUL = "PreTrainedTokenizerFast"
 """The class, as files name it, that does what tokenizer.json says and nothing else."""
 
@@ -30,6 +35,8 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = _by_its_class(folder)
         if _class_misreads(folder, tokenizer):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except UserError:
+        raise
     except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -65,6 +72,8 @@ def mended_config(folder: Path) -> dict[str, str]:
 
 def _by_its_class(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer as transformers loads it."""
+    if (folder / "tokenizer.json").exists():
+        _check_ids(folder / "tokenizer.json")
     options = {}
     if (folder / "config.json").exists():
         model_type = read_json_object(folder / "config.json").get("model_type")
@@ -72,6 +81,15 @@ def _by_its_class(folder: Path) -> PreTrainedTokenizerBase:
             # transformers would read what it does not know, such as a rope_scaling, and fail over it.
             options["config"] = PreTrainedConfig()
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+
+
+def _check_ids(path: Path) -> None:
+    """Raises CheckpointError for a token id that no model has: the tokenizers library goes through all ids below it."""
+    model = read_json_object(path).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if isinstance(number, int) and number > LARGEST_ID:
+            raise CheckpointError(f"{shown(path, 200)}: token {shown(token, 40)} has the id {shown(number, 40)}")
 
 
 def _class_misreads(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -78,5 +78,15 @@ def test_deepseek_moe_with_yarn(tmp_path):
     assert LayerwiseModel(Checkpoint(folder), "cpu").model.model.rotary_emb.rope_type == "yarn"
 
 
+def test_an_id_beyond_all_vocabularies(tmp_path):
+    folder = build("mixtral", tmp_path)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["a"] = 2**31
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: token a has the id 2147483648"):
+        tokenizer_of(folder)
+
+
 def test_most_families_need_no_remote_code():
     assert serve_command("folder", FAMILIES["mixtral"]) == "vllm serve folder"
