@@ -23,11 +23,11 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from puzzlemoe_vllm.format.codes import get_code
-from puzzlemoe_vllm.format.layout import GRID, QUANT_METHOD, WORDS, LayoutError, PuzzleConfig, parse_config
+from puzzlemoe_vllm.format.layout import QUANT_METHOD, STEPS, WORDS, LayoutError, PuzzleConfig, parse_config
 
 logger = logging.get_logger("transformers.puzzlemoe")
 
-KINDS = ("weight", WORDS, GRID)
+KINDS = ("weight", WORDS, STEPS)
 """What an expert's projection is stored as: the last part of a tensor's name."""
 
 DTYPES = {torch.bfloat16: "BF16", torch.int16: "I16", torch.uint8: "U8"}
@@ -129,10 +129,10 @@ class DecodeExperts(ConversionOps):
         steps: Sequence[Tensor | None],
     ) -> Tensor:
         experts = torch.empty(shape, dtype=torch.bfloat16, device=(weights or words)[0].device)
-        code = get_code(self.layout.code)
         for leader, pair, step in zip(stored.leaders, words, steps or [None] * len(words), strict=True):
+            assert self.layout.code
             for position in (0, 1):
-                experts[leader + position] = code.decode(pair, position, step)
+                experts[leader + position] = get_code(self.layout.code).decode(pair, position, step)
         by_id = dict(zip(stored.dense, weights, strict=True))
         for expert in range(stored.merged, len(experts)):
             experts[expert] = by_id[stored.centres[expert]]
@@ -303,13 +303,13 @@ def expected_experts(
     """The tensors of which a conversion makes the parameter `name` of that shape, [E, N of all projections, K]."""
     experts, rows, columns = shape
     rows //= len(conversion.source_patterns)
-    code, stored = get_code(layout.code), StoredExperts.of(layout, name, experts)
-    kinds = {
-        "weight": (stored.dense, Expected((rows, columns))),
-        WORDS: (stored.leaders, Expected(code.words_shape(rows, columns), code.dtype)),
-    }
+    stored = StoredExperts.of(layout, name, experts)
+    kinds = {"weight": (stored.dense, Expected((rows, columns)))}
+    if layout.code is not None:
+        code = get_code(layout.code)
+        kinds[WORDS] = stored.leaders, Expected(code.words_shape(rows, columns), code.dtype)
     if layout.group_size is not None:
-        kinds[GRID] = (stored.leaders, Expected((rows, columns // layout.group_size), torch.bfloat16))
+        kinds[STEPS] = (stored.leaders, Expected((rows, columns // layout.group_size), torch.bfloat16))
     start = name.removesuffix(conversion.target_patterns[0])
     return {
         start + pattern.replace("*", str(expert)).removesuffix("weight") + kind: tensor

@@ -20,11 +20,11 @@ from puzzlemoe_offline.cli.options import (
     SourceModel,
     WindowOption,
 )
+from puzzlemoe_offline.cli.sources import with_weights
 from puzzlemoe_offline.cli.terminal import console, layer_progress, print_finished
 from puzzlemoe_offline.cli.texts import CalibrationText
 from puzzlemoe_offline.methods import BASELINES
-from puzzlemoe_offline.model.checkpoint import Checkpoint
-from puzzlemoe_offline.model.hub import locate
+from puzzlemoe_offline.model.hub import open_by_headers
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.runner import check, run
@@ -46,18 +46,19 @@ def baseline_command(
     if method not in BASELINES:
         raise OptionError(f"--method {method}: unknown; choose one of {', '.join(BASELINES)}")
     chosen = BASELINES[method]
-    model = LayerwiseModel(Checkpoint(locate(source, revision)), device.usable())
-    folder = model.checkpoint.folder
-    text = CalibrationText.checked(model.checkpoint, calibration, column, samples, sequence_length)
-    job = Job(model, chosen, folder.resolve().name, revision, text.tokens if chosen.passes else 0)
+    planned, commit = open_by_headers(source, revision)
+    name = planned.folder.resolve().name if commit is None else source
+    text = CalibrationText.checked(planned, calibration, column, samples, sequence_length)
+    job = Job(LayerwiseModel(planned, device.usable()), chosen, name, commit, text.tokens if chosen.passes else 0)
     check(job, out, resume)
-    data = text.read(folder) if chosen.passes else None
-    with layer_progress(method, model.checkpoint.layers) as advance:
+    job = with_weights(job, source)
+    data = text.read(job.checkpoint.folder) if chosen.passes else None
+    with layer_progress(method, job.checkpoint.layers) as advance:
         report = run(job, data, out, resume, advance)
     if report is None:
         print_finished(out)
     console.print(
-        f"dense model written to {out}; {method} itself would store {chosen.bits_per_weight(model.checkpoint):.3f} "
+        f"dense model written to {out}; {method} itself would store {chosen.bits_per_weight(job.checkpoint):.3f} "
         "bits per expert weight",
         markup=False,
         soft_wrap=True,

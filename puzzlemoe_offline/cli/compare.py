@@ -26,7 +26,7 @@ from puzzlemoe_offline.cli.options import (
 from puzzlemoe_offline.cli.terminal import console, errors
 from puzzlemoe_offline.cli.texts import CalibrationText, windows_to_score
 from puzzlemoe_offline.model.checkpoint import Checkpoint
-from puzzlemoe_offline.model.hub import locate
+from puzzlemoe_offline.model.hub import locate, open_by_headers
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.run.report import MB
 from puzzlemoe_offline.score.compare import CONTENDERS, TAU_SWEEP, Comparison, Contender, Row, results
@@ -61,14 +61,16 @@ def compare_command(
     """Perplexity and size of every recipe and of other compression methods, on your model and texts."""
     contenders = _chosen(only or [], tau_sweep)
     _check_output(output)
-    model = LayerwiseModel(Checkpoint(locate(source, revision)), device.usable())
-    folder = model.checkpoint.folder
-    if model.checkpoint.quantization:
-        raise OptionError(f"{folder} is packed already; compare starts from the 16-bit original")
-    to_calibrate = CalibrationText.checked(model.checkpoint, calibration, column, samples, sequence_length)
-    if folder.resolve() in output.resolve().parents:
+    planned, commit = open_by_headers(source, revision)
+    if planned.quantization:
+        raise OptionError(f"{planned.folder} is packed already; compare starts from the 16-bit original")
+    to_calibrate = CalibrationText.checked(planned, calibration, column, samples, sequence_length)
+    if planned.folder.resolve() in output.resolve().parents:
         raise OptionError(f"--output {output}: lies inside the source, and so would models in the making: name another")
-    texts = _texts(model.checkpoint, text, to_calibrate.length, windows)
+    checkpoint = planned if planned.has_weights else Checkpoint(locate(source, commit).folder)
+    model = LayerwiseModel(checkpoint, device.usable())
+    folder = checkpoint.folder
+    texts = _texts(checkpoint, text, to_calibrate.length, windows)
     data = to_calibrate.read(folder)
     comparison = Comparison(model, data, texts, output.parent)
     figure = output.with_suffix(".png")

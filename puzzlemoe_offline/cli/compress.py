@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,13 +26,13 @@ from puzzlemoe_offline.cli.options import (
     SourceModel,
     WindowOption,
 )
+from puzzlemoe_offline.cli.sources import with_weights
 from puzzlemoe_offline.cli.terminal import console, layer_progress, print_finished
 from puzzlemoe_offline.cli.texts import CalibrationText
 from puzzlemoe_offline.methods.base import LayerMethod
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
-from puzzlemoe_offline.model.checkpoint import Checkpoint
-from puzzlemoe_offline.model.hub import locate
+from puzzlemoe_offline.model.hub import open_by_headers
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.recipe import ClusterRecipe, MethodName, RecipeError, RecipeName, named_recipe, reason
 from puzzlemoe_offline.run.card import serve_command
@@ -71,25 +70,25 @@ def compress_command(
 ) -> None:
     """Merge a model's experts and write a packed model that vLLM serves."""
     chosen = chosen_method(method, recipe, recipe_fields)
-    model = LayerwiseModel(Checkpoint(locate(source, revision)), device.usable())
-    folder = model.checkpoint.folder
+    planned, commit = open_by_headers(source, revision)
     seed = recipe_fields.get("seed", 0)
-    text = CalibrationText.checked(model.checkpoint, calibration, column, samples, sequence_length, seed)
+    text = CalibrationText.checked(planned, calibration, column, samples, sequence_length, seed)
     # What is written may be published: a folder here goes by its name.
-    name = folder.resolve().name if Path(source).exists() else source
-    job = Job(model, chosen, name, revision, text.tokens if chosen.passes else 0)
+    name = planned.folder.resolve().name if commit is None else source
+    job = Job(LayerwiseModel(planned, device.usable()), chosen, name, commit, text.tokens if chosen.passes else 0)
     check(job, out, resume)
     if dry_run:
         console.print(_plan_table(job))
         return
-    data = text.read(folder) if chosen.passes else None
-    with layer_progress("compressing", model.checkpoint.layers) as advance:
+    job = with_weights(job, source)
+    data = text.read(job.checkpoint.folder) if chosen.passes else None
+    with layer_progress("compressing", job.checkpoint.layers) as advance:
         report = run(job, data, out, resume, advance)
     if report is None:
         print_finished(out)
     else:
         console.print(summary(report))
-    serve = serve_command(str(out), model.checkpoint.family)
+    serve = serve_command(str(out), job.checkpoint.family)
     console.print(f"packed model written to {out}; serve it with: {serve}", markup=False, soft_wrap=True)
 
 

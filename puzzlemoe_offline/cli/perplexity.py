@@ -57,7 +57,7 @@ def perplexity_command(
         raise OptionError("--device is for --engine layerwise; vLLM runs where its build runs: drop it")
     if not by_vllm and (trust_remote_code or gpu_memory_utilization):
         raise OptionError("--trust-remote-code and --gpu-memory-utilization are for --engine vllm: drop them")
-    folder = locate(model)
+    folder = locate(model).folder
     # The model as vLLM would serve it is checked too: vLLM does not miss what a checkpoint lacks.
     layers = LayerwiseModel(Checkpoint(folder), Device.cpu if by_vllm else (device or DEFAULT_DEVICE).usable())
     length = window_length(layers.checkpoint, sequence_length)

@@ -14,7 +14,7 @@ from puzzlemoe_offline.run.runner import check, run
 
 def unpack_command(model: Model, out: OutFolder, resume: ResumeOption = False) -> None:
     """Write an ordinary dense bf16 checkpoint of a packed model's reconstructed weights."""
-    packed = LayerwiseModel(Checkpoint(locate(model)), "cpu")
+    packed = LayerwiseModel(Checkpoint(locate(model).folder), "cpu")
     job = Job(packed, Unpack(), packed.checkpoint.folder.resolve().name)
     check(job, out, resume)
     with layer_progress("unpacking", packed.checkpoint.layers) as advance:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from torch import Tensor
 
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.families import Family, family_of
-from puzzlemoe_vllm.errors import UserError
+from puzzlemoe_offline.model.other_formats import check_not_quantized, check_tensor_names, no_config_reason
+from puzzlemoe_offline.model.weight_files import CheckpointError, read_headers
 from puzzlemoe_vllm.format.codes import PairCode, get_code
 from puzzlemoe_vllm.format.layout import (
-    QUANT_METHOD,
     STEPS,
     WORDS,
     PuzzleConfig,
@@ -28,13 +30,24 @@ from puzzlemoe_vllm.format.layout import (
     weight_name,
     words_name,
 )
+from puzzlemoe_vllm.format.shards import DTYPE_BITS, ShardHeader, TensorInfo, check_headers, read_json_object, shown
 
-INDEX = "model.safetensors.index.json"
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""dtypes that weights may have, by their names in headers."""
+
+LARGEST_CONFIG = 10_000_000
+"""Bytes of a config.json."""
+
+FLOAT32 = (".e_score_correction_bias", ".rotary_emb.inv_freq")
+"""What names of tensors end with that are not cast to bf16: in it, such a router's bias changes most choices."""
+
+SIZE_KEYS = ("_dim", "_rank", "_heads", "_experts", "hidden_size", "intermediate_size", "vocab_size")
+"""What keys of config.json end with that hold the size of some tensor."""
 
 
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read; the text names the file or tensor and the way out."""
+def kept_in_float32(name: str) -> bool:
+    """Whether a tensor is written as it is stored; any other is written in bf16, as vLLM would cast it."""
+    return name.endswith(FLOAT32)
 
 
 @dataclass(frozen=True)
@@ -52,60 +65,87 @@ class LayerTensors:
 class Checkpoint:
     """A model folder, opened by header only; tensors are read (memory-mapped) when asked for."""
 
-    def __init__(self, folder: Path):
-        """Raises CheckpointError for a missing or damaged file, UnsupportedModel for a foreign family and LayoutError
-        for a packed model of another version."""
+    def __init__(self, folder: Path, headers: dict[str, ShardHeader] | None = None):
+        """headers: of the weight files, by name, where the folder has no weights yet: sizes and names are known then,
+        but no tensor can be read.
+
+        Raises UserError: CheckpointError for a missing or damaged file, UnsupportedModel for a foreign family,
+        ForeignFormat for one in another format, and LayoutError for a packed model of another version or one that is
+        not what was written.
+        """
         self.folder = folder
-        self.config: dict[str, Any] = _read_json(folder / "config.json")
+        if not (folder / "config.json").exists():
+            raise CheckpointError(f"{shown(folder / 'config.json', 200)} {no_config_reason(folder)}")
+        self.config: dict[str, Any] = read_json_object(folder / "config.json", LARGEST_CONFIG)
+        check_not_quantized(folder, self.config)
         self.family: Family = family_of(self.config)
         self.quantization = self._quantization()
-        self._files = _open_files(folder)
-        self._where = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
+        self.has_weights = headers is None
+        if headers is None:
+            headers = check_headers(folder, self.quantization) if self.quantization else read_headers(folder)
+        self._headers = headers
+        self._where = {name: file for file, header in headers.items() for name in header.tensors}
+        check_tensor_names(folder, self._where)
+        self._check_sizes()
         self.layers = self._size("num_hidden_layers")
         key = self.family.experts_key(self.config)
         self.experts = self._size(key)
         if self.experts < 2:
-            raise CheckpointError(f"{folder / 'config.json'}: {key} is {self.experts}, nothing to merge")
-        for layer, centres in (self.quantization.clusters if self.quantization else {}).items():
-            if len(centres) != self.experts:
-                raise CheckpointError(
-                    f"{folder / 'config.json'}: quantization_config has clusters of {len(centres)} experts in layer "
-                    f"{layer}, the model has {self.experts}: copy it again"
-                )
-        self._layers, self.outside = self._index()
+            raise CheckpointError(f"{self._config_path}: {key} is {self.experts}, nothing to merge")
+        if self.experts_per_token > self.experts:
+            raise CheckpointError(
+                f"{self._config_path}: a token chooses {self.experts_per_token} of {self.experts} experts: copy it "
+                "again"
+            )
+        self._layers, self.outside = self._by_layer()
         if not self.moe_layers:
-            raise CheckpointError(f"{folder}: no expert tensors found for model_type {self.config['model_type']!r}")
+            raise CheckpointError(
+                f"{shown(folder, 200)}: no expert tensors found for model_type {self.config['model_type']!r}"
+            )
+
+    @property
+    def _config_path(self) -> str:
+        """As messages name it."""
+        return shown(self.folder / "config.json", 200)
 
     def _quantization(self) -> PuzzleConfig | None:
         raw = self.config.get("quantization_config")
-        if raw is None:
-            return None
-        where = f"{self.folder / 'config.json'}: quantization_config"
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{where} is {raw!r}, expected a JSON object: copy it again")
-        if raw.get("quant_method") != QUANT_METHOD:
-            raise CheckpointError(
-                f"{where}: already quantized with {raw.get('quant_method')!r}; start from the 16-bit original"
-            )
-        return parse_config(raw, where)
+        return None if raw is None else parse_config(raw, f"{self._config_path}: quantization_config")
+
+    def _check_sizes(self) -> None:
+        """No size in config.json is larger than every tensor: memory for such a model is not asked for."""
+        shapes = [info.shape for header in self._headers.values() for info in header.tensors.values()]
+        largest = max((max(shape) for shape in shapes if shape), default=0)
+        for key, size in self.config.items():
+            if key.endswith(SIZE_KEYS) and isinstance(size, int | float) and size > largest:
+                raise CheckpointError(
+                    f"{self._config_path}: {shown(key, 40)} is {shown(size, 40)}, but no tensor is larger than "
+                    f"{largest}: copy it again"
+                )
 
     def _size(self, key: str) -> int:
         """A size that config.json holds."""
         size = self.config.get(key)
-        if not isinstance(size, int) or size < 1:
+        if type(size) is not int or size < 1:
             raise CheckpointError(
-                f"{self.folder / 'config.json'}: {key} is {size!r}, expected a positive number: copy it again"
+                f"{self._config_path}: {key} is {shown(repr(size), 60)}, expected a positive number: copy it again"
             )
         return size
 
-    def _index(self) -> tuple[list[LayerTensors], tuple[str, ...]]:
+    def _by_layer(self) -> tuple[list[LayerTensors], tuple[str, ...]]:
         """Tensor names by decoder layer, and those outside layers: embedding, final norm and head."""
+        places = {name: re.match(r"(model\.layers\.([0-9]{1,9})\.(\w+))\.(experts\.)?", name) for name in self._where}
+        found = len({match[2] for match in places.values() if match})
+        if self.layers > found:
+            raise CheckpointError(
+                f"{self._config_path}: num_hidden_layers is {shown(self.layers, 40)}, but there are tensors of "
+                f"{found}: the download or the copy is incomplete"
+            )
         experts: list[list[str]] = [[] for _ in range(self.layers)]
         plain: list[list[str]] = [[] for _ in range(self.layers)]
         blocks: dict[int, str] = {}
         outside = []
-        for name in sorted(self._where):
-            match = re.match(r"(model\.layers\.(\d+)\.(\w+))\.(experts\.)?", name)
+        for name, match in sorted(places.items()):
             layer = int(match[2]) if match else self.layers
             if not match or layer >= self.layers:
                 outside.append(name)
@@ -163,43 +203,57 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its file's header."""
-        return tuple(self._slice(name).get_shape())
+        return self._info(name).shape
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor, from its file's header."""
-        bits = {
-            "BF16": 16,
-            "F16": 16,
-            "F32": 32,
-            "F64": 64,
-            "I8": 8,
-            "U8": 8,
-            "I16": 16,
-            "I32": 32,
-            "I64": 64,
-            "BOOL": 8,
-            "F8_E4M3": 8,
-            "F8_E5M2": 8,
-            "U16": 16,
-            "U32": 32,
-            "U64": 64,
-        }[self._slice(name).get_dtype()]
-        return int(torch.Size(self.shape(name)).numel()) * bits // 8
+        info = self._info(name)
+        return math.prod(info.shape) * DTYPE_BITS[info.dtype] // 8
+
+    def _info(self, name: str) -> TensorInfo:
+        return self._headers[self._where[name]].tensors[name]
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as stored.  Raises CheckpointError when it is missing."""
+        """A tensor as stored.  Raises CheckpointError when it is missing or cannot be read."""
+        return self._read(name, lambda handle: handle.get_tensor(name))
+
+    def _read(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
+        """What is read of a tensor through its file's handle."""
         self._require(name)
-        return self._files[self._where[name]].get_tensor(name)
+        file = self._where[name]
+        if not self.has_weights:
+            raise CheckpointError(f"{shown(self.folder, 200)}: the weights of this model were not fetched")
+        try:
+            if file not in self._handles:
+                self._handles[file] = safe_open(self.folder / file, "pt")
+            return read(self._handles[file])
+        except (SafetensorError, OSError, AttributeError) as error:  # AttributeError: a dtype that torch lacks
+            raise CheckpointError(
+                f"{shown(self.folder / file, 200)}: tensor {shown(name, 80)} cannot be read ({shown(error, 80)}): copy "
+                "or download it again"
+            ) from None
+
+    @functools.cached_property
+    def _handles(self) -> dict[str, Any]:
+        """Open files, by name."""
+        return {}
 
     def plain_tensor(self, name: str) -> Tensor:
         """A tensor that belongs to no merged expert, as stored.  Raises CheckpointError when it is missing, is not
-        finite, or has less than 16 bits."""
+        finite, or of another dtype than `FLOATS`."""
+        self._require(name)
+        self._check_dtype(name)
         tensor = self.tensor(name)
-        if tensor.is_floating_point() and tensor.itemsize < 2:
-            raise CheckpointError(f"{name}: dtype {tensor.dtype} is quantized; start from the 16-bit original")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} in {self.file_of(name)} holds NaN or infinite values: fetch it again")
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{shown(name)} in {self.file_of(name)} holds NaN or infinite values: fetch it again")
         return tensor
+
+    def _check_dtype(self, name: str) -> None:
+        if (dtype := self._info(name).dtype) not in FLOATS:
+            raise CheckpointError(
+                f"{shown(name)} in {shown(self.file_of(name))}: dtype {dtype} is not bf16, fp16 or fp32; start from "
+                "the 16-bit original"
+            )
 
     def expert(self, layer: int, expert: int, device: str = "cpu") -> Expert:
         """The reconstructed bf16 weights of one routed expert, on a device.
@@ -215,23 +269,22 @@ class Checkpoint:
             steps = self.pair_steps(layer, expert & ~1, projection)
             return self.code.decode(words, expert & 1, None if steps is None else steps.to(device))
         fused = f"{experts}." + ("down_proj" if index == 2 else "gate_up_proj")
-        if fused in self._where:
-            weight = self._slice(fused)[expert]
+        stored = fused if fused in self._where else weight_name(experts, self.centre(layer, expert), projection)
+        self._require(stored)
+        self._check_dtype(stored)
+        if stored == fused:
+            name = f"{fused}[{expert}]"
+            weight = self._read(fused, lambda handle: handle.get_slice(fused)[expert])
             if index < 2:
                 weight = weight.chunk(2)[index]
-            name = f"{fused}[{expert}]"
         else:
-            name = weight_name(experts, self.centre(layer, expert), projection)
-            weight = self.tensor(name)
-        if weight.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{name}: dtype {weight.dtype} is not bf16, fp16 or fp32; start from the 16-bit original"
-            )
+            name, weight = stored, self.tensor(stored)
         self._check_shape(name, tuple(weight.shape), index)
         weight = weight.to(device, torch.bfloat16)
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(
-                f"{name} in {self.folder} holds NaN or infinite values: fetch or convert the source again"
+                f"{shown(name)} in {shown(self.folder, 200)} holds NaN or infinite values: fetch or convert the source "
+                "again"
             )
         return weight.contiguous()
 
@@ -256,12 +309,14 @@ class Checkpoint:
             raise CheckpointError(f"{name}: dtype {steps.dtype}, steps are {torch.bfloat16}")
         self._check_shape(name, tuple(steps.shape), self.family.projections.index(projection))
         if not bool(torch.isfinite(steps).all()):
-            raise CheckpointError(f"{name} in {self.folder} holds NaN or infinite values: copy it again")
+            raise CheckpointError(
+                f"{shown(name)} in {shown(self.folder, 200)} holds NaN or infinite values: copy it again"
+            )
         return steps
 
     def _check_shape(self, name: str, shape: tuple[int, ...], index: int) -> None:
         if shape != (expected := self._expected_shape(name, index)):
-            raise CheckpointError(f"{name}: shape {shape}, config.json says {expected}")
+            raise CheckpointError(f"{shown(name)}: shape {shown(shape)}, config.json says {shown(expected)}")
 
     def _expected_shape(self, name: str, index: int) -> tuple[int, ...]:
         """Of a tensor of one gate (0), up (1) or down (2) projection: weights, words or steps."""
@@ -275,56 +330,58 @@ class Checkpoint:
 
     def check_complete(self) -> None:
         """Every tensor of a router or a routed expert is there, with the right shape, and no tensor of an expert that
-        config.json does not know; headers only.  Raises CheckpointError."""
+        config.json does not know; all weights have a dtype of `FLOATS`; headers only.  Raises CheckpointError."""
         for layer, tensors in enumerate(self._layers):
-            shapes = self._expert_shapes(layer) if tensors.block else {}
-            for name, shape in shapes.items():
-                self.check_tensor(name, shape)
+            known = set()
             if tensors.block:
                 self.check_tensor(f"{tensors.block}.gate.weight", (self.experts, self.expert_sizes[0]))
-            if unknown := [name for name in tensors.experts if name not in shapes]:
+                for name, shape in self._expert_shapes(layer):
+                    self.check_tensor(name, shape)
+                    known.add(name)
+            if unknown := [name for name in tensors.experts if name not in known]:
                 raise CheckpointError(
-                    f"{self.folder}: {unknown[0]} is none of the tensors that {self.config['model_type']} has with "
-                    f"{self.experts} experts: config.json belongs to another model, or the model is no plain one"
+                    f"{shown(self.folder, 200)}: {shown(unknown[0])} is none of the tensors that "
+                    f"{self.config['model_type']} has with {self.experts} experts: config.json belongs to another "
+                    "model, or the model is no plain one"
                 )
+        for name in self._where:
+            if not name.endswith((f".{WORDS}", f".{STEPS}")):
+                self._check_dtype(name)
 
-    def _expert_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that the layer's routed experts are stored in, by name."""
+    def _expert_shapes(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the tensors that the layer's routed experts are stored in."""
         experts, merged = f"{self.block(layer)}.experts", self.merged(layer)
         hidden, intermediate = self.expert_sizes
         if f"{experts}.gate_up_proj" in self._where:
-            return {
-                f"{experts}.gate_up_proj": (self.experts, 2 * intermediate, hidden),
-                f"{experts}.down_proj": (self.experts, hidden, intermediate),
-            }
-        shapes: dict[str, tuple[int, ...]] = {}
+            yield f"{experts}.gate_up_proj", (self.experts, 2 * intermediate, hidden)
+            yield f"{experts}.down_proj", (self.experts, hidden, intermediate)
+            return
         for index, projection in enumerate(self.family.projections):
             for expert in range(self.experts):
+                names = []
                 if expert >= merged:
                     if self.centre(layer, expert) == expert:
-                        name = weight_name(experts, expert, projection)
-                        shapes[name] = self._expected_shape(name, index)
+                        names = [weight_name(experts, expert, projection)]
                 elif expert % 2 == 0:
                     names = [words_name(experts, expert, projection)]
                     if self.quantization and self.quantization.group_size:
                         names.append(steps_name(experts, expert, projection))
-                    shapes |= {name: self._expected_shape(name, index) for name in names}
-        return shapes
+                for name in names:
+                    yield name, self._expected_shape(name, index)
 
     def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises CheckpointError when a tensor is missing or has another shape; headers only."""
         self._require(name)
         if self.shape(name) != shape:
-            raise CheckpointError(f"{name}: shape {self.shape(name)}, config.json says {shape}")
+            raise CheckpointError(f"{shown(name)}: shape {shown(self.shape(name))}, config.json says {shown(shape)}")
 
     def _require(self, name: str) -> None:
         if name not in self._where:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing: the download or the copy is incomplete")
+            raise CheckpointError(
+                f"{shown(self.folder, 200)}: tensor {shown(name)} is missing: the download or the copy is incomplete"
+            )
 
-    def _slice(self, name: str) -> Any:
-        return self._files[self._where[name]].get_slice(name)
-
-    @property
+    @functools.cached_property
     def expert_sizes(self) -> tuple[int, int]:
         """Hidden and intermediate size of the routed experts."""
         return self._size("hidden_size"), self._size(self.family.intermediate)
@@ -342,9 +399,14 @@ class Checkpoint:
 
     @property
     def other_bytes(self) -> int:
-        """Bytes of everything but routed experts, as stored."""
+        """Bytes of everything but routed experts, as it is written: see `tensors.as_written`."""
         plain = [name for layer in self._layers for name in layer.plain]
-        return sum(map(self.nbytes, [*plain, *self.outside]))
+        return sum(self.written_bytes(name) for name in [*plain, *self.outside])
+
+    def written_bytes(self, name: str) -> int:
+        """Bytes of a tensor of no routed expert once it is written."""
+        entries = math.prod(self.shape(name))
+        return entries * (4 if kept_in_float32(name) and self._info(name).dtype == "F32" else 2)
 
     @property
     def positions(self) -> int | None:
@@ -362,51 +424,7 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in self.names:
             digest.update(f"{name}|{self.shape(name)}|{self.file_of(name)}".encode())
-        for file in sorted(self._files):
+        for file in sorted(self._headers):
             status = (self.folder / file).stat()
             digest.update(f"{file}|{status.st_size}|{status.st_mtime_ns}".encode())
         return digest.hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: not a model folder, or an unfinished one") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): copy it again") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object: copy it again")
-    return data
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """File by tensor name."""
-    weight_map = _read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path} has no weight_map of file names: copy it again")
-    return weight_map
-
-
-def _open_files(folder: Path) -> dict[str, Any]:
-    """Handles of the safetensors files that make up the model; every file and tensor that the index names must be
-    there."""
-    index = folder / INDEX
-    weight_map = _read_index(index) if index.exists() else {}
-    files = sorted(set(weight_map.values()) if index.exists() else {path.name for path in folder.glob("*.safetensors")})
-    if not files:
-        raise CheckpointError(f"{folder}: no *.safetensors files; convert other weight formats to safetensors first")
-    handles = {}
-    for file in files:
-        path = folder / file
-        if not path.exists():
-            raise CheckpointError(f"{path} is missing, but {INDEX} names it: the download or the copy is incomplete")
-        try:
-            handles[file] = safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or cut short ({error}): copy or download it again") from None
-    held = {file: set(handle.keys()) for file, handle in handles.items()}
-    for name, file in weight_map.items():
-        if name not in held[file]:
-            raise CheckpointError(f"{folder / file}: tensor {name} is missing, but {INDEX} names it: copy it again")
-    return handles

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from puzzlemoe_vllm.errors import UserError
+from puzzlemoe_vllm.format.shards import shown
 
 
 class UnsupportedModel(UserError):
@@ -59,17 +60,26 @@ FAMILIES = {
 def family_of(config: dict[str, Any]) -> Family:
     """The family of a config.json.  Raises UnsupportedModel, listing the families, or for experts without SiLU."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
-        raise UnsupportedModel(f"model_type {model_type!r} is not supported; supported families: {known}")
+        raise UnsupportedModel(
+            f"model_type {shown(repr(model_type), 60)} is not supported; supported families: {known}"
+        )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not supported: experts must be SiLU-gated")
+        raise UnsupportedModel(
+            f"hidden_act {shown(repr(config['hidden_act']), 60)} is not supported: experts must be SiLU-gated"
+        )
     return FAMILIES[model_type]
 
 
 def expert_groups(config: dict[str, Any]) -> int:
     """Number of expert groups that the router picks from (group-limited routing), 1 without groups.
 
-    Whatever topk_method says: vLLM heeds n_group alone.
+    Whatever topk_method says: vLLM heeds n_group alone.  Raises UnsupportedModel for what is no number of groups.
     """
-    return int(config.get("n_group") or 1)
+    groups = config.get("n_group")
+    if groups is None:
+        return 1
+    if type(groups) is not int or groups < 0:
+        raise UnsupportedModel(f"n_group is {shown(repr(groups), 60)} in config.json, expected a number: copy it again")
+    return groups or 1

@@ -1,41 +1,40 @@
-"""Finding a model: a folder here, or a hub id."""
+"""Finding a model: a folder here, or a hub id; its weights are fetched only when they are asked for."""
 
 from __future__ import annotations
 
+import glob
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
+import httpx
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
-from puzzlemoe_offline.model.checkpoint import CheckpointError
-
-
-def locate(source: str, revision: str | None = None) -> Path:
-    """The local folder of a model: a path, or a hub id (fetched into the hub cache).
-
-    Raises CheckpointError when it is neither.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", *SMALL_FILES]))
-    except GatedRepoError:
-        raise CheckpointError(
-            f"{source}: the hub gives this model only to those who accepted its terms on its page: do that, then "
-            "`hf auth login`"
-        ) from None
-    except (HFValidationError, RepositoryNotFoundError):
-        raise CheckpointError(f"{source}: neither a folder here nor a model id on the hub") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{source}: no such folder, and the hub could not be reached ({error})") from None
-
+from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.weight_files import check_places, files_without_index
+from puzzlemoe_vllm.format.shards import (
+    DTYPE_BITS,
+    INDEX,
+    LFS_POINTER,
+    ShardHeader,
+    TensorInfo,
+    open_regular,
+    read_header,
+    read_weight_map,
+    shown,
+)
 
 SMALL_FILES = (
     "*.json",
@@ -49,3 +48,138 @@ SMALL_FILES = (
     "*.tiktoken",
 )
 """What a model folder holds beside its weights: configuration, tokenizer, chat templates, licence."""
+
+NOT_COPIED = ("config.json", "adapter_config.json", "quantize_config.json", "quant_config.json")
+"""Small files that would be wrong beside other weights; so would an index."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a model lies, and of a hub model the commit."""
+
+    folder: Path
+    commit: str | None = None
+
+
+def locate(source: str, revision: str | None = None) -> Located:
+    """A model, all its files: a folder here, or a hub id, fetched into the hub cache.
+
+    Raises CheckpointError when it is neither, or cannot be fetched, and LayoutError as `small_files` does.
+    """
+    found = _without_weights(source, revision)
+    if found.commit:
+        patterns = [glob.escape(file) for file in _weight_files(source, found)]
+        _fetch(source, found.commit, patterns)
+    return found
+
+
+def open_by_headers(source: str, revision: str | None = None) -> tuple[Checkpoint, str | None]:
+    """A model as far as its small files and headers tell, and of a hub model the commit.
+
+    Of a hub model no weights are fetched, and no tensor of it can be read.  Raises UserError as `locate` and
+    `Checkpoint` do.
+    """
+    found = _without_weights(source, revision)
+    if found.commit is None:
+        return Checkpoint(found.folder), None
+    files = _weight_files(source, found)
+    with ThreadPoolExecutor(8) as pool:
+        headers = dict(zip(files, pool.map(lambda file: _header(source, found, file), files), strict=True))
+    index = found.folder / INDEX
+    check_places(found.folder, headers, read_weight_map(found.folder) if index.exists() else None)
+    return Checkpoint(found.folder, headers), found.commit
+
+
+def small_files(folder: Path) -> list[Path]:
+    """The files beside the weights that belong to another model made of this one: tokenizer, templates, licence.
+
+    Raises LayoutError for one that is a link out of the folder or no regular file, CheckpointError for a git-lfs
+    pointer; files that are not to be copied are looked at, too, since loaders read them.
+    """
+    files = []
+    for path in sorted({path for pattern in SMALL_FILES for path in folder.glob(pattern)}):
+        if path.is_dir() and path.name.startswith(("LICENSE", "NOTICE")):
+            continue
+        with open_regular(path, folder) as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise CheckpointError(f"{shown(path, 200)} is a git-lfs pointer, not the file: run git lfs pull")
+        if path.name not in NOT_COPIED and not path.name.endswith(".index.json"):
+            files.append(path)
+    return files
+
+
+def _without_weights(source: str, revision: str | None) -> Located:
+    folder = Path(source)
+    try:
+        here = folder.is_dir()
+    except (OSError, ValueError):
+        here = False
+    if here:
+        if revision is not None:
+            raise CheckpointError(f"--revision {shown(revision)}: {shown(source, 200)} is a folder here, drop it")
+        found = Located(folder)
+    else:
+        folder = _fetch(source, revision, list(SMALL_FILES))
+        if not re.fullmatch("[0-9a-f]{40,64}", folder.name):
+            raise CheckpointError(f"{shown(source)}: the hub cache has it under no commit: {shown(folder, 200)}")
+        found = Located(folder, folder.name)
+    small_files(found.folder)
+    return found
+
+
+def _weight_files(source: str, found: Located) -> list[str]:
+    """Names of the files that make up a hub model's weights."""
+    assert found.commit
+    if (found.folder / INDEX).exists():
+        return sorted(set(read_weight_map(found.folder).values()))
+    try:
+        names: Iterable[str] = HfApi().list_repo_files(source, revision=found.commit)
+    except (HfHubHTTPError, httpx.HTTPError, OSError):  # not reached: what the cache has may be all
+        names = [path.name for path in found.folder.iterdir()]
+    return files_without_index(found.folder, names)
+
+
+def _header(source: str, found: Located, file: str) -> ShardHeader:
+    """The header of a hub model's file: of a fetched one, or by a request of some kilobytes."""
+    if (found.folder / file).exists():
+        return read_header(found.folder / file)
+    where = f"{shown(source)}: {shown(file)}"
+    try:
+        header = HfApi().parse_safetensors_file_metadata(source, file, revision=found.commit)
+        tensors = {name: _tensor_info(tensor) for name, tensor in header.tensors.items()}
+        return ShardHeader(tensors, dict(header.metadata), "")
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise CheckpointError(f"{where} could not be fetched ({shown(_one_line(error))})") from None
+    except (SafetensorsParsingError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where} has no header that can be read ({shown(_one_line(error))})") from None
+
+
+def _tensor_info(tensor: Any) -> TensorInfo:
+    """Raises ValueError for what is no tensor."""
+    shape = tuple(tensor.shape)
+    if tensor.dtype not in DTYPE_BITS or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise ValueError(f"dtype {shown(tensor.dtype, 20)}, shape {shown(shape, 40)}")
+    return TensorInfo(tensor.dtype, shape)
+
+
+def _fetch(source: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot of a hub model that has the files of these names."""
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{shown(source)}: the hub gives this model only to those who accepted its terms on its page: do that, "
+            "then `hf auth login`"
+        ) from None
+    except (HFValidationError, RepositoryNotFoundError):
+        raise CheckpointError(f"{shown(source, 200)}: neither a folder here nor a model id on the hub") from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{shown(source)} has no revision {shown(revision)} on the hub") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{shown(source)}: no such folder, and the hub could not be reached ({shown(_one_line(error), 150)})"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{error}".split())

@@ -8,17 +8,23 @@ from typing import Any
 from puzzlemoe_offline.model.checkpoint import Checkpoint, LayerTensors
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_vllm.format.layout import STEPS, WORDS
+from puzzlemoe_vllm.format.shards import check_digests, has_digests
 
 
-def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Sizes in bytes per part, pairs or clusters, and the recipe.  Reads every expert, so that damage shows.
+def inspect(checkpoint: Checkpoint, quick: bool = False) -> dict[str, Any]:
+    """Sizes in bytes per part, pairs or clusters, and the recipe.
 
-    Raises CheckpointError naming the first tensor that is missing, misshapen, of a wrong dtype, or not finite.
+    Reads every tensor, and compares every shard with its digest where the index has digests; `quick` leaves it at
+    headers.  `checked` says which it was: headers, values, or digests (and values).
+    Raises UserError naming the first file that is not what was written, or the first tensor that is missing, misshapen,
+    of a wrong dtype, not finite, or none of the model's.
     """
     LayerwiseModel(checkpoint, "cpu")  # checks that it is whole
-    for layer in checkpoint.moe_layers:
-        for expert in range(checkpoint.experts):
-            checkpoint.expert(layer, expert)
+    digests = not quick and has_digests(checkpoint.folder)
+    if digests:
+        check_digests(checkpoint.folder)
+    if not quick:
+        _read_everything(checkpoint)
     sizes: Counter[str] = Counter()
     for name in checkpoint.outside:
         sizes["head" if name.startswith("lm_head") else "embedding and final norm"] += checkpoint.nbytes(name)
@@ -38,10 +44,23 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         "pairs": sum(packed.merged_experts.values()) // 2 if packed else 0,
         "clusters": sum(len(set(centres)) for centres in packed.clusters.values()) if packed else 0,
         "bytes": dict(sorted(sizes.items())),
+        "checked": "headers" if quick else "digests" if digests else "values",
         "total_bytes": sum(sizes.values()),
         "code": packed.code if packed and packed.merged_experts else None,
         "provenance": packed.provenance.model_dump() if packed and packed.provenance else None,
     }
+
+
+def _read_everything(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a tensor that is not finite."""
+    for index in range(checkpoint.layers):
+        for name in checkpoint.layer(index).plain:
+            checkpoint.plain_tensor(name)
+        if checkpoint.layer(index).block:
+            for expert in sorted({checkpoint.centre(index, expert) for expert in range(checkpoint.experts)}):
+                checkpoint.expert(index, expert)
+    for name in checkpoint.outside:
+        checkpoint.plain_tensor(name)
 
 
 def _expert_part(checkpoint: Checkpoint, layer: int, name: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
@@ -17,9 +16,16 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.model.deepseek_moe import DeepseekForCausalLM, deepseek_config
 from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_vllm.format.shards import shown
 
 BATCH_TOKENS = 8192
 """Tokens that go through a layer at once."""
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+RECOMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+"""What names of tensors end with that old checkpoints hold and no loader reads."""
 
 
 class Observer(Protocol):
@@ -103,28 +109,33 @@ class _Recorder(nn.Module):
 class LayerwiseModel:
     """A transformers model without weights, whose layers are filled from a checkpoint one at a time.
 
-    Making one checks, by headers alone, that the checkpoint is whole.  vLLM does not miss what a quantized checkpoint
-    lacks: it would serve whatever its memory held.
+    Making one checks that the checkpoint is whole: by headers alone, but for a head that is on the disk although
+    config.json ties it to the embedding.  vLLM does not miss what a quantized checkpoint lacks: it would serve whatever
+    its memory held.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str):
-        """Raises CheckpointError when the checkpoint lacks a tensor of the model, or has one of another shape, or when
-        transformers does not know what config.json says."""
+        """Raises CheckpointError when the checkpoint lacks a tensor of the model, has one more, or one of another shape
+        or dtype, or when transformers does not know what config.json says."""
         checkpoint.check_complete()
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.dtype = activation_dtype(device)
         try:
-            with init_empty_weights(include_buffers=False):
+            # On the meta device from the start: even for a moment, a layer's experts may be more than there is memory.
+            with torch.device("meta"):
                 self.model = _build(checkpoint, self.dtype).eval()
+            self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=self.model.config)
         except Exception as error:  # transformers raises whatever its configurations and layers raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'}: transformers makes no model of it ({reason}): copy it again, or "
-                "install a later transformers"
+                f"{shown(checkpoint.folder / 'config.json', 150)}: transformers makes no model of it "
+                f"({shown(reason, 150)}): copy it again, or install a later transformers"
             ) from None
         self.model.model.rotary_emb.to(self.device)
         self._check_tensors()
+        if checkpoint.has_weights:
+            self._check_tied_head()
         self.arguments: dict[int, list[dict[str, Any]]] = {}
 
     @torch.inference_mode()
@@ -136,8 +147,8 @@ class LayerwiseModel:
         rows = self.model.config.vocab_size
         if int(batch.max()) >= rows:
             raise CheckpointError(
-                f"{self.checkpoint.folder}: its tokenizer gives token {int(batch.max())}, but the embedding has {rows} "
-                "rows: the tokenizer belongs to another model"
+                f"{shown(self.checkpoint.folder, 200)}: its tokenizer gives token {int(batch.max())}, but the "
+                f"embedding has {rows} rows: the tokenizer belongs to another model"
             )
         self._load(self.model.model.embed_tokens, "model.embed_tokens")
         layers = self.model.model.layers
@@ -183,27 +194,46 @@ class LayerwiseModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [M, H] after the last layer -> float32 logits [M, vocabulary]."""
-        head = "model.embed_tokens" if self._shares_embedding() else "lm_head"
         self._load(self.model.model.norm, "model.norm")
-        self._load(self.model.lm_head, head)
+        self._load(self.model.lm_head, "model.embed_tokens" if self._tied else "lm_head")
         return self.model.lm_head(self.model.model.norm(hidden)).float()
 
-    def _shares_embedding(self) -> bool:
-        """Whether the head is the embedding, and has no tensor of its own."""
-        return bool(self.model.config.tie_word_embeddings) and "lm_head.weight" not in self.checkpoint.outside
+    @property
+    def _tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return bool(self.model.config.tie_word_embeddings)
+
+    def _check_tied_head(self) -> None:
+        """Releases of vLLM and transformers differ in whether they serve such a head or the embedding."""
+        if not self._tied or HEAD not in self.checkpoint.outside:
+            return
+        if not torch.equal(self.checkpoint.tensor(HEAD), self.checkpoint.tensor(EMBEDDING)):
+            raise CheckpointError(
+                f"{shown(self.checkpoint.folder, 200)}: config.json ties the head to the embedding, but {HEAD} is "
+                "another: set tie_word_embeddings to false, or drop that tensor, whichever the model was made with"
+            )
 
     def _check_tensors(self) -> None:
         """Every tensor outside routed experts is there; `Checkpoint.check_complete` checks those."""
         for index, layer in enumerate(self.model.model.layers):
             if hasattr(layer.mlp, "experts") and index not in self.checkpoint.moe_layers:
                 raise CheckpointError(
-                    f"{self.checkpoint.folder}: layer {index} has no expert tensors, but config.json says that it has "
-                    "experts: the download or the copy is incomplete"
+                    f"{shown(self.checkpoint.folder, 200)}: layer {index} has no expert tensors, but "
+                    "config.json says that it has experts: the download or the copy is incomplete"
                 )
-        for name, parameter in self.model.named_parameters():
-            if ".mlp.experts." in name or (name == "lm_head.weight" and self._shares_embedding()):
+        expected = {name for index in self.checkpoint.moe_layers for name in self.checkpoint.layer(index).experts}
+        for name, parameter in self.model.state_dict().items():
+            if ".mlp.experts." in name or (name == HEAD and self._tied and HEAD not in self.checkpoint.outside):
                 continue
-            self.checkpoint.check_tensor(self._on_disk(name), tuple(parameter.shape))
+            expected.add(on_disk := self._on_disk(name))
+            self.checkpoint.check_tensor(on_disk, tuple(parameter.shape))
+        for name in self.checkpoint.names:
+            if name not in expected and not name.endswith(RECOMPUTED):
+                raise CheckpointError(
+                    f"{shown(self.checkpoint.folder / self.checkpoint.file_of(name), 200)}: {shown(name)} is none of "
+                    f"the tensors of a {self.checkpoint.config['model_type']} of {self.checkpoint.layers} layers: the "
+                    "file or config.json belongs to another model"
+                )
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         """Fills a module's parameters that have no weights yet from the tensors below `prefix`."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError, kept_in_float32
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_vllm.format.layout import weight_name
 
@@ -23,7 +24,7 @@ def plain_tensors(checkpoint: Checkpoint, layer: int, order: list[int] | None = 
     tensors = {}
     held = checkpoint.layer(layer)
     for name in held.plain:
-        tensor = checkpoint.plain_tensor(name)
+        tensor = as_written(checkpoint, name)
         if order is not None and name.startswith(f"{held.block}.gate."):
             tensor = tensor[order]
         if held.block:  # a source that was saved again may have another name for it
@@ -34,7 +35,21 @@ def plain_tensors(checkpoint: Checkpoint, layer: int, order: list[int] | None = 
 
 def tensors_outside_layers(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Embedding, last norm and head.  Raises CheckpointError as `Checkpoint.plain_tensor` does."""
-    return {name: checkpoint.plain_tensor(name) for name in checkpoint.outside}
+    return {name: as_written(checkpoint, name) for name in checkpoint.outside}
+
+
+def as_written(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor of no routed expert in bf16, but for those of a family that stay in float32.
+
+    Raises CheckpointError as `Checkpoint.plain_tensor` does, and for a value that bf16 cannot hold.
+    """
+    stored = checkpoint.plain_tensor(name)
+    if kept_in_float32(name):
+        return stored
+    tensor = stored.to(torch.bfloat16)
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{name} in {checkpoint.file_of(name)} holds values too large for bf16: fetch it again")
+    return tensor
 
 
 def dense_tensors(checkpoint: Checkpoint, layer: int, number: int, expert: Expert) -> dict[str, Tensor]:

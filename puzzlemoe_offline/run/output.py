@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from puzzlemoe_offline.methods.base import LayerRecord
-from puzzlemoe_offline.model.hub import SMALL_FILES
+from puzzlemoe_offline.model.hub import small_files
 from puzzlemoe_offline.run.files import OutputError, is_intact, put, sync, write_file, writing
 from puzzlemoe_offline.run.work import FinishedShard, WorkFolder
 from puzzlemoe_vllm.format.layout import LayoutError, parse_config
@@ -256,7 +256,7 @@ class ModelFolder:
         """Copies the source's small files, writes `files`, then index and config.json, and drops the work folder."""
         self._wait()
         with writing(self.folder):
-            for path in _small_files(source):
+            for path in small_files(source):
                 if path.name not in (CONFIG, INDEX, *files):
                     target = self.folder / path.relative_to(source)
                     target.parent.mkdir(exist_ok=True)
@@ -287,11 +287,6 @@ class ModelFolder:
         index = index_with_records(self.folder, weight_map, total, layout, records)
         index["metadata"]["run_sha256"] = self._fingerprint
         return index
-
-
-def _small_files(source: Path) -> list[Path]:
-    """What is copied of a source beside its weights."""
-    return [path for pattern in SMALL_FILES for path in sorted(source.glob(pattern)) if path.is_file()]
 
 
 def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

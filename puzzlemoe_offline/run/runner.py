@@ -10,6 +10,7 @@ from torch import Tensor
 from puzzlemoe_offline.calibration.passes import LayerPasses
 from puzzlemoe_offline.calibration.text import Calibration
 from puzzlemoe_offline.methods.base import LayerRecord, NewLayer, SourceLayer
+from puzzlemoe_offline.model.hub import small_files
 from puzzlemoe_offline.model.layerwise import LayerExperts, batch_size
 from puzzlemoe_offline.model.tensors import plain_tensors, tensors_outside_layers
 from puzzlemoe_offline.model.tokenizer import mended_config
@@ -23,9 +24,11 @@ from puzzlemoe_offline.run.report import REPORT, Report, build_report, provenanc
 def check(job: Job, out: Path, resume: bool) -> ModelFolder:
     """What can be refused before any weight or text is read, from headers alone.
 
-    Raises MethodError for a model that the method does not fit, OutputError for a folder that cannot take the result.
+    Raises MethodError for a model that the method does not fit, OutputError for a folder that cannot take the result,
+    and what `small_files` raises for a file that cannot be copied.
     """
     job.method.check(job.checkpoint)
+    small_files(job.checkpoint.folder)
     source, target = job.checkpoint.folder.resolve(), out.resolve()
     if source in (target, *target.parents):
         raise OutputError(f"{out} is the source or lies inside it: name a folder elsewhere")

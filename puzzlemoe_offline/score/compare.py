@@ -145,6 +145,7 @@ class Comparison:
                 began = time.perf_counter()
                 job = Job(self.model, method, checkpoint.folder.name, tokens=self.calibration.tokens.numel())
                 report = run(job, self.calibration if method.passes else None, Path(folder))
+                assert report, "a fresh folder cannot be finished already"
                 seconds.append(time.perf_counter() - began)
                 if method.packs:  # experts that suit no partner stay dense
                     bits = 8 * report.bytes.experts_after / weights

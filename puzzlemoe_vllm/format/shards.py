@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
@@ -91,12 +91,17 @@ class ShardRecord(BaseModel):
     bytes: int = Field(ge=0)
 
 
-class _PackedMetadata(BaseModel):
-    """`metadata` of a packed folder's index."""
+class _Records(BaseModel):
+    """`metadata` of the index of a folder that this project wrote."""
 
     model_config = ConfigDict(extra="ignore")
 
     shards: dict[str, ShardRecord]
+
+
+class _PackedMetadata(_Records):
+    """The same of a packed folder."""
+
     layout_sha256: str
 
 
@@ -110,19 +115,17 @@ def _fault(path: Path, text: str) -> LayoutError:
     return LayoutError(f"{shown(path, 200)}: {text}")
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """A file of a model folder, opened for reading.  A link may lead to a file of the folder itself or, in a snapshot
-    of the Hugging Face cache, to its blob.
+def open_regular(path: Path, folder: Path | None = None) -> BinaryIO:
+    """A file of a model folder (`folder`, or the one that it lies in), opened for reading.  A link may lead to a file
+    of the folder itself or, in a snapshot of the Hugging Face cache, to its blob.
 
     Raises LayoutError for a missing file, anything that is no regular file (which is not opened), or a link elsewhere.
     """
     try:
-        if path.is_symlink():
-            folder, target = path.parent.resolve(), path.resolve()
-            blobs = folder.parent.parent / "blobs"
-            in_cache = folder.parent.name == "snapshots" and target.parent == blobs.resolve()
-            if target.parent != folder and not in_cache:
-                raise _fault(path, "is a link to a file outside the model folder: put the file itself there")
+        root, target = (folder or path.parent).resolve(), path.resolve()
+        in_cache = root.parent.name == "snapshots" and target.parent == (root.parent.parent / "blobs").resolve()
+        if not target.is_relative_to(root) and not in_cache:
+            raise _fault(path, "is a link to a file outside the model folder: put the file itself there")
         if not stat.S_ISREG(path.stat().st_mode):
             raise _fault(path, "is not a regular file: copy or download it again")
         return path.open("rb")
@@ -191,11 +194,16 @@ def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
     return weight_map
 
 
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """File name by tensor name, from a folder's index; the files need not be there.  Raises LayoutError."""
+    path = folder / INDEX
+    return _weight_map(path, read_json_object(path))
+
+
 def read_index(folder: Path) -> dict[str, str]:
     """File name by tensor name, from a folder's index.  Every file is a regular file of the folder, or LayoutError says
     which is not."""
-    path = folder / INDEX
-    weight_map = _weight_map(path, read_json_object(path))
+    weight_map = read_weight_map(folder)
     for name in sorted(set(weight_map.values())):
         open_regular(folder / name).close()
     return weight_map
@@ -317,13 +325,16 @@ def index_with_records(
     return {"metadata": metadata, "weight_map": weight_map}
 
 
-def _packed_index(folder: Path) -> tuple[dict[str, str], _PackedMetadata]:
-    """The index of a packed folder: file names by tensor name, and the records of those files."""
+Metadata = TypeVar("Metadata", bound=_Records)
+
+
+def _index_of(folder: Path, kind: type[Metadata]) -> tuple[dict[str, str], Metadata]:
+    """The index of a folder that this project wrote: file names by tensor name, and the records of those files."""
     path = folder / INDEX
     index = read_json_object(path)
     weight_map = _weight_map(path, index)
     try:
-        metadata = _PackedMetadata.model_validate(index.get("metadata"))
+        metadata = kind.model_validate(index.get("metadata"))
     except ValidationError:
         raise _fault(
             path, "has no digests of the shards: it is not this model's own; copy it again or compress the source again"
@@ -339,7 +350,7 @@ def check_headers(folder: Path, config: PuzzleConfig) -> dict[str, ShardHeader]:
     config: `quantization_config` of its config.json.  Raises LayoutError: one line that names the file or tensor and
     the way out.
     """
-    weight_map, metadata = _packed_index(folder)
+    weight_map, metadata = _index_of(folder, _PackedMetadata)
     _check_no_others(folder, metadata.shards)
     headers = {}
     for name, record in sorted(metadata.shards.items()):
@@ -504,12 +515,20 @@ def _check_projection(folder: Path, tensors: dict[tuple[int, str, str], _ExpertT
             )
 
 
+def has_digests(folder: Path) -> bool:
+    """Whether a folder's index has digests of its shards.  Raises LayoutError for an index that cannot be read."""
+    if not os.path.lexists(folder / INDEX):
+        return False
+    metadata = read_json_object(folder / INDEX).get("metadata")
+    return isinstance(metadata, dict) and "shards" in metadata
+
+
 def check_digests(folder: Path, workers: int | None = None) -> None:
     """Every byte of every shard is as it was written.  Reads all of them, `workers` at a time (one a core).
 
     Raises LayoutError naming the first file that is damaged.
     """
-    _, metadata = _packed_index(folder)
+    _, metadata = _index_of(folder, _Records)
 
     def check(item: tuple[str, ShardRecord]) -> None:
         name, record = item

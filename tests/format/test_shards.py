@@ -24,7 +24,9 @@ from puzzlemoe_vllm.format.shards import (
     check_digests,
     check_headers,
     file_digest,
+    has_digests,
     index_with_records,
+    open_regular,
     read_header,
     read_index,
     record_shard,
@@ -261,7 +263,6 @@ def test_a_damaged_index(tmp_path, text, message):
         lambda index: index.update(metadata=None),
         lambda index: index.update(metadata=[]),
         lambda index: index["metadata"].pop("shards"),
-        lambda index: index["metadata"].pop("layout_sha256"),
         lambda index: index["metadata"]["shards"].update({"model-0.safetensors": 7}),
         lambda index: index["metadata"]["shards"]["model-0.safetensors"].update(sha256="x"),
         lambda index: index["metadata"]["shards"].pop("model-0.safetensors"),
@@ -275,6 +276,32 @@ def test_an_index_without_whole_records(tmp_path, change):
         with pytest.raises(LayoutError, match="digests") as error:
             check(tmp_path)
         one_line(error)
+
+
+def test_a_dense_folder_has_digests_but_no_layout(tmp_path):
+    config = build(tmp_path, "mask16")
+    assert has_digests(tmp_path)
+    edit_index(tmp_path, lambda index: index["metadata"].pop("layout_sha256"))
+    check_digests(tmp_path)
+    with pytest.raises(LayoutError, match="no digests"):
+        check_headers(tmp_path, config)
+    edit_index(tmp_path, lambda index: index["metadata"].pop("shards"))
+    assert not has_digests(tmp_path)
+    (tmp_path / INDEX).unlink()
+    assert not has_digests(tmp_path)
+
+
+def test_a_folder_inside_that_is_a_link_leads_nowhere(tmp_path):
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    (outside / "a.jinja").touch()
+    (folder / "templates").symlink_to(outside)
+    with pytest.raises(LayoutError, match="is a link to a file outside the model folder"):
+        open_regular(folder / "templates" / "a.jinja", folder)
+    (folder / "own").mkdir()
+    (folder / "own" / "a.jinja").touch()
+    open_regular(folder / "own" / "a.jinja", folder).close()
 
 
 def test_an_index_that_does_not_fit_the_shards(tmp_path):

@@ -8,8 +8,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from puzzlemoe_offline.cli.main import app
-from puzzlemoe_offline.model.checkpoint import CheckpointError
+from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
 from puzzlemoe_offline.model.families import FAMILIES
+from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.model.tokenizer import CONFIG, mended_config, tokenizer_of
 from puzzlemoe_offline.run.card import serve_command
 
@@ -67,6 +68,24 @@ def test_others_stay_as_they_are(family, tmp_path):
     assert mended_config(folder) == {}
     (folder / CONFIG).unlink()
     assert mended_config(folder) == {}
+
+
+def test_deepseek_moe_with_yarn(tmp_path):
+    """transformers has no configuration of that model, and fails over its rope_scaling where it reads it."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    folder = build("deepseek", tmp_path, rope_scaling=scaling)
+    assert decoded(tokenizer_of(folder)) == TEXT
+    assert LayerwiseModel(Checkpoint(folder), "cpu").model.model.rotary_emb.rope_type == "yarn"
+
+
+def test_an_id_beyond_all_vocabularies(tmp_path):
+    folder = build("mixtral", tmp_path)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["a"] = 2**31
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: token a has the id 2147483648"):
+        tokenizer_of(folder)
 
 
 def test_most_families_need_no_remote_code():
