@@ -1,5 +1,5 @@
 """`python -m puzzlemoe_offline` is the `puzzlemoe` command."""
 
-from puzzlemoe_offline.cli.main import main
+from puzzlemoe_offline.entry import main
 
 main()

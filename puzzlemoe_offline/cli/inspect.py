@@ -12,6 +12,7 @@ from rich.table import Table
 
 from puzzlemoe_offline.cli.options import Model
 from puzzlemoe_offline.cli.terminal import console, errors
+from puzzlemoe_offline.extras import require
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.hub import locate
 from puzzlemoe_offline.model.inspection import inspect
@@ -28,6 +29,8 @@ def inspect_command(
     ] = None,
 ) -> None:
     """Show what a packed or dense model holds and check that it is whole."""
+    if plots:
+        require("compare")
     checkpoint = Checkpoint(locate(model))
     facts = inspect(checkpoint)
     if plots:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.engine import EngineError
-from support.without_vllm import BLOCK_VLLM, run
+from support.without import run
 from typer.testing import CliRunner
 
 from puzzlemoe_offline.cli.main import app
@@ -56,7 +56,7 @@ def test_windows_longer_than_the_model_are_refused(engine, example, text):
 @pytest.mark.without_vllm
 def test_without_vllm(example, text):
     arguments = ["perplexity", str(example / "model"), "--text", str(text), "--engine", "vllm"]
-    done = run(f"{BLOCK_VLLM}sys.argv[1:] = {arguments!r}\nfrom puzzlemoe_offline.cli.main import main\nmain()")
+    done = run(f"sys.argv[1:] = {arguments!r}\nfrom puzzlemoe_offline.cli.main import main\nmain()")
     assert done.returncode == 1
     assert "--engine vllm needs vLLM" in done.stderr and "--engine layerwise" in done.stderr
 
