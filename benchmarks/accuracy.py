@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from puzzlemoe_offline.calibration.text import load_calibration
+from puzzlemoe_offline.calibration.text import load_calibration, text_tokens
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
@@ -67,9 +67,7 @@ def main() -> None:
     model = LayerwiseModel(Checkpoint(arguments.model), arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     texts = {
-        path.stem: spread(
-            windows_of(tokenizer(path.read_text())["input_ids"], arguments.sequence_length), arguments.windows
-        )
+        path.stem: spread(windows_of(text_tokens(path, tokenizer).ids, arguments.sequence_length), arguments.windows)
         for path in arguments.text
     }
     result = started(arguments, texts)

@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 
 from puzzlemoe_offline.cli.options import (
-    DEFAULT_CALIBRATION,
     DEFAULT_DEVICE,
     DEFAULT_SAMPLES,
-    DEFAULT_WINDOW,
     CalibrationOption,
+    ColumnOption,
     DeviceOption,
     OptionError,
     OutFolder,
@@ -22,7 +21,7 @@ from puzzlemoe_offline.cli.options import (
     WindowOption,
 )
 from puzzlemoe_offline.cli.terminal import console, layer_progress
-from puzzlemoe_offline.cli.texts import calibration_of
+from puzzlemoe_offline.cli.texts import CalibrationText
 from puzzlemoe_offline.methods import BASELINES
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.hub import locate
@@ -35,9 +34,10 @@ def baseline_command(
     source: SourceModel,
     out: OutFolder,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(BASELINES)}.")],
-    calibration: CalibrationOption = DEFAULT_CALIBRATION,
+    calibration: CalibrationOption = None,
+    column: ColumnOption = None,
     samples: SamplesOption = DEFAULT_SAMPLES,
-    sequence_length: WindowOption = DEFAULT_WINDOW,
+    sequence_length: WindowOption = None,
     device: DeviceOption = DEFAULT_DEVICE,
     revision: RevisionOption = None,
     resume: ResumeOption = False,
@@ -48,9 +48,10 @@ def baseline_command(
     chosen = BASELINES[method]
     model = LayerwiseModel(Checkpoint(locate(source, revision)), device.usable())
     folder = model.checkpoint.folder
-    job = Job(model, chosen, folder.resolve().name, revision, samples * sequence_length if chosen.passes else 0)
+    text = CalibrationText.checked(model.checkpoint, calibration, column, samples, sequence_length)
+    job = Job(model, chosen, folder.resolve().name, revision, text.tokens if chosen.passes else 0)
     check(job, out, resume)
-    data = calibration_of(folder, calibration, samples, sequence_length) if chosen.passes else None
+    data = text.read(folder) if chosen.passes else None
     with layer_progress(method, model.checkpoint.layers) as advance:
         run(job, data, out, resume, advance)
     console.print(

@@ -12,19 +12,19 @@ from rich.table import Table
 from torch import Tensor
 
 from puzzlemoe_offline.cli.options import (
-    DEFAULT_CALIBRATION,
     DEFAULT_DEVICE,
     DEFAULT_SAMPLES,
-    DEFAULT_WINDOW,
     CalibrationOption,
+    ColumnOption,
     DeviceOption,
     OptionError,
     RevisionOption,
     SamplesOption,
     SourceModel,
+    WindowOption,
 )
 from puzzlemoe_offline.cli.terminal import console, errors
-from puzzlemoe_offline.cli.texts import calibration_of, windows_to_score
+from puzzlemoe_offline.cli.texts import CalibrationText, windows_to_score
 from puzzlemoe_offline.extras import require
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.hub import locate
@@ -36,7 +36,9 @@ from puzzlemoe_offline.score.perplexity import spread
 
 def compare_command(
     source: SourceModel,
-    text: Annotated[list[Path], typer.Option(exists=True, dir_okay=False, help="A plain text file; repeatable.")],
+    text: Annotated[
+        list[Path], typer.Option(exists=True, dir_okay=False, help="A file as calibration takes them; repeatable.")
+    ],
     only: Annotated[
         list[str] | None, typer.Option(help=f"Run only this one; repeatable. Of {', '.join(CONTENDERS)}.")
     ] = None,
@@ -47,11 +49,10 @@ def compare_command(
     windows: Annotated[
         int | None, typer.Option(min=1, help="Score this many windows of each text, spread over it; all if not given.")
     ] = None,
-    calibration: CalibrationOption = DEFAULT_CALIBRATION,
+    calibration: CalibrationOption = None,
+    column: ColumnOption = None,
     samples: SamplesOption = DEFAULT_SAMPLES,
-    sequence_length: Annotated[
-        int, typer.Option(min=8, help="Tokens per window, of calibration and texts.")
-    ] = DEFAULT_WINDOW,
+    sequence_length: WindowOption = None,
     device: DeviceOption = DEFAULT_DEVICE,
     revision: RevisionOption = None,
     output: Annotated[
@@ -66,8 +67,9 @@ def compare_command(
     folder = model.checkpoint.folder
     if model.checkpoint.quantization:
         raise OptionError(f"{folder} is packed already; compare starts from the 16-bit original")
-    texts = _texts(folder, text, sequence_length, windows)
-    data = calibration_of(folder, calibration, samples, sequence_length)
+    to_calibrate = CalibrationText.checked(model.checkpoint, calibration, column, samples, sequence_length)
+    texts = _texts(model.checkpoint, text, to_calibrate.length, windows)
+    data = to_calibrate.read(folder)
     comparison = Comparison(model, data, texts, output.parent)
     figure = output.with_suffix(".png")
     rows: list[Row] = []
@@ -89,11 +91,11 @@ def _check_output(output: Path) -> None:
         raise OptionError(f"--output {output}: name the .json file; the plot goes beside it as .png")
 
 
-def _texts(folder: Path, paths: list[Path], sequence_length: int, count: int | None) -> dict[str, Tensor]:
+def _texts(checkpoint: Checkpoint, paths: list[Path], sequence_length: int, count: int | None) -> dict[str, Tensor]:
     """The windows to score of each text, by its file's name."""
     if len({path.stem for path in paths}) < len(paths):
         raise OptionError("--text: two files have the same name, by which the table tells them apart; rename one")
-    return {path.stem: spread(windows_to_score(folder, path, sequence_length), count) for path in paths}
+    return {path.stem: spread(windows_to_score(checkpoint, path, sequence_length), count) for path in paths}
 
 
 def _chosen(only: list[str], tau_sweep: bool) -> Mapping[str, Contender]:

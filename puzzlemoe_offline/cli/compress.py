@@ -12,12 +12,11 @@ from rich.table import Table
 
 from puzzlemoe_offline.cli.options import (
     CLUSTER_FIELDS,
-    DEFAULT_CALIBRATION,
     DEFAULT_DEVICE,
     DEFAULT_SAMPLES,
-    DEFAULT_WINDOW,
     PAIR_FIELDS,
     CalibrationOption,
+    ColumnOption,
     DeviceOption,
     OptionError,
     OutFolder,
@@ -28,7 +27,7 @@ from puzzlemoe_offline.cli.options import (
     WindowOption,
 )
 from puzzlemoe_offline.cli.terminal import console, layer_progress
-from puzzlemoe_offline.cli.texts import calibration_of
+from puzzlemoe_offline.cli.texts import CalibrationText
 from puzzlemoe_offline.methods.base import LayerMethod
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
@@ -58,9 +57,10 @@ def compress_command(
     ] = None,
     *,
     recipe_fields: dict[str, Any],
-    calibration: CalibrationOption = DEFAULT_CALIBRATION,
+    calibration: CalibrationOption = None,
+    column: ColumnOption = None,
     samples: SamplesOption = DEFAULT_SAMPLES,
-    sequence_length: WindowOption = DEFAULT_WINDOW,
+    sequence_length: WindowOption = None,
     device: DeviceOption = DEFAULT_DEVICE,
     revision: RevisionOption = None,
     dry_run: Annotated[
@@ -72,16 +72,16 @@ def compress_command(
     chosen = chosen_method(method, recipe, recipe_fields)
     model = LayerwiseModel(Checkpoint(locate(source, revision)), device.usable())
     folder = model.checkpoint.folder
-    tokens = samples * sequence_length if chosen.passes else 0
+    seed = recipe_fields.get("seed", 0)
+    text = CalibrationText.checked(model.checkpoint, calibration, column, samples, sequence_length, seed)
     # What is written may be published: a folder here goes by its name.
     name = folder.resolve().name if Path(source).exists() else source
-    job = Job(model, chosen, name, revision, tokens)
+    job = Job(model, chosen, name, revision, text.tokens if chosen.passes else 0)
     check(job, out, resume)
     if dry_run:
         console.print(_plan_table(job))
         return
-    seed = recipe_fields.get("seed", 0)
-    data = calibration_of(folder, calibration, samples, sequence_length, seed) if chosen.passes else None
+    data = text.read(folder) if chosen.passes else None
     with layer_progress("compressing", model.checkpoint.layers) as advance:
         report = run(job, data, out, resume, advance)
     console.print(summary(report))

@@ -44,12 +44,30 @@ DeviceOption = Annotated[Device, typer.Option(help="Where layers run.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in OUT.")]
 CalibrationOption = Annotated[
-    str, typer.Option(help="Plain text file, .jsonl file with a text field, or hub dataset with a text column.")
+    list[str] | None,
+    typer.Option(
+        metavar="SOURCE[=WEIGHT]",
+        help="Text, JSON, CSV, TSV or Parquet file, compressed or not, or a hub dataset owner/name[:config[:split]]; "
+        "repeatable, samples are shared out by weight.",
+        show_default=C4,
+    ),
+]
+ColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Column of sources that have columns.", show_default="text, messages or conversations"
+    ),
 ]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
-WindowOption = Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(min=8, help="Tokens per window.", show_default="2048, or all positions of a model with fewer"),
+]
+TextOption = Annotated[
+    Path, typer.Option(exists=True, dir_okay=False, help="A file in any of the formats that calibration takes.")
+]
 
-DEFAULT_CALIBRATION, DEFAULT_SAMPLES, DEFAULT_WINDOW = C4, 128, 2048
+DEFAULT_SAMPLES = 128
 
 Code = StrEnum("Code", {name: name for name in CODES})  # type: ignore[misc]
 

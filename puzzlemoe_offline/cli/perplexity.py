@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from puzzlemoe_offline.cli.options import DEFAULT_DEVICE, Device, Model, OptionError
+from puzzlemoe_offline.cli.options import (
+    DEFAULT_DEVICE,
+    ColumnOption,
+    Device,
+    Model,
+    OptionError,
+    TextOption,
+    WindowOption,
+)
 from puzzlemoe_offline.cli.terminal import console, layer_progress
-from puzzlemoe_offline.cli.texts import windows_to_score
+from puzzlemoe_offline.cli.texts import window_length, windows_to_score
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.hub import locate
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
@@ -29,8 +36,9 @@ class Engine(StrEnum):
 
 def perplexity_command(
     model: Model,
-    text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A plain text file.")],
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
+    text: TextOption,
+    column: ColumnOption = None,
+    sequence_length: WindowOption = None,
     engine: Annotated[
         Engine, typer.Option(help="layerwise: one layer in memory at a time; vllm: the model as vLLM serves it.")
     ] = Engine.layerwise,
@@ -52,7 +60,8 @@ def perplexity_command(
     folder = locate(model)
     # The model as vLLM would serve it is checked too: vLLM does not miss what a checkpoint lacks.
     layers = LayerwiseModel(Checkpoint(folder), Device.cpu if by_vllm else (device or DEFAULT_DEVICE).usable())
-    windows = windows_to_score(folder, text, sequence_length)
+    length = window_length(layers.checkpoint, sequence_length)
+    windows = windows_to_score(layers.checkpoint, text, length, column)
     if by_vllm:
         result = served_perplexity(folder, windows, trust_remote_code, gpu_memory_utilization)
     else:

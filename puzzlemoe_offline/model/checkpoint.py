@@ -347,6 +347,12 @@ class Checkpoint:
         return sum(map(self.nbytes, [*plain, *self.outside]))
 
     @property
+    def positions(self) -> int | None:
+        """Longest sequence that the model was made for; None where config.json does not say."""
+        positions = self.config.get("max_position_embeddings")
+        return positions if isinstance(positions, int) and positions > 0 else None
+
+    @property
     def experts_per_token(self) -> int:
         """Routed experts that the router chooses for a token."""
         return self._size("num_experts_per_tok")

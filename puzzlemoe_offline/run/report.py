@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -63,7 +64,13 @@ def build_report(job: Job, calibration: Calibration | None, records: list[LayerR
         revision=job.revision,
         tool_version=VERSION,
         recipe=job.method.choices(job.checkpoint),
-        calibration={"source": calibration.source, "tokens": calibration.tokens.numel()} if calibration else None,
+        calibration={
+            "source": calibration.source,
+            "tokens": calibration.tokens.numel(),
+            "sources": [dataclasses.asdict(source) for source in calibration.sources],
+        }
+        if calibration
+        else None,
         bytes=Sizes(
             experts_before=job.checkpoint.routed_bytes,
             experts_after=job.experts_after,

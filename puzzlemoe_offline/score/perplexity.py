@@ -27,16 +27,13 @@ class Perplexity:
     tokens: int
 
 
-def windows_of(ids: list[int], sequence_length: int) -> Tensor:
-    """Non-overlapping windows [n, sequence_length] of a token stream; the tail is dropped, as is usual for WikiText-2.
+def windows_of(ids: Tensor, sequence_length: int) -> Tensor:
+    """Non-overlapping windows [n, sequence_length] of token ids [m]; the tail is dropped, as is usual for WikiText-2.
 
-    A text shorter than one window becomes one short window.  Raises ValueError below two tokens.
+    A text of two tokens or more that is shorter than one window becomes one short window.
     """
-    tokens = torch.tensor(ids)
-    if len(tokens) < 2:
-        raise ValueError("the text has fewer than two tokens")
-    length = min(sequence_length, len(tokens))
-    return tokens[: len(tokens) // length * length].view(-1, length)
+    length = min(sequence_length, len(ids))
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 def spread(windows: Tensor, count: int | None) -> Tensor:

@@ -20,11 +20,7 @@ from puzzlemoe_vllm.format import codes
 
 ROOT = Path(__file__).parents[2]
 NAMES = re.compile(rf"\b({'|'.join(codes.CODES)})\b")
-CHOICES = {
-    "puzzlemoe_offline/recipe.py": "the named recipes",
-    "puzzlemoe_offline/score/compare.py": "the named recipes that are compared",
-    "puzzlemoe_offline/cli/main.py": "the options' help",
-}
+CHOICES = {"puzzlemoe_offline/recipe.py": "the named recipes, and their fields' help on the command line"}
 """Files that may name a code."""
 
 
