@@ -10,14 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.command import puzzlemoe
 from support.without import run
 
 import puzzlemoe_vllm
+from puzzlemoe_offline import extras
 from puzzlemoe_offline.extras import COMPARE, COMPRESS, MODULES
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-SCIPY = {"scipy", "sklearn"}
-"""Not to be found; transformers imports sklearn where it is, which imports scipy."""
 
 
 @pytest.mark.without_vllm
@@ -78,10 +78,13 @@ print(len(names), lacking)
 
 
 def test_serving_needs_nothing_of_the_offline_tool():
-    """vLLM brings some packages of the extras itself; those that it does not bring are not missed."""
+    """vLLM brings some packages of the extras itself; those that it does not bring are not missed.
+
+    sklearn: transformers imports it where it is, and it imports scipy.
+    """
     done = run(
         "import puzzlemoe_vllm\npuzzlemoe_vllm.register()\nimport puzzlemoe_vllm.method, puzzlemoe_vllm.served_files",
-        {"puzzlemoe_offline", "accelerate", "datasets", "matplotlib", "pyarrow", *SCIPY},
+        {"puzzlemoe_offline", "accelerate", "datasets", "matplotlib", "pyarrow", "scipy", "sklearn"},
     )
     assert done.returncode == 0, done.stderr
 
@@ -97,10 +100,10 @@ def test_the_command_without_its_extra_is_one_line(missing):
 
 @pytest.mark.without_vllm
 @pytest.mark.parametrize("command", [["compare", "SRC", "--text", __file__], ["inspect", "SRC", "--plots", "figures"]])
-def test_comparing_without_its_extra_is_one_line(command):
-    done = run(f"sys.argv[1:] = {command!r}\nfrom puzzlemoe_offline.entry import main\nmain()", {"matplotlib", *SCIPY})
-    assert done.returncode == 1
-    assert done.stderr == 'error: matplotlib, scipy not installed here: pip install "puzzlemoe-vllm[compare]"\n'
+def test_comparing_without_its_extra_is_one_line(command, monkeypatch, capsys):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "scipy" else importlib.util.find_spec(name))
+    assert puzzlemoe(*command) == 1
+    assert capsys.readouterr().err == 'error: scipy not installed here: pip install "puzzlemoe-vllm[compare]"\n'
 
 
 @pytest.mark.without_vllm
