@@ -24,7 +24,7 @@ from puzzlemoe_offline.methods.base import LayerRecord
 from puzzlemoe_offline.model.hub import SMALL_FILES
 from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.layout import parse_config
-from puzzlemoe_vllm.format.shards import INDEX, ShardRecord, index_with_records, record_shard
+from puzzlemoe_vllm.format.shards import INDEX, ShardRecord, index_with_records, record_shard, save_shard
 
 WORK = ".puzzlemoe-work"
 
@@ -111,7 +111,7 @@ class ModelFolder:
         on_host = to_host(tensors)
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         with self._writing():
-            save_file(on_host, partial, metadata=self.metadata)
+            save_shard(on_host, partial, self.metadata)
             partial.chmod(0o666 & ~_umask())
             digests = record_shard(partial)
             os.replace(partial, target)

@@ -172,7 +172,7 @@ def prepare(weights: ExpertWeights) -> None:
     """Rewrites a layer's weights, as they were loaded, into the order that the kernels read.  In place, one matrix at a
     time: the extra memory is a few copies of one expert's largest matrix."""
     code = get_code(weights.code)
-    code.refill_word_table(weights.w13_pairs.device)  # no graph capture could fetch it
+    code.word_table(weights.w13_pairs.device)  # no graph capture could fetch it
     for words, steps, dense, gate_up in (
         (weights.w13_pairs, weights.w13_steps, weights.w13_dense, True),
         (weights.w2_pairs, weights.w2_steps, weights.w2_dense, False),

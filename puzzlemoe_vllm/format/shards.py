@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from puzzlemoe_vllm.format.codes import get_code
 from puzzlemoe_vllm.format.layout import (
@@ -260,6 +262,20 @@ def shard_metadata(code: str | None) -> dict[str, str]:
     """safetensors metadata of a packed model's shards; code: of its pair words, None when nothing merged in pairs."""
     metadata = {"format": "pt", VERSION_KEY: str(FORMAT_VERSION)}
     return metadata | ({CODE_KEY: code} if code else {})
+
+
+def save_shard(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, equal bytes for equal tensors and metadata: safetensors itself puts the metadata in a
+    new order each time.  Raises OSError or SafetensorError as it does."""
+    save_file(tensors, path, metadata=metadata)
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        fields = json.loads(file.read(length))
+        fields["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "safetensors writes JSON without spaces"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def file_digest(path: Path) -> str:

@@ -28,6 +28,7 @@ from puzzlemoe_vllm.format.shards import (
     read_header,
     read_index,
     record_shard,
+    save_shard,
     shard_metadata,
 )
 
@@ -82,7 +83,7 @@ def test_every_changed_tensor_is_found(tmp_path, kind, change, number):
     shard = tmp_path / f"model-{number}.safetensors"
     tensors = load_file(shard)
     HEADER_CHANGES[change](tensors)
-    save_file(tensors, shard, metadata=shard_metadata(config.code))
+    save_shard(tensors, shard, shard_metadata(config.code))
     with pytest.raises(LayoutError, match=rf"model-{number}.safetensors: its tensors are not those") as error:
         check_headers(tmp_path, config)
     one_line(error)
@@ -168,7 +169,7 @@ def test_a_shard_of_another_version(tmp_path):
         ({"format": "pt"}, "is no shard of a packed model"),
         (shard_metadata("mask16") | {"puzzlemoe_format_version": "3"}, "is of format version 3, config.json is of 2"),
     ):
-        save_file(load_file(shard), shard, metadata=metadata)
+        save_shard(load_file(shard), shard, metadata)
         with pytest.raises(LayoutError, match=f"model-1.safetensors: {message}"):
             check_headers(tmp_path, config)
 
@@ -383,3 +384,16 @@ def test_records(tmp_path):
 def test_shards_of_clusters_have_no_code():
     assert shard_metadata(None) == {"format": "pt", "puzzlemoe_format_version": "2"}
     assert shard_metadata("angle8")["puzzlemoe_code"] == "angle8"
+
+
+def test_equal_shards_are_equal_bytes(tmp_path):
+    tensors = {"b": torch.zeros(3), 'a "quoted" é': torch.ones(2, 5)}
+    metadata = {"format": "pt"} | {f"key{number}": "value" for number in range(8)}
+    written = set()
+    for number in range(8):
+        path = tmp_path / f"{number}.safetensors"
+        save_shard(tensors, path, dict(sorted(metadata.items(), reverse=bool(number % 2))))
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
+    assert read_header(path).metadata == metadata

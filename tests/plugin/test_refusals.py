@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from puzzlemoe_vllm.format.layout import parse_config
-from puzzlemoe_vllm.format.shards import INDEX, index_with_records, shard_metadata
+from puzzlemoe_vllm.format.shards import INDEX, index_with_records, save_shard, shard_metadata
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def edit_shard(model: Path, change, *, whole: bool = False) -> Path:
         metadata = file.metadata()
     tensors = load_file(shard)
     change(tensors)
-    save_file(tensors, shard, metadata=metadata)
+    save_shard(tensors, shard, metadata)
     if whole:
         finish_index(model)
     return shard
@@ -85,7 +85,7 @@ def test_missing_tensor_outside_layers(engine, model, name):
     shard = max(model.glob("*.safetensors"))
     tensors = load_file(shard)
     tensors.pop(name)
-    save_file(tensors, shard, metadata=shard_metadata("mask16"))
+    save_shard(tensors, shard, shard_metadata("mask16"))
     assert f"({name} is missing)" in engine.refuses(model)
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support import models as tiny_models
 from support.comparison import assert_same_generation
 from support.engine import Engine, Step
 from support.packed_models import Models
 
 from puzzlemoe_offline.model import families
+from puzzlemoe_vllm.format.shards import save_shard
 
 FAMILIES = list(tiny_models.CONFIGS)
 
@@ -103,4 +104,4 @@ def exchange_pair(folder: Path, prefix: str) -> None:
             if name.startswith(prefix) and name.endswith(".puzzle"):
                 word = tensors[name].int() & 0xFFFF
                 tensors[name] = ((word & 0x0FFF) | (word & 0xA000) >> 1 | (word & 0x5000) << 1).short()
-        save_file(tensors, shard, metadata=metadata)
+        save_shard(tensors, shard, metadata)

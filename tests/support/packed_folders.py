@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from puzzlemoe_vllm.format.codes import get_code
 from puzzlemoe_vllm.format.layout import PuzzleConfig, parse_config
-from puzzlemoe_vllm.format.shards import INDEX, index_with_records, shard_metadata
+from puzzlemoe_vllm.format.shards import INDEX, index_with_records, save_shard, shard_metadata
 
 EXPERTS, HIDDEN, INTERMEDIATE, GROUP = 6, 64, 32, 32
 PROJECTIONS = {
@@ -46,7 +45,7 @@ def write(folder: Path, shards: list[dict[str, Tensor]], quantization: dict[str,
     weight_map = {}
     for number, tensors in enumerate(shards):
         name = f"model-{number}.safetensors"
-        save_file(tensors, folder / name, metadata=shard_metadata(config.code))
+        save_shard(tensors, folder / name, shard_metadata(config.code))
         weight_map |= dict.fromkeys(tensors, name)
     (folder / INDEX).write_text(json.dumps(index_with_records(folder, weight_map, 0, config)))
     return config

@@ -35,7 +35,7 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
 def prepare(weights: ExpertWeights) -> None:
     """`fused_experts` reads the checkpoint's own order; only the table is fetched, which no graph capture could do."""
-    get_code(weights.code).refill_word_table(weights.w13_pairs.device)
+    get_code(weights.code).word_table(weights.w13_pairs.device)
 
 
 def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeights) -> Tensor:

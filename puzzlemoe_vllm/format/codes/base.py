@@ -78,15 +78,6 @@ class PairCode(ABC):
         they compute with."""
         return None
 
-    def refill_word_table(self, device: torch.device) -> None:
-        """Writes the values into `word_table` anew, where it lies.
-
-        vLLM's sleep level 2 empties the memory that it was made in and keeps the addresses, which CUDA graphs hold.
-        """
-        table, on_host = self.word_table(device), self.word_table(torch.device("cpu"))
-        if table is not None and on_host is not None:
-            table.copy_(on_host)
-
     @abstractmethod
     def encode(self, state: Tensor, negative: tuple[Tensor, Tensor], magnitude: Tensor | None = None) -> Tensor:
         """Stored words of two matrices [N, K].

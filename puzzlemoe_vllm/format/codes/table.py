@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -81,9 +82,15 @@ class TableCode(PairCode):
         self._word_tables: dict[torch.device, Tensor] = {}
 
     def word_table(self, device: torch.device) -> Tensor:
-        """As in `PairCode`; made once for a device, since no graph capture could fetch it."""
+        """As in `PairCode`; made once for a device, since no graph capture could fetch it.
+
+        By a thread of its own: what this one allocates may come from the pool of one of vLLM's models, which sleep
+        level 2 empties, and which must be empty when the model is gone.
+        """
         if device not in self._word_tables:
-            self._word_tables[device] = self.values.T.contiguous().to(device, torch.bfloat16)
+            values = self.values.T.contiguous()
+            with ThreadPoolExecutor(1) as thread:
+                self._word_tables[device] = thread.submit(values.to, device, torch.bfloat16).result()
         return self._word_tables[device]
 
     def pack(self, word: Tensor) -> Tensor:
