@@ -13,12 +13,6 @@ int fail(const char* reason) {
   return 1;
 }
 
-const Kernel* find_kernel(int index) {
-  if (index >= 0 && index < kMmaKernelCount) return kMmaKernels + index;
-  index -= kMmaKernelCount;
-  return index >= 0 && index < kHopperKernelCount ? kHopperKernels + index : nullptr;
-}
-
 // Hands out consecutive, 256-byte aligned pieces; of a null buffer, to learn the size.
 struct Scratch {
   uint8_t* base;
@@ -87,7 +81,7 @@ int pm_abi_version(void) { return PM_ABI_VERSION; }
 
 const char* pm_last_error(void) { return last_error; }
 
-int pm_kernel_count(void) { return kMmaKernelCount + kHopperKernelCount; }
+int pm_kernel_count(void) { return kernel_count(); }
 
 const char* pm_kernel_name(int kernel) {
   const Kernel* found = find_kernel(kernel);

@@ -7,7 +7,9 @@ cuda/build.py OUTPUT.so [--arch 90 --arch 80 ...] [--jobs N]
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +17,29 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 SOURCES = Path(__file__).resolve().parent
 ARCHES = ("80", "86", "89", "90")
-HOPPER_ONLY = {"gemm_hopper.cu"}
+SM90 = SOURCES / "sm90"
 """Sources that use instructions of sm_90a, which has no forward compatibility: built for it alone."""
+
+FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
+TRUSTED = (13, 3)
+"""The first CUDA release whose ptxas is not known to reuse a wgmma's registers too early."""
+
+
+def _check() -> ModuleType:
+    """The module cuda/check.py: this folder is no package."""
+    spec = importlib.util.spec_from_file_location("puzzlemoe_cuda_check", SOURCES / "check.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+check = _check()
 
 
 def find_nvcc() -> str:
@@ -35,36 +55,103 @@ def find_nvcc() -> str:
     )
 
 
-def targets(source: str, arches: Sequence[str]) -> list[str]:
+def nvcc_release(nvcc: str) -> tuple[int, int]:
+    """The CUDA release of an nvcc, such as (13, 0); (0, 0) where it does not say."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def sources() -> list[Path]:
+    """Every file that nvcc compiles."""
+    return sorted(SOURCES.rglob("*.cu"))
+
+
+def targets(source: Path, arches: Sequence[str]) -> list[str]:
     """nvcc's -gencode flags of one source: machine code for every architecture, and PTX of the last for later ones."""
-    if source in HOPPER_ONLY:
+    if source.parent == SM90:
         return ["-gencode=arch=compute_90a,code=sm_90a"]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches]
     return [*flags, f"-gencode=arch=compute_{arches[-1]},code=compute_{arches[-1]}"]
 
 
+def compile_source(nvcc: str, source: Path, target: Path, arches: Sequence[str], flags: Sequence[str] = ()) -> str:
+    """Compiles one source and returns what nvcc said.  Raises subprocess.CalledProcessError when it fails."""
+    command = [nvcc, *FLAGS, *flags, *targets(source, arches), "-c", str(source), "-o", str(target)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.stderr.write(done.stdout)
+        done.check_returncode()
+    return done.stdout
+
+
+def compile_all(
+    nvcc: str, folder: Path, arches: Sequence[str], jobs: int | None = None, flags: Sequence[str] = ()
+) -> tuple[dict[Path, Path], str]:
+    """Compiles every source into `folder`; returns the object of each and what nvcc said.  Raises
+    subprocess.CalledProcessError when it fails."""
+    objects = {source: folder / f"{source.stem}.o" for source in sources()}
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        said = pool.map(lambda source: compile_source(nvcc, source, objects[source], arches, flags), objects)
+        return objects, "".join(said)
+
+
+def link(nvcc: str, objects: dict[Path, Path], output: Path) -> None:
+    """Links a library of all objects."""
+    command = [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", "-o", str(output)]
+    subprocess.run([*command, *map(str, objects.values())], check=True, stdout=sys.stderr)
+
+
+def link_without_sm90(nvcc: str, objects: dict[Path, Path], output: Path, arches: Sequence[str]) -> None:
+    """Links a library without the kernels of sm90/, whose other kernels serve compute capability 9.0 too."""
+    registry = SOURCES / "kernels.cu"
+    target = output.with_name("kernels_without_sm90.o")
+    compile_source(nvcc, registry, target, arches, ["-DPM_WITHOUT_SM90"])
+    kept = {source: target for source, target in objects.items() if source.parent != SM90}
+    link(nvcc, kept | {registry: target}, output)
+
+
+def distrust(nvcc: str, library: Path) -> str | None:
+    """Why the wgmma kernels of a linked library must not be used, or None when they may.
+
+    ptxas chooses registers, and before CUDA 13.3 it is known to write some while a wgmma may still read them: products
+    are then wrong, now and then.  So the machine code itself is read.  Where nothing can read it, such a ptxas is not
+    believed: kernels that are left out cost time, wrong products would not even be noticed.
+    """
+    release = nvcc_release(nvcc)
+    try:
+        early = check.early_writes(check.find_cuobjdump(nvcc), library)
+    except check.Unreadable as reason:
+        if release >= TRUSTED:
+            print(f"puzzlemoe: the machine code was not checked: {reason}", file=sys.stderr)
+            return None
+        return f"nvcc {release[0]}.{release[1]} may reuse wgmma's registers too early, and {reason}"
+    if not early:
+        return None
+    return f"nvcc {release[0]}.{release[1]} reuses wgmma's registers too early in {len(early)} of its kernels"
+
+
 def build_library(output: Path, arches: Sequence[str] = ARCHES, jobs: int | None = None) -> None:
-    """Compiles every source and links `output`.
+    """Compiles every source and links `output`; leaves out the kernels of sm90/ where their code is not to be trusted,
+    and says so on stderr.
 
     Raises FileNotFoundError without nvcc and subprocess.CalledProcessError when it fails; its messages go to stderr.
     """
     nvcc = find_nvcc()
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     with tempfile.TemporaryDirectory() as folder:
-
-        def compile_source(source: Path) -> Path:
-            target = Path(folder, source.stem + ".o")
-            command = [nvcc, *flags, *targets(source.name, arches), "-c", str(source), "-o", str(target)]
-            subprocess.run(command, check=True, stdout=sys.stderr)
-            return target
-
-        with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-            objects = list(pool.map(compile_source, sorted(SOURCES.glob("*.cu"))))
-        partial = Path(folder, "library.so")
-        link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", "-o", str(partial)]
-        subprocess.run([*link, *map(str, objects)], check=True, stdout=sys.stderr)
+        objects, messages = compile_all(nvcc, Path(folder), arches, jobs)
+        sys.stderr.write(messages)
+        library = Path(folder, "library.so")
+        link(nvcc, objects, library)
+        if reason := distrust(nvcc, library):
+            print(
+                f"puzzlemoe: {reason}: the library is built without the sm90 kernels, and slower on Hopper; "
+                f"CUDA {TRUSTED[0]}.{TRUSTED[1]} or later builds them",
+                file=sys.stderr,
+            )
+            link_without_sm90(nvcc, objects, library, arches)
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(partial, output)
+        shutil.move(library, output)
 
 
 def main() -> int:

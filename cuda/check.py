@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -17,25 +18,32 @@ class Instruction:
     operands: tuple[str, ...]
 
 
-def find_cuobjdump() -> str | None:
-    """cuobjdump of the CUDA toolkit, or the one that Triton brings."""
-    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
-    if found:
-        return found
-    try:
-        import triton
-    except ImportError:
-        return None
-    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return str(bundled) if bundled.is_file() else None
+class Unreadable(RuntimeError):
+    """Why a library's machine code cannot be read."""
 
 
-def functions(cuobjdump: str, library: Path) -> dict[str, list[Instruction]]:
-    """Instructions of every kernel of a library by its mangled name."""
+def find_cuobjdump(nvcc: str | None = None) -> str:
+    """cuobjdump beside an nvcc, on the PATH, of the CUDA toolkit, or the one that Triton brings.  Raises Unreadable."""
+    places = [str(Path(nvcc).resolve().parent)] if nvcc else []
+    for place in (*places, None, "/usr/local/cuda/bin"):
+        if found := shutil.which("cuobjdump", path=place):
+            return found
+    triton = importlib.util.find_spec("triton")
+    for package in (triton.submodule_search_locations or []) if triton else []:
+        bundled = Path(package, "backends/nvidia/bin/cuobjdump")
+        if bundled.is_file():
+            return str(bundled)
+    raise Unreadable("cuobjdump, which would show them, was not found")
+
+
+def functions(cuobjdump: str, library: Path, arch: str) -> dict[str, list[Instruction]]:
+    """Instructions of every kernel that a library has for `arch`, such as sm_90a, by its mangled name.  Raises
+    Unreadable."""
     env = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}
-    text = subprocess.run(
-        [cuobjdump, "-sass", str(library)], capture_output=True, text=True, check=True, env=env
-    ).stdout
+    done = subprocess.run([cuobjdump, "-sass", "-arch", arch, str(library)], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise Unreadable(f"{cuobjdump} failed: {done.stderr.strip()}")
+    text = done.stdout
     kernels: dict[str, list[Instruction]] = {}
     for line in text.splitlines():
         if name := re.search(r"Function : (\S+)", line):
@@ -70,7 +78,7 @@ def overwritten_operands(code: list[Instruction]) -> list[Instruction]:
     """Instructions that write a register which a wgmma still in flight may read as its A operand.
 
     Follows every path with the products in flight, in the groups that `gsb0` closes: a WARPGROUP.DEPBAR leaves only
-    as many closed groups in flight as it says.
+    as many closed groups in flight as it says.  Raises Unreadable where a wgmma is unlike ours.
     """
     index = {instruction.address: place for place, instruction in enumerate(code)}
     found: dict[int, Instruction] = {}
@@ -86,7 +94,8 @@ def overwritten_operands(code: list[Instruction]) -> list[Instruction]:
                 found[instruction.address] = instruction
             if instruction.opcode.startswith("HGMMA"):
                 operand = re.match(r"R(\d+)", instruction.operands[1])
-                assert operand, f"{instruction} reads its A operand from shared memory"
+                if not operand:
+                    raise Unreadable(f"{instruction} has no A operand in registers")
                 flying = (*flying[:-1], (*flying[-1], int(operand[1])))
                 flying += ((),) if instruction.operands[-1] == "gsb0" else ()
             elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
@@ -102,3 +111,19 @@ def overwritten_operands(code: list[Instruction]) -> list[Instruction]:
                 break
             place += 1
     return list(found.values())
+
+
+def early_writes(cuobjdump: str, library: Path) -> dict[str, list[Instruction]]:
+    """What `overwritten_operands` finds in a library, by kernel; empty when all is well.
+
+    Raises Unreadable, also where the library has no wgmma at all: then it was not these kernels that were read.
+    """
+    kernels = {
+        name: code
+        for name, code in functions(cuobjdump, library, "sm_90a").items()
+        if any(instruction.opcode.startswith("HGMMA") for instruction in code)
+    }
+    if not kernels:
+        raise Unreadable(f"{cuobjdump} shows no wgmma in the library")
+    found = {name: overwritten_operands(code) for name, code in kernels.items()}
+    return {name: early for name, early in found.items() if early}

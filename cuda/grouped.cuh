@@ -1,5 +1,7 @@
 // What the two grouped GEMM kernels share: the work items, which strip of which weights they read, the epilogues.
 #pragma once
+#include "host_device.h"
+#include "launch.cuh"
 #include "ptx.cuh"
 #include "words.cuh"
 
@@ -61,11 +63,7 @@ __device__ inline uint32_t fill_table(const GroupedGemm& gemm, uint32_t table) {
 constexpr int kStripStepBytes = 32;  // steps of a strip's 16 rows, in one group
 constexpr int kMinGroupTiles = 2;
 
-// Tells the compiler that all lanes of the warp hold the same value.
-__device__ inline int uniform(int value) { return __shfl_sync(~0u, value, 0); }
-
-constexpr int kMaxMultiprocessors = 256;  // of a device that a launch makes use of
-constexpr int kMaxWarpgroups = 4;         // on each of them, that leave sums
+constexpr int kMaxWarpgroups = 4;  // on each multiprocessor, that leave sums
 constexpr int kMaxArrivals = kMaxWarpgroups * kMaxMultiprocessors;
 
 // The items of a launch are its groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row

@@ -1,15 +1,11 @@
-// The kernel variants that a caller may choose from.
+// The kernel variants that a caller may choose from, and how a source makes them.
 #pragma once
-#include <algorithm>
-#include <atomic>
-
 #include "grouped.cuh"
+#include "launch.cuh"
 #include "puzzlemoe.h"
 
-constexpr int kMaxDevices = 64;
-
 struct Kernel {
-  const char* name;
+  const char* name;    // arch_instruction and the tokens of a part
   int part_tokens;
   int partial_floats;  // of the sums of pieces of items, 0: cuts none
   int min_capability;  // 10 * major + minor
@@ -18,46 +14,9 @@ struct Kernel {
   cudaError_t (*launch)(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t stream);
 };
 
-extern const Kernel kMmaKernels[];
-extern const int kMmaKernelCount;
-extern const Kernel kHopperKernels[];
-extern const int kHopperKernelCount;
-
-// Blocks of `kernel` that the current device holds at once; asked of the driver once per device.  Raises the kernel's
-// shared memory limit on the way.
-template <class Function>
-cudaError_t resident_blocks(Function kernel, int threads, int shared_bytes, std::atomic<int> (&known)[kMaxDevices],
-                            int& blocks) {
-  int device, multiprocessors, per_multiprocessor;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error) return error;
-  if (device >= kMaxDevices) return cudaErrorInvalidDevice;
-  if ((blocks = known[device])) return cudaSuccess;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes);
-  if (!error && per_multiprocessor == 0) error = cudaErrorLaunchOutOfResources;
-  if (!error) known[device] = blocks = std::min(multiprocessors, kMaxMultiprocessors) * per_multiprocessor;
-  return error;
-}
-
-// Launches a kernel that may start before the one ahead of it in the stream has ended, where the device can do that;
-// the kernel itself waits before it uses that one's results.
-template <class... Parameters, class... Arguments>
-cudaError_t launch_early(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, cudaStream_t stream,
-                         Arguments... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-}
+// The kernels of this library by number, from 0 on; null beyond the last.
+int kernel_count();
+const Kernel* find_kernel(int index);
 
 // Launches one of the two products of one code.  Gemm<Code, Tile, kGateUp> has a kernel's kFunction and kSharedBytes.
 template <template <class, class, bool> class Gemm, class Code, class Tile, bool kGateUp>

@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PM_ABI_VERSION 3
+#define PM_ABI_VERSION 4
 #define PM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -43,7 +43,8 @@ PM_API int pm_abi_version(void);
 /* Why the last call of this thread that returned non-zero failed. */
 PM_API const char* pm_last_error(void);
 
-/* The kernel variants that the caller may choose from; one that the device cannot run is an error at launch. */
+/* The kernel variants that the caller may choose from; one that the device cannot run is an error at launch.  Names are
+ * arch_instruction and the tokens of a part; those of sm90 are absent where their code was not to be trusted. */
 PM_API int pm_kernel_count(void);
 PM_API const char* pm_kernel_name(int kernel);
 /* 1 if the current device can run that variant. */

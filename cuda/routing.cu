@@ -1,6 +1,6 @@
 #include "routing.cuh"
 
-#include "kernels.cuh"
+#include "launch.cuh"
 
 namespace {
 

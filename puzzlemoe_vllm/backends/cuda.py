@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
-from puzzlemoe_vllm.format.codes import Decoder, PairCode, get_code
+from puzzlemoe_vllm.format.codes import CODES, Decoder, PairCode, get_code
 
-ABI_VERSION = 3
+logger = logging.getLogger(__name__)
+
+ABI_VERSION = 4
 READS_CHECKPOINT_ORDER = False
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
 DISPATCH = Path(__file__).with_name("cuda_dispatch.json")
@@ -116,6 +119,26 @@ def choose_kernel(slots_per_expert: float, capability: int, code: PairCode) -> s
     return next((kernel for limit, kernel in rows if slots_per_expert <= limit), rows[-1][1])
 
 
+@functools.cache
+def served_capability(capability: int) -> int:
+    """The capability whose rows of the dispatch table the loaded library can serve.
+
+    80, whose kernels run on every later device, where the library was built without some that `capability` asks for:
+    cuda/build.py says when.
+    """
+    wanted = {kernel for code in CODES.values() for _, kernel in _dispatch_rows(capability, kind_of(code))}
+    missing = sorted(wanted - set(kernel_names()))
+    if not missing:
+        return capability
+    logger.warning(
+        "%s was built without %s: kernels of compute capability 8.0 serve instead, slower; build it with CUDA 13.3 or "
+        "later",
+        library_path(),
+        ", ".join(missing),
+    )
+    return 80
+
+
 def kernel_words(tiles: Tensor, decoder: Decoder) -> Tensor:
     """Tiles of one word per element, [..., 256], in the bit order that the kernels read (cuda/words.cuh): int16 for the
     16-bit codes, else uint8 [..., bytes of a tile]."""
@@ -203,7 +226,8 @@ def fused_experts(
     with torch.cuda.device(x.device):
         if kernel is None:
             major, minor = torch.cuda.get_device_capability()
-            kernel = choose_kernel(tokens * topk / experts, 10 * major + minor, code)
+            capability = served_capability(10 * major + minor)
+            kernel = choose_kernel(tokens * topk / experts, capability, code)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         # Held here until the launches are queued: the allocator reuses memory in stream order.
         inputs = {

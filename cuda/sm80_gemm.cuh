@@ -7,7 +7,7 @@
 #include "grouped.cuh"
 
 template <int kPartTokens_, int kRowWarps_, int kDepthWarps_, int kWarpStrips_, int kDepth_, int kStages_>
-struct MmaTile {
+struct Sm80Tile {
   static constexpr int kPartTokens = kPartTokens_;  // tokens of each of the two parts
   static constexpr int kRowWarps = kRowWarps_;      // warps side by side over the rows
   static constexpr int kDepthWarps = kDepthWarps_;  // warps that share a row and split a stage's depth
@@ -24,7 +24,7 @@ struct MmaTile {
 };
 
 template <class Code, class Tile, bool kGateUp>
-struct MmaKernel {
+struct Sm80Gemm {
   static constexpr int kStripBytes = Tile::kDepthTiles * Code::kTileBytes;  // of a stage
   static constexpr int kWeightBytes = Tile::kStrips * kStripBytes;
   static constexpr int kGroups = Code::kHasSteps ? Tile::kDepthTiles / kMinGroupTiles : 0;  // of a stage, at most
@@ -260,6 +260,6 @@ struct MmaKernel {
 };
 
 template <class Code, class Tile, bool kGateUp>
-__global__ __launch_bounds__(Tile::kThreads, 2) void gemm_mma(const __grid_constant__ GroupedGemm gemm) {
-  MmaKernel<Code, Tile, kGateUp>::run(gemm);
+__global__ __launch_bounds__(Tile::kThreads, 2) void sm80_gemm(const __grid_constant__ GroupedGemm gemm) {
+  Sm80Gemm<Code, Tile, kGateUp>::run(gemm);
 }

@@ -1,0 +1,119 @@
+// Grouped GEMM of compute capability 9.0: one warp copies words, two gather tokens, two or four warpgroups decode and
+// multiply; only barriers of the stages connect them.  Weights are the A operand, in registers; tokens are the B
+// operand.
+#pragma once
+#include "epilogue.cuh"
+#include "mainloop_mma.cuh"
+#include "mainloop_wgmma.cuh"
+
+template <class Code, class Tile, bool kGateUp>
+struct Sm90Gemm {
+  using Stage = Stages<Code, Tile, kGateUp>;
+  using Slot = typename Stage::Slot;
+  using Sums = typename ItemSums<Tile>::Sums;
+
+  // Multiplies a piece: kTiles0 tiles of part 0 and kTiles1 of part 1.
+  template <int kTiles0, int kTiles1>
+  __device__ __forceinline__ static void multiply(const GroupedGemm& gemm, const WorkItem& work, int depth_tiles,
+                                                  Slot& slot, Sums& sums) {
+    const Code code(work.dense(gemm), work.position(0), work.position(1), Stage::own_table());
+    float own[kTiles0 + kTiles1][4] = {};
+    if constexpr (Tile::kWgmma)
+      WgmmaMainloop<Code, Tile, kGateUp>::template multiply<kTiles0, kTiles1>(depth_tiles, gemm.group_shift, slot, code,
+                                                                              own);
+    else
+      MmaMainloop<Code, Tile, kGateUp>::multiply(depth_tiles, gemm.group_shift,
+                                                 PartProduct<Code, Tile, kTiles0, kTiles1>(), slot, code, own);
+    ItemSums<Tile>::template set<kTiles0>(own, sums);
+  }
+
+  // The same of both parts' tokens, joined, in kTiles tiles.
+  template <int kTiles>
+  __device__ __forceinline__ static void multiply_joined(const GroupedGemm& gemm, const WorkItem& work, int depth_tiles,
+                                                         Slot& slot, Sums& sums) {
+    const Code code(work.dense(gemm), 0, 1, Stage::own_table());
+    float own[kTiles][4] = {};
+    MmaMainloop<Code, Tile, kGateUp>::multiply(depth_tiles, gemm.group_shift, JoinedProduct<Code, kTiles>(work.group),
+                                               slot, code, own);
+    ItemSums<Tile>::template set<kTiles>(own, sums);
+  }
+
+  // Calls multiply with the narrowest products that hold the parts' tokens.  Their widths have to be known at compile
+  // time, and deciding outside the loop over the stages leaves nothing in it that the compiler takes for divergence.
+  template <int kTiles0, int kTiles1>
+  __device__ __forceinline__ static void multiply_parts(const GroupedGemm& gemm, const WorkItem& work, int count0,
+                                                        int count1, int depth_tiles, Slot& slot, Sums& sums) {
+    constexpr int kStep = Tile::kWidthStep / 8;
+    if constexpr (kTiles1 == 0 && kTiles0 < ItemSums<Tile>::kPartTiles)
+      if (count0 > 8 * kTiles0)
+        return multiply_parts<kTiles0 + kStep, 0>(gemm, work, count0, count1, depth_tiles, slot, sums);
+    if constexpr (kTiles1 < ItemSums<Tile>::kPartTiles)
+      if (count1 > 8 * kTiles1)
+        return multiply_parts<kTiles0, kTiles1 + kStep>(gemm, work, count0, count1, depth_tiles, slot, sums);
+    multiply<kTiles0, kTiles1>(gemm, work, depth_tiles, slot, sums);
+  }
+
+  __device__ __forceinline__ static void multiply_piece(const Items<Tile>& items, const Piece& piece,
+                                                        const WorkItem& work, Slot& slot, Sums& sums) {
+    const GroupedGemm& gemm = items.gemm;
+    const int count0 = uniform(work.group.count[0]), count1 = uniform(work.group.count[1]);
+    const int tiles = items.tiles(piece);
+    if constexpr (!Tile::kWgmma) {
+      if (uniform(joined<Tile>(work.group))) {
+        if (count0 + count1 <= 8) multiply_joined<1>(gemm, work, tiles, slot, sums);
+        else multiply_joined<Tile::kJoinedTokens / 8>(gemm, work, tiles, slot, sums);
+        return;
+      }
+    }
+    multiply_parts<Tile::kWidthStep / 8, 0>(gemm, work, count0, count1, tiles, slot, sums);
+  }
+
+  // The start of an item, which comes last, is completed outside the loop: a loop in it, over the pieces that other
+  // blocks left, would make the compiler take the whole loop for divergent, and compute addresses lane by lane.
+  __device__ __forceinline__ static void consume_all(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
+    Slot slot;
+    Sums sums;
+    Walk walk(items, launch);
+    Piece piece;
+    bool starts = false;
+    while (!starts && walk.next(items, piece)) {
+      const WorkItem work = items.work(piece);
+      multiply_piece(items, piece, work, slot, sums);
+      starts = Tile::kCuts && piece.first_stage == 0 && piece.end_stage < launch.stages;
+      if (Tile::kCuts && piece.first_stage > 0) ItemSums<Tile>::leave(items, work.group, sums);
+      else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
+    }
+    if (!starts) return;
+    const WorkItem work = items.work(piece);
+    ItemSums<Tile>::add_left(items, work.group, launch.last_dealer(piece), sums);
+    Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
+  }
+
+  __device__ __forceinline__ static void run(const GroupedGemm& gemm) {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    if (shared_address(shared) != SharedLayout::kStart) __trap();
+    fill_table<Code>(gemm, Stage::kTable);
+    if (threadIdx.x == 0) Stage::init_barriers();
+    __syncthreads();
+
+    // The groups come from a kernel that had ended before gate and up let the down projection start.
+    if constexpr (kGateUp) wait_for_previous_kernel();
+    let_next_kernel_start();
+    const Items<Tile> items(gemm);
+    const LaunchOf<Tile> launch(items);
+    if (uniform(threadIdx.x / 128) == Tile::kConsumers) {
+      registers_down<Tile::kCopyRegisters>();
+      const int warp = uniform(threadIdx.x % 128 / 32);
+      if (warp < 2) Stage::gather_tokens(items, launch);
+      else if (warp == 2) Stage::copy_words(items, launch);
+    } else {
+      registers_up<Tile::kMultiplyRegisters>();
+      consume_all(items, launch);
+    }
+  }
+};
+
+template <class Code, class Tile, bool kGateUp>
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void sm90_gemm(const __grid_constant__ GroupedGemm gemm) {
+  Sm90Gemm<Code, Tile, kGateUp>::run(gemm);
+}

@@ -1,0 +1,71 @@
+// The sums of an item in the registers of the warpgroups that multiply, and how those of an item that is cut between
+// blocks come together.
+#pragma once
+#include "stages.cuh"
+
+template <class Tile>
+struct ItemSums {
+  // By tiles of eight tokens: kPartTiles of part 0, then those of part 1; joined tokens start at tile 0.
+  static constexpr int kPartTiles = Tile::kPartTokens / 8;
+  using Sums = float[2 * kPartTiles][4];
+
+  // Where tile j of products of which kTiles0 are part 0's is among the sums, and in the stage.
+  template <int kTiles0>
+  __device__ static constexpr int place(int j) {
+    return j < kTiles0 ? j : kPartTiles + j - kTiles0;
+  }
+  template <int kTiles0, int kTiles>
+  __device__ static void set(const float (&own)[kTiles][4], Sums& sums) {
+#pragma unroll
+    for (int j = 0; j < 2 * kPartTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[j][i] = 0;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[place<kTiles0>(j)][i] = own[j][i];
+  }
+
+  // Where the sums of the piece that a dealer leaves are, this lane's of one token tile; and whether they are there.
+  __device__ static float4* left_sums(const Items<Tile>& items, int dealer, int tile) {
+    const int warp = block_of(items, dealer) * Tile::kStrips + threadIdx.x / 32;
+    return items.gemm.partials + (warp * (2 * kPartTiles) + tile) * 32 + threadIdx.x % 32;
+  }
+  __device__ static int* left_flag(const Items<Tile>& items, int dealer) {
+    return items.gemm.arrivals + block_of(items, dealer) * Tile::kConsumers + threadIdx.x / 128;
+  }
+
+  // Whether a tile of the sums has tokens.
+  __device__ static bool used(const TokenGroup& group, int tile) {
+    if (joined<Tile>(group)) return tile * 8 < group.count[0] + group.count[1];
+    return tile % kPartTiles * 8 < group.count[tile / kPartTiles];
+  }
+
+  // Leaves the sums of a piece that is not an item's start; a block has one at most, its first.
+  __device__ static void leave(const Items<Tile>& items, const TokenGroup& group, const Sums& sums) {
+#pragma unroll
+    for (int j = 0; j < 2 * kPartTiles; ++j)
+      if (uniform(used(group, j)))
+        __stcg(left_sums(items, own_dealer(items), j), make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]));
+    warpgroup_barrier(1 + threadIdx.x / 128);
+    store_release_if(threadIdx.x % 128 == 0, left_flag(items, own_dealer(items)), 1);
+  }
+
+  // Adds the sums that the next dealers up to the last have left, in their order.
+  __device__ static void add_left(const Items<Tile>& items, const TokenGroup& group, int last_dealer, Sums& sums) {
+    for (int dealer = own_dealer(items) + 1; dealer <= last_dealer; ++dealer) {
+      if (threadIdx.x % 128 == 0) {
+        while (!load_acquire(left_flag(items, dealer))) {
+        }
+        *left_flag(items, dealer) = 0;  // for the next launch
+      }
+      warpgroup_barrier(1 + threadIdx.x / 128);
+#pragma unroll
+      for (int j = 0; j < 2 * kPartTiles; ++j) {
+        if (!used(group, j)) continue;
+        const float4 other = __ldcg(left_sums(items, dealer, j));
+        sums[j][0] += other.x, sums[j][1] += other.y, sums[j][2] += other.z, sums[j][3] += other.w;
+      }
+    }
+  }
+};

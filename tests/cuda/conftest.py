@@ -1,0 +1,76 @@
+"""The CUDA library, built once for the tests of this folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from puzzlemoe_vllm.backends import cuda
+
+CUDA = Path(__file__).parents[2] / "cuda"
+
+
+def cuda_module(name: str) -> ModuleType:
+    """A module of the folder cuda/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"puzzlemoe_cuda_{name}", CUDA / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def build() -> ModuleType:
+    return cuda_module("build")
+
+
+@pytest.fixture(scope="session")
+def check(build) -> ModuleType:
+    """The module that `build` has."""
+    return build.check
+
+
+@dataclass(frozen=True)
+class Built:
+    build: ModuleType
+    nvcc: str
+    objects: dict[Path, Path]
+    path: Path
+    messages: str
+    """What nvcc and ptxas, asked for its resources, said of all sources."""
+
+
+@pytest.fixture(scope="session")
+def cuda_library(build, tmp_path_factory) -> Built:
+    """The library for compute capability 9.0, its objects and what the compiler said."""
+    try:
+        nvcc = build.find_nvcc()
+    except FileNotFoundError:
+        pytest.skip("nvcc is not installed")
+    folder = tmp_path_factory.mktemp("library")
+    objects, messages = build.compile_all(nvcc, folder, ["90"], flags=["-Xptxas=-v"])
+    path = folder / "libpuzzlemoe_cuda.so"
+    build.link(nvcc, objects, path)
+    return Built(build, nvcc, objects, path, messages)
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> Iterator[Callable[[Path], None]]:
+    """Makes the backend load a library that is not the installed one, for this test."""
+    caches = (cuda.load_library, cuda.kernel_names, cuda.served_capability)
+
+    def load(path: Path) -> None:
+        monkeypatch.setenv(cuda.LIBRARY_VARIABLE, str(path))
+        for cache in caches:
+            cache.cache_clear()
+
+    yield load
+    for cache in caches:
+        cache.cache_clear()
