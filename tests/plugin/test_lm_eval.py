@@ -11,9 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-from puzzlemoe_offline.cli.main import app
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed"),
@@ -56,17 +53,8 @@ def task(example, tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture
-def packed(example, tmp_path) -> Path:
-    out = tmp_path / "packed"
-    calibration = ["--calibration", str(example / "calibration.txt"), "--samples", "16", "--sequence-length", "128"]
-    done = CliRunner().invoke(app, ["compress", str(example / "model"), str(out), *calibration, "--device", "cpu"])
-    assert done.exit_code == 0, done.output
-    return out
-
-
-def test_a_packed_model_scores_above_chance(task, packed, tmp_path):
-    arguments = f"pretrained={packed},dtype=bfloat16,max_model_len=512,enforce_eager=True"
+def test_a_packed_model_scores_above_chance(task, packed_example, tmp_path):
+    arguments = f"pretrained={packed_example},dtype=bfloat16,max_model_len=512,enforce_eager=True"
     command = [sys.executable, "-m", "lm_eval", "--model", "vllm", "--model_args", arguments]
     options = ["--tasks", "order_of_words", "--include_path", str(task), "--output_path", str(tmp_path / "results")]
     cache = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
