@@ -189,7 +189,8 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """A tensor as stored.  Raises CheckpointError when it is missing."""
         self._require(name)
-        return self._files[self._where[name]].get_tensor(name)
+        tensor: Tensor = self._files[self._where[name]].get_tensor(name)
+        return tensor
 
     def plain_tensor(self, name: str) -> Tensor:
         """A tensor that belongs to no merged expert, as stored.  Raises CheckpointError when it is missing, is not
@@ -216,7 +217,7 @@ class Checkpoint:
             return self.code.decode(words, expert & 1, None if steps is None else steps.to(device))
         fused = f"{experts}." + ("down_proj" if index == 2 else "gate_up_proj")
         if fused in self._where:
-            weight = self._slice(fused)[expert]
+            weight: Tensor = self._slice(fused)[expert]
             if index < 2:
                 weight = weight.chunk(2)[index]
             name = f"{fused}[{expert}]"

@@ -145,7 +145,7 @@ class LayerwiseModel:
         norm = self.model.model.norm
         self.model.model.layers, self.model.model.norm = nn.ModuleList(recorders), nn.Identity()
         try:
-            hidden = self.model.model(input_ids=batch.to(self.device), use_cache=False).last_hidden_state
+            hidden: Tensor = self.model.model(input_ids=batch.to(self.device), use_cache=False).last_hidden_state
         finally:
             self.model.model.layers, self.model.model.norm = layers, norm
         self.arguments[len(batch)] = [recorder.arguments for recorder in recorders]
@@ -186,7 +186,8 @@ class LayerwiseModel:
         head = "model.embed_tokens" if self._shares_embedding() else "lm_head"
         self._load(self.model.model.norm, "model.norm")
         self._load(self.model.lm_head, head)
-        return self.model.lm_head(self.model.model.norm(hidden)).float()
+        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden)).float()
+        return logits
 
     def _shares_embedding(self) -> bool:
         """Whether the head is the embedding, and has no tensor of its own."""
@@ -232,7 +233,8 @@ class DecoderLayer:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
         out = self.module(hidden, **self.arguments[len(hidden)])
-        return out[0] if isinstance(out, tuple) else out
+        after: Tensor = out[0] if isinstance(out, tuple) else out
+        return after
 
     def advance(self, states: Tensor, size: int, device: torch.device | str) -> None:
         """Moves hidden states [n, T, H] on the CPU through the layer in place, `size` windows at a time."""

@@ -68,7 +68,8 @@ def inverse_factor(inputs: ProjectionInputs) -> Tensor:
     moments.diagonal().add_(torch.where(mean > 0, DAMPING * mean, 1.0))
     # With rows and columns in reverse the lower factor becomes an upper one, R R' = moments; its inverse is U.
     upper = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
+    return factor
 
 
 def coder_of(code: PairCode, group: int | None, matrix: Tensor) -> Columns | ColumnsInKernel:
