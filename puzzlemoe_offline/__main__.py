@@ -1,15 +1,6 @@
-"""The `puzzlemoe` command, which `python -m puzzlemoe_offline` is too."""
+"""`python -m puzzlemoe_offline` is the `puzzlemoe` command."""
 
-from puzzlemoe_offline.cli.interrupts import exit_at_once
-
-
-def main() -> None:
-    """Entry point.  Importing what the commands need takes seconds, in which Ctrl-C is no traceback either."""
-    exit_at_once()
-    from puzzlemoe_offline.cli.main import main as run
-
-    run()
-
+from puzzlemoe_offline.entry import main
 
 if __name__ == "__main__":
     main()

@@ -101,14 +101,16 @@ _library.impl("fused_experts", _fused_experts, "CPU")
 _library.impl("fused_experts", _fused_experts, "CUDA")
 
 
-@torch.library.register_fake("puzzlemoe::fused_experts", lib=_library)
 def _fake(x: Tensor, *args: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+torch.library.register_fake("puzzlemoe::fused_experts", _fake, lib=_library)
+
+
 def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeights) -> Tensor:
     """x [M, H] through its routed experts, as `backends.reference.fused_experts` defines it; one call of the op."""
-    return torch.ops.puzzlemoe.fused_experts(
+    out: Tensor = torch.ops.puzzlemoe.fused_experts(
         x,
         topk_weights,
         topk_ids,
@@ -121,3 +123,4 @@ def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: Ex
         weights.w13_steps,
         weights.w2_steps,
     )
+    return out

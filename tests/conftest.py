@@ -1,11 +1,16 @@
-"""Folders that tests share."""
+"""Folders that tests share, and the report of what ran."""
 
 import os
 from pathlib import Path
 
 import pytest
+from support.groups import GroupReport
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(GroupReport())
 
 
 @pytest.fixture(scope="session")

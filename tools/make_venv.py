@@ -53,7 +53,9 @@ def main() -> None:
     """Installs in an order that lets pip keep the torch that vLLM was built for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--extra", default="", help="extra of this project to install, e.g. test")
+    parser.add_argument(
+        "--extra", default="", help="extra of this project to install: compress, compare or test; none serves only"
+    )
     arguments = parser.parse_args()
     project = Path(__file__).resolve().parent.parent
     venv.create(arguments.folder, with_pip=True, clear=True)

@@ -176,7 +176,8 @@ def _row_ids(tokenizer: PreTrainedTokenizerBase, where: str, column: str, value:
     if isinstance(value, str) and column not in CHATS:
         _check_surrogates(value, where)
         # A text longer than the model's context is no fault here: windows are cut from it.
-        return tokenizer(value, verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(value, verbose=False)["input_ids"]
+        return ids
     if not isinstance(value, list):
         raise CalibrationError(
             f"{where}: {shown(column, 30)} is of type {type(value).__name__}, not {_EXPECTED[column in CHATS]}; "
@@ -189,12 +190,13 @@ def _row_ids(tokenizer: PreTrainedTokenizerBase, where: str, column: str, value:
             "with --column NAME"
         )
     try:
-        return tokenizer.apply_chat_template(messages, return_dict=False, tokenizer_kwargs={"verbose": False})
+        ids = tokenizer.apply_chat_template(messages, return_dict=False, tokenizer_kwargs={"verbose": False})
     except Exception as error:  # templates raise whatever they like
         raise CalibrationError(
             f"{where}: the tokenizer's chat template refuses this chat ({shown(' '.join(str(error).split()))}): mend "
             "or drop the row"
         ) from None
+    return ids
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from puzzlemoe_offline.cli.options import (
 )
 from puzzlemoe_offline.cli.terminal import console, errors
 from puzzlemoe_offline.cli.texts import CalibrationText, windows_to_score
+from puzzlemoe_offline.extras import require
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.hub import locate, open_by_headers
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
@@ -59,6 +60,7 @@ def compare_command(
     ] = Path("compare.json"),
 ) -> None:
     """Perplexity and size of every recipe and of other compression methods, on your model and texts."""
+    require("compare")
     contenders = _chosen(only or [], tau_sweep)
     _check_output(output)
     planned, commit = open_by_headers(source, revision)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from puzzlemoe_offline.cli.options import Model
 from puzzlemoe_offline.cli.terminal import console, errors
+from puzzlemoe_offline.extras import require
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.hub import locate, open_by_headers
 from puzzlemoe_offline.model.inspection import inspect
@@ -38,6 +39,8 @@ def inspect_command(
     ] = None,
 ) -> None:
     """Show what a packed or dense model holds and check that it is whole."""
+    if plots:
+        require("compare")
     checkpoint = open_by_headers(model)[0] if quick and not plots else Checkpoint(locate(model).folder)
     facts = inspect(checkpoint, quick)
     if plots:

@@ -60,7 +60,8 @@ def perplexity_command(
     folder = locate(model).folder
     # The model as vLLM would serve it is checked too: vLLM does not miss what a checkpoint lacks.
     layers = LayerwiseModel(Checkpoint(folder), Device.cpu if by_vllm else (device or DEFAULT_DEVICE).usable())
-    length = window_length(layers.checkpoint, sequence_length)
+    # vLLM generates a token after every window, and wants a position for it.
+    length = window_length(layers.checkpoint, sequence_length, spare=1 if by_vllm else 0)
     windows = windows_to_score(layers.checkpoint, text, length, column)
     if by_vllm:
         result = served_perplexity(folder, windows, trust_remote_code, gpu_memory_utilization)

@@ -20,11 +20,14 @@ WINDOW = 2048
 """Tokens per window, where the model has so many positions."""
 
 
-def window_length(checkpoint: Checkpoint, asked: int | None) -> int:
-    """Tokens per window.  Raises CalibrationError when more are asked for than the model has positions."""
+def window_length(checkpoint: Checkpoint, asked: int | None, spare: int = 0) -> int:
+    """Tokens per window; where none is asked for, `spare` of the model's positions are left.
+
+    Raises CalibrationError when more are asked for than the model has positions.
+    """
     positions = checkpoint.positions
     check_length(asked or 0, positions)
-    return asked or min(WINDOW, positions or WINDOW)
+    return asked or min(WINDOW, positions - spare if positions else WINDOW)
 
 
 @dataclass(frozen=True)

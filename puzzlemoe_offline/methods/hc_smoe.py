@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor
 
+from puzzlemoe_offline.extras import require
 from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, SourceLayer, dense_layer
 from puzzlemoe_offline.methods.dropping import remaining
 from puzzlemoe_offline.methods.mergemoe import mean_by_usage, usage_shares
@@ -46,6 +46,8 @@ class MeanOutputs:
 
 def clusters_of(features: Tensor, count: int) -> list[list[int]]:
     """`count` clusters of the rows of [E, H], each ascending, in the order of their first rows."""
+    from scipy.cluster.hierarchy import cut_tree, linkage  # of an extra that only comparing needs
+
     labels = cut_tree(linkage(features.double().cpu().numpy(), method="average"), n_clusters=count)[:, 0].tolist()
     members: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
@@ -58,6 +60,11 @@ class HcSmoe(LayerMethod):
     """sparsity: share of every layer's experts that goes by merging."""
 
     sparsity: float
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """As in `LayerMethod`, and MissingExtra without scipy."""
+        require("compare")
+        super().check(checkpoint)
 
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:
         """bf16 for one expert per cluster."""

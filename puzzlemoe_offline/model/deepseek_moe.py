@@ -49,11 +49,12 @@ class DeepseekMoe(nn.Module):
         """[B, T, H] -> [B, T, H]."""
         tokens = hidden_states.view(-1, hidden_states.shape[-1])
         weights, ids = self.gate(tokens)
-        routed = self.experts(tokens, ids, weights).view(hidden_states.shape)
-        return routed + self.shared_experts(hidden_states)
+        routed: Tensor = self.experts(tokens, ids, weights).view(hidden_states.shape)
+        shared: Tensor = self.shared_experts(hidden_states)
+        return routed + shared
 
 
-class DeepseekForCausalLM(LlamaForCausalLM):
+class DeepseekForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     """Llama attention; every layer from first_k_dense_replace on, in steps of moe_layer_freq, is a MoE layer."""
 
     def __init__(self, config: LlamaConfig):

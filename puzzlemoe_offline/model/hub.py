@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
-from puzzlemoe_offline.model.weight_files import check_places, files_without_index
+from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.weight_files import CheckpointError, check_places, files_without_index
 from puzzlemoe_vllm.format.shards import (
     DTYPE_BITS,
     INDEX,

@@ -13,9 +13,10 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.deepseek_moe import DeepseekForCausalLM, deepseek_config
 from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_vllm.format.shards import shown
 
 BATCH_TOKENS = 8192
@@ -156,7 +157,7 @@ class LayerwiseModel:
         norm = self.model.model.norm
         self.model.model.layers, self.model.model.norm = nn.ModuleList(recorders), nn.Identity()
         try:
-            hidden = self.model.model(input_ids=batch.to(self.device), use_cache=False).last_hidden_state
+            hidden: Tensor = self.model.model(input_ids=batch.to(self.device), use_cache=False).last_hidden_state
         finally:
             self.model.model.layers, self.model.model.norm = layers, norm
         self.arguments[len(batch)] = [recorder.arguments for recorder in recorders]
@@ -196,7 +197,8 @@ class LayerwiseModel:
         """Hidden states [M, H] after the last layer -> float32 logits [M, vocabulary]."""
         self._load(self.model.model.norm, "model.norm")
         self._load(self.model.lm_head, "model.embed_tokens" if self._tied else "lm_head")
-        return self.model.lm_head(self.model.model.norm(hidden)).float()
+        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden)).float()
+        return logits
 
     @property
     def _tied(self) -> bool:
@@ -262,7 +264,8 @@ class DecoderLayer:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
         out = self.module(hidden, **self.arguments[len(hidden)])
-        return out[0] if isinstance(out, tuple) else out
+        after: Tensor = out[0] if isinstance(out, tuple) else out
+        return after
 
     def advance(self, states: Tensor, size: int, device: torch.device | str) -> None:
         """Moves hidden states [n, T, H] on the CPU through the layer in place, `size` windows at a time."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError, kept_in_float32
+from puzzlemoe_offline.model.checkpoint import Checkpoint, kept_in_float32
 from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_vllm.format.layout import weight_name
 
 

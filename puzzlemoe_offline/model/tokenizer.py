@@ -13,8 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from puzzlemoe_offline.model.checkpoint import CheckpointError
 from puzzlemoe_offline.model.hub import small_files
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.shards import read_json_object, shown
 

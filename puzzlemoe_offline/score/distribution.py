@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.words.pack import rows_at_once
 from puzzlemoe_vllm.format.codes.mask16 import EXPONENT_OFFSET
 

@@ -78,7 +78,7 @@ def inverse_factor(inputs: ProjectionInputs) -> Tensor:
     # With rows and columns in reverse the lower factor becomes an upper one, R R' = moments; its inverse is U.
     lower, failed = torch.linalg.cholesky_ex(moments.flip(0, 1))
     upper = lower.flip(0, 1)
-    factor = torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
     diagonal = factor.diagonal()
     if bool(failed) or not bool((torch.isfinite(diagonal) & (diagonal > 0)).all()):
         raise MomentsError(

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from support.engine import Engine
 from support.packed_models import Models, compress_and_unpack
+from typer.testing import CliRunner
+
+from puzzlemoe_offline.cli.main import app
 
 
 def _unusable() -> str | None:
@@ -55,6 +58,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Models]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def packed_example(example: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained example, packed."""
+    out = tmp_path_factory.mktemp("example") / "packed"
+    options = ["--calibration", str(example / "calibration.txt"), "--samples", "16", "--sequence-length", "128"]
+    command = ["compress", str(example / "model"), str(out), *options, "--code", "angle16", "--device", "cpu"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return out
 
 
 def _engine(folder: Path, **environment: str) -> Iterator[Engine]:

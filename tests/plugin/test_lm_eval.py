@@ -11,9 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-from puzzlemoe_offline.cli.main import app
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 
@@ -70,18 +67,9 @@ def task(example, tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def packed(example, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("example") / "packed"
-    calibration = ["--calibration", str(example / "calibration.txt"), "--samples", "16", "--sequence-length", "128"]
-    done = CliRunner().invoke(app, ["compress", str(example / "model"), str(out), *calibration, "--device", "cpu"])
-    assert done.exit_code == 0, done.output
-    return out
-
-
 @pytest.mark.parametrize(("program", "arguments"), BACKENDS)
-def test_a_packed_model_scores_above_chance(program, arguments, task, packed, tmp_path):
-    model = ["--model_args", f"pretrained={packed},{arguments}"]
+def test_a_packed_model_scores_above_chance(program, arguments, task, packed_example, tmp_path):
+    model = ["--model_args", f"pretrained={packed_example},{arguments}"]
     options = ["--tasks", "order_of_words", "--include_path", str(task), "--output_path", str(tmp_path / "results")]
     cache = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment = {**os.environ, **cache, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.engine import EngineError
-from support.without_vllm import BLOCK_VLLM, run
+from support.without import run
 from typer.testing import CliRunner
 
 from puzzlemoe_offline.cli.main import app
@@ -28,18 +28,10 @@ def text(example, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def packed(example, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "model"
-    calibration = ["--calibration", example / "calibration.txt", "--samples", "16", "--sequence-length", "128"]
-    puzzlemoe("compress", example / "model", out, *calibration, "--code", "angle16", "--device", "cpu")
-    return out
-
-
 @pytest.mark.parametrize("kind", ["dense", "packed"])
-def test_both_engines_agree(kind, compiling_engine, example, packed, text):
+def test_both_engines_agree(kind, compiling_engine, example, packed_example, text):
     """float32 layers against vLLM's bf16; a trained model, so that a shift by one token would show."""
-    model = packed if kind == "packed" else example / "model"
+    model = packed_example if kind == "packed" else example / "model"
     command = ["perplexity", model, "--text", text, "--sequence-length", WINDOW, "--json"]
     expected = json.loads(puzzlemoe(*command))
     found = json.loads(compiling_engine.puzzlemoe(*command, "--engine", "vllm"))
@@ -48,15 +40,16 @@ def test_both_engines_agree(kind, compiling_engine, example, packed, text):
     assert found["windows"] > 20
 
 
-def test_windows_longer_than_the_model_are_refused(engine, example, text):
-    with pytest.raises(EngineError, match=r"ServingError: .*vLLM does not serve it with --sequence-length 2048"):
-        engine.puzzlemoe("perplexity", example / "model", "--text", text, "--engine", "vllm")
+def test_windows_that_leave_no_position_are_refused(engine, example, text):
+    command = ["perplexity", example / "model", "--text", text, "--engine", "vllm", "--sequence-length", "1024"]
+    with pytest.raises(EngineError, match=r"ServingError: .*vLLM does not serve it with --sequence-length 1024"):
+        engine.puzzlemoe(*command)
 
 
 @pytest.mark.without_vllm
 def test_without_vllm(example, text):
     arguments = ["perplexity", str(example / "model"), "--text", str(text), "--engine", "vllm"]
-    done = run(f"{BLOCK_VLLM}sys.argv[1:] = {arguments!r}\nfrom puzzlemoe_offline.cli.main import main\nmain()")
+    done = run(f"sys.argv[1:] = {arguments!r}\nfrom puzzlemoe_offline.cli.main import main\nmain()")
     assert done.returncode == 1
     assert "--engine vllm needs vLLM" in done.stderr and "--engine layerwise" in done.stderr
 

@@ -114,4 +114,5 @@ class TableCode(PairCode):
         """bf16 weights [..., K] of one position: the product of step and value, rounded to nearest even."""
         assert steps is not None
         value = self.values[position].to(words.device)[self.unpack(words).long()]
-        return (value.unflatten(-1, (steps.shape[-1], -1)) * steps.float()[..., None]).flatten(-2).to(torch.bfloat16)
+        grouped: Tensor = value.unflatten(-1, (steps.shape[-1], -1))
+        return (grouped * steps.float()[..., None]).flatten(-2).to(torch.bfloat16)

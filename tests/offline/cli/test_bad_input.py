@@ -20,12 +20,13 @@ from typer.testing import CliRunner
 
 from puzzlemoe_offline.cli.main import app, main
 from puzzlemoe_offline.methods.base import MethodError
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import UnsupportedModel
 from puzzlemoe_offline.model.hub import locate
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.model.other_formats import ForeignFormat
 from puzzlemoe_offline.model.tokenizer import tokenizer_of
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.run.output import OutputError
 from puzzlemoe_offline.score.perplexity import perplexity
 from puzzlemoe_vllm.errors import UserError

@@ -8,6 +8,8 @@ import pytest
 from support.command import puzzlemoe
 from support.models import build
 
+from puzzlemoe_offline.score.perplexity import Perplexity
+
 TEXT = "It was the best of times, it was the worst of times. "
 CHEAP = ["--sequence-length", "64", "--device", "cpu", "--recipe", "paper"]
 
@@ -50,6 +52,18 @@ def test_windows_are_no_longer_than_the_model_s_positions(source, tmp_path, caps
     capsys.readouterr()
     assert puzzlemoe("perplexity", source, "--text", text, "--json") == 0
     assert json.loads(capsys.readouterr().out)["sequence_length"] == 512
+
+
+def test_vllm_is_left_a_position_for_the_token_that_it_generates(source, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 60)
+
+    def served(folder, windows, *options):
+        return Perplexity(1.0, *windows.shape, windows.numel())
+
+    monkeypatch.setattr("puzzlemoe_offline.cli.perplexity.served_perplexity", served)
+    assert puzzlemoe("perplexity", source, "--text", text, "--engine", "vllm", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["sequence_length"] == 511
 
 
 def test_a_source_that_is_none_is_refused_by_a_dry_run_too(source, tmp_path, capsys):

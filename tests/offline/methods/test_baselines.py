@@ -24,7 +24,6 @@ from puzzlemoe_offline.methods.wanda import prune
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import FAMILIES
 from puzzlemoe_offline.words.paper_rule import merge_pair
-from puzzlemoe_vllm.format.layout import FORMAT_VERSION
 
 TOKENS = torch.randint(0, VOCABULARY - 1, (32, 64), generator=torch.Generator().manual_seed(0))
 CALIBRATION = Calibration(TOKENS, "random tokens")
@@ -230,12 +229,7 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_written(tmp_path)
 
 def test_a_packed_source_is_refused(mixtral, tmp_path):
     config = json.loads((mixtral / "config.json").read_text())
-    quantization = {
-        "quant_method": "puzzlemoe",
-        "format_version": FORMAT_VERSION,
-        "code": "mask16",
-        "merged_experts": {"0": 8},
-    }
+    quantization = {"quant_method": "puzzlemoe", "code": "mask16", "merged_experts": {"0": 8}}
     for file in mixtral.glob("*.safetensors"):
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))

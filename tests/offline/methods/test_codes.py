@@ -10,8 +10,9 @@ from support.runs import compress_pairs, job_of, sentences, unpack
 
 from puzzlemoe_offline.methods.base import MethodError
 from puzzlemoe_offline.methods.pairs import PairMethod
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.inspection import inspect
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.run.plan import make_plan
 from puzzlemoe_vllm.backends import ExpertWeights, reference

@@ -18,11 +18,12 @@ from puzzlemoe_offline.cli.options import OptionError
 from puzzlemoe_offline.methods import mergemoe
 from puzzlemoe_offline.methods.base import MethodError
 from puzzlemoe_offline.methods.mergemoe import Cluster, LayerMerger, MergeMoe, cluster
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.families import FAMILIES
 from puzzlemoe_offline.model.inspection import inspect
 from puzzlemoe_offline.model.layerwise import LayerExperts, LayerwiseModel
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.recipe import ClusterRecipe
 from puzzlemoe_offline.run.plan import make_plan
 

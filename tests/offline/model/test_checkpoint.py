@@ -17,12 +17,13 @@ from support.runs import compress_pairs, unpack
 from typer.testing import CliRunner
 
 from puzzlemoe_offline.cli.main import app
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import expert_groups
 from puzzlemoe_offline.model.hub import small_files
 from puzzlemoe_offline.model.inspection import inspect
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.model.tokenizer import tokenizer_of
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.score.perplexity import perplexity
 from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.layout import LayoutError

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from puzzlemoe_offline.cli.main import app
 from puzzlemoe_offline.model import hub
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.hub import locate, open_by_headers
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.shards import INDEX
 

@@ -8,10 +8,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from puzzlemoe_offline.cli.main import app
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import FAMILIES
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.model.tokenizer import CONFIG, mended_config, tokenizer_of
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.run.card import serve_command
 
 TEXT = "The quick brown fox\nhas 123 words,  doesn't it?\n"

@@ -24,9 +24,10 @@ from puzzlemoe_offline.calibration.statistics import ExpertStatistics
 from puzzlemoe_offline.cli.main import app
 from puzzlemoe_offline.methods import mergemoe
 from puzzlemoe_offline.methods.pairs import PairMethod
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.inspection import inspect
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.run.output import ModelFolder
 
 OPTIONS = ["--recipe", "paper", "--samples", "8", "--sequence-length", "128", "--seed", "3"]

@@ -7,7 +7,8 @@ from support.runs import compress_pairs
 from typer.testing import CliRunner
 
 from puzzlemoe_offline.cli.main import app
-from puzzlemoe_offline.model.checkpoint import Checkpoint, CheckpointError
+from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.score.distribution import (
     RATIO_BINS,
     Distribution,

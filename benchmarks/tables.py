@@ -1,0 +1,188 @@
+"""Writes the tables of README.md and docs/results.md from the committed results.
+
+python benchmarks/tables.py
+
+A table stands between two comments, `<!-- table NAME -->` and `<!-- end of table -->`, in either file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
+
+COMPARED = (
+    *("dense", "default", "paper", "least-squares", "angle8-compensated", "angle6-compensated", "mergemoe-50"),
+    *("mergemoe-25", "int8", "int4", "int3", "gptq-int4", "gptq-int3", "wanda-2:4", "drop-50", "drop-25"),
+    *("hc-smoe-50", "hc-smoe-25", "paper-3"),
+)
+"""Rows of the comparison that the table shows."""
+
+
+def load(name: str) -> Any:
+    """A committed result."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def accuracy() -> str:
+    """Rise in perplexity over the dense model by recipe and text: mean over the seeds, and their range."""
+    result = load("accuracy-mixtral-30m-cpu.json")
+    dense = result["rows"][0]["perplexity"]
+    rows = [["dense", "", "", *(f"{value:.2f}" for value in dense.values())]]
+    for recipe in dict.fromkeys(row["recipe"] for row in result["rows"][1:]):
+        seeds = [row for row in result["rows"] if row["recipe"] == recipe]
+        rises = []
+        for name, before in dense.items():
+            each = [100 * (row["perplexity"][name] / before - 1) for row in seeds]
+            spread = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else ""
+            rises.append(f"{mean(each):+.2f}%{spread}")
+        loads = [row["bytes_per_token"]["this pairing"] / 1e6 for row in seeds if row["bytes_per_token"]]
+        loaded = f"{mean(loads):.2f}" if loads else ""
+        rows.append([f"{recipe}, {len(seeds)}", f"{seeds[0]['expert_bytes'] / 1e6:.1f} MB", loaded, *rises])
+    return table(["recipe, seeds", "expert bytes", "MB a token", *dense], rows)
+
+
+def comparison() -> str:
+    """Bits, bytes and perplexity of recipes and other methods on one text."""
+    by_name = {row["name"]: row for row in load("compare-mixtral-30m-cpu.json")["rows"]}
+    (text,) = by_name["dense"]["perplexity"]
+    (dense,) = by_name["dense"]["perplexity"][text]
+    rows = []
+    for name in COMPARED:
+        row = by_name[name]
+        (value,) = row["perplexity"][text]
+        score = f"{value:,.2f}" + (f" ({100 * (value / dense - 1):+,.2f}%)" if name != "dense" else "")
+        rows.append([name, f"{row['bits_per_weight']:.2f}", f"{row['expert_bytes'] / 1e6:.1f}", score])
+    return table(["recipe or method", "bits per weight", "expert MB", "perplexity"], rows)
+
+
+def kernels(model: str) -> str:
+    """Microseconds of one layer, each with bf16's time over it, and how much of a device copy's bandwidth the needed
+    words were read at."""
+    rows = []
+    for point in load("kernels-h100.json")["points"]:
+        if point["model"] != model or point["routing"] != "random" or point["tokens"] not in TOKENS:
+            continue
+        times, floors = point["microseconds"], point["floors"]
+        bf16 = times["vllm bf16"]
+        names = ("puzzlemoe mask16", "puzzlemoe angle8", "vllm fp8", "vllm int4 marlin")
+        cells = [f"{times[name]:.0f} ({bf16 / times[name]:.2f}x)" for name in names]
+        shares = ", ".join(f"{100 * floors[name] / times[name]:.0f}%" for name in names[:2])
+        rows.append([str(point["tokens"]), f"{bf16:.0f}", *cells, shares])
+    columns = ["vLLM bf16", "mask16", "angle8", "vLLM fp8", "vLLM int4", "mask16, angle8 of the floor"]
+    return table([f"{model}, tokens", *columns], rows)
+
+
+def serving(model: str) -> str:
+    """A whole model by kind of weights, with the ratio of bf16's decode step over each where bf16 fits the card."""
+    results = load(f"serving-{model.lower()}-h100.json")
+    base = next((result["rows"] for result in results if result["weights"] == "bf16"), None)
+    rows = []
+    for result in results:
+        steps = [f"{row['decode_step_ms']:.1f} ms" for row in result["rows"]]
+        if base and result["rows"] is not base:
+            ratios = [b["decode_step_ms"] / r["decode_step_ms"] for b, r in zip(base, result["rows"], strict=True)]
+            steps = [f"{step} ({ratio:.2f}x)" for step, ratio in zip(steps, ratios, strict=True)]
+        memory = [f"{result['weight_bytes'] / 1e9:.1f} GB", f"{result['kv_cache_tokens']:,} tokens"]
+        prefill = f"{result['rows'][-1]['prefill_tokens_per_second']:,.0f} tokens/s"
+        rows.append([result["weights"], *memory, *steps, prefill])
+    batches = [f"decode, batch {row['batch']}" for row in results[0]["rows"]]
+    return table([model, "weights", "KV cache", *batches, "prefill"], rows)
+
+
+def in_short() -> str:
+    """Four kinds of weights of one whole model: memory, decode steps and prefill."""
+    results = {result["weights"]: result for result in load("serving-qwen3-30b-a3b-h100.json")}
+    rows = []
+    for label, name in {"bf16": "bf16", "FP8": "fp8", "int4": "int4", "this project, default": "angle8"}.items():
+        steps = {row["batch"]: row for row in results[name]["rows"]}
+        decode = [f"{steps[batch]['decode_step_ms']:.1f} ms" for batch in (1, 32)]
+        prefill = f"{steps[128]['prefill_tokens_per_second']:,.0f} tokens/s"
+        rows.append([label, f"{results[name]['weight_bytes'] / 1e9:.1f} GB", *decode, prefill])
+    columns = ["weights", "decode step, 1 request", "decode step, 32 requests", "prefill, 128 prompts"]
+    return table(["Qwen3-30B-A3B", *columns], rows)
+
+
+COMPRESSIONS = {
+    "mixtral-8x7b-default": "Mixtral-8x7B, `default`",
+    "mixtral-8x7b-angle8": "Mixtral-8x7B, `default` with `--no-compensate`",
+    "mixtral-8x7b": "Mixtral-8x7B, `paper`",
+    "qwen3-30b-a3b": "Qwen3-30B-A3B, `paper`",
+}
+
+
+def compression() -> str:
+    """Seconds of a layer that is not the first, and memory."""
+    rows = []
+    for name, label in COMPRESSIONS.items():
+        file = f"compression-{name}-h100.json"
+        result = load(file)
+        seconds = result["layer_seconds"][-1]
+        cells = [f"{seconds[stage]:.2f}" for stage in ("calibrate", "pair", "merge", "write")]
+        memory = f"{result['peak_device_bytes'] / 1e9:.1f} GB"
+        rows.append([f"[{label}](../benchmarks/results/{file}), {result['calibration_tokens']:,}", *cells, memory])
+    columns = ["calibration", "pairing", "merging and packing", "writing", "GPU memory at most"]
+    return table(["layer, recipe, calibration tokens", *columns], rows)
+
+
+def whole_command() -> str:
+    """What compressing a whole model takes."""
+    rows = []
+    for run in load("whole-command-h200.json")["compress"]:
+        size, stages = run["gigabytes"], run["stages"]
+        minutes = f"{run['seconds'] // 60} min {run['seconds'] % 60} s"
+        memory = f"{run['gpu_gigabytes']} GB" if run["gpu_gigabytes"] else "not read"
+        parts = [f"{stages[stage]} s" for stage in ("calibrate", "pair", "merge", "write")]
+        rows.append([run["model"], f"{size['before']} -> {size['after']} GB", minutes, *parts, memory])
+    columns = ["size", "whole command", "calibrate", "pair", "merge", "write", "GPU memory"]
+    return table(["model", *columns], rows)
+
+
+def over_http() -> str:
+    """Output tokens a second of a server, by its GPUs and the requests that are open at once."""
+    served = load("whole-command-h200.json")["serve"]
+    clients = served["output_tokens_per_second"][0]["by_clients"]
+    rows = []
+    for row in served["output_tokens_per_second"]:
+        gpus = f"{row['gpus']}, tensor parallel" if row["tensor_parallel"] > 1 else str(row["gpus"])
+        rows.append([gpus, *(f"{value:,}" for value in row["by_clients"].values())])
+    return table([f"{served['model']}, GPUs", *(f"{count} at once" for count in clients)], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "comparison": comparison,
+    "kernels mixtral": lambda: kernels("Mixtral-8x7B"),
+    "kernels qwen3": lambda: kernels("Qwen3-30B-A3B"),
+    "serving qwen3": lambda: serving("Qwen3-30B-A3B"),
+    "serving mixtral": lambda: serving("Mixtral-8x7B"),
+    "in short": in_short,
+    "compression": compression,
+    "whole command": whole_command,
+    "over http": over_http,
+}
+
+
+def filled(text: str) -> str:
+    """A document with its tables as the results have them.  Raises KeyError for a table that is not made here."""
+    between = re.compile(r"(<!-- table (.+?) -->\n).*?(\n<!-- end of table -->)", re.DOTALL)
+    return between.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text()))

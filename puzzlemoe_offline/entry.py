@@ -1,0 +1,20 @@
+"""The console script: the command, or one line that says which extra to install."""
+
+from __future__ import annotations
+
+import sys
+
+from puzzlemoe_offline.cli.interrupts import exit_at_once
+from puzzlemoe_offline.extras import MissingExtra, require
+
+
+def main() -> None:
+    """Runs the `puzzlemoe` command.  Importing what it needs takes seconds, in which Ctrl-C is no traceback either."""
+    exit_at_once()
+    try:
+        require("compress")
+    except MissingExtra as error:
+        sys.exit(f"error: {error}")
+    from puzzlemoe_offline.cli.main import main as command
+
+    command()

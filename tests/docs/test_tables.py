@@ -1,0 +1,51 @@
+"""The tables of README.md and docs/results.md are those of the committed results."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
+def test_tables_are_current(tables, document):
+    text = (ROOT / document).read_text()
+    assert "<!-- table " in text
+    assert tables.filled(text) == text, "run python benchmarks/tables.py"
+
+
+def test_every_table_is_shown_once(tables):
+    shown = [name for path in tables.DOCUMENTS for name in re.findall(r"<!-- table (.+?) -->", path.read_text())]
+    assert set(shown) == set(tables.TABLES)
+
+
+def test_a_changed_figure_is_found(tables):
+    text = "<!-- table over http -->\n| 203 |\n<!-- end of table -->\n"
+    assert tables.filled(text) != text and "2,465" in tables.filled(text)
+
+
+@pytest.mark.parametrize("document", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*.md")))
+def test_links_of_documents_lead_somewhere(document):
+    check_links(ROOT / document)
+
+
+@pytest.mark.parametrize("document", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_links_of_docs_lead_somewhere(document):
+    check_links(ROOT / "docs" / document)
+
+
+def check_links(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+        assert target.startswith("https://") or (document.parent / target).exists(), target
