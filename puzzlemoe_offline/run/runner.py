@@ -19,6 +19,7 @@ from puzzlemoe_offline.run.files import OutputError
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.output import ModelFolder
 from puzzlemoe_offline.run.report import REPORT, Report, build_report, provenance
+from puzzlemoe_vllm.format.layout import TRANSFORMERS_WEIGHTS
 
 
 def check(job: Job, out: Path, resume: bool) -> ModelFolder:
@@ -89,12 +90,15 @@ def _write(
 def _config(job: Job, calibration: Calibration | None, records: list[LayerRecord]) -> dict[str, object]:
     """config.json of the result."""
     checkpoint = job.checkpoint
-    dropped = ("torch_dtype", "quantization_config")
-    config = {key: value for key, value in checkpoint.config.items() if key not in dropped} | {"dtype": "bfloat16"}
+    dropped = ("quantization_config", "transformers_weights")
+    config = {key: value for key, value in checkpoint.config.items() if key not in dropped}
+    # The second is the only one that transformers before 4.56 knows, and without it loads float32.
+    config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     config[checkpoint.family.experts_key(checkpoint.config)] = job.method.experts_left(checkpoint)
     if quantization := job.method.quantization(checkpoint, records):
         known = quantization.model_copy(update={"provenance": provenance(job, calibration)})
         config["quantization_config"] = known.model_dump(mode="json")
+        config["transformers_weights"] = TRANSFORMERS_WEIGHTS
     return config
 
 

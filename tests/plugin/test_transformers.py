@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import models as tiny_models
-from support.comparison import assert_same_generation
 from support.engine import PROMPTS
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from puzzlemoe_vllm.format.layout import QUANT_METHOD, TRANSFORMERS_WEIGHTS, LayoutError
+from puzzlemoe_vllm.format.layout import QUANT_METHOD, LayoutError
 from puzzlemoe_vllm.transformers import logger  # the import registers the quantizer
 
 FAMILIES = [family for family in tiny_models.CONFIGS if family != "deepseek"]
@@ -141,20 +140,10 @@ def test_one_line_says_that_experts_are_dense(models, monkeypatch):
 
 
 @needs_no_vllm
-def test_transformers_alone_stops_at_the_marked_folder(copy, models, monkeypatch):
-    folder = copy("mixtral")
-    edit_config(folder, lambda config: config.update(transformers_weights=TRANSFORMERS_WEIGHTS))
-    assert_equal(load(folder), load(models("mixtral").unpacked))
+def test_transformers_alone_stops_at_a_packed_folder(models, monkeypatch):
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, QUANT_METHOD)
     with pytest.raises(ValueError, match=r"`import puzzlemoe_vllm.transformers` first"):
-        load(folder)
-
-
-def test_vllm_serves_the_marked_folder(copy, engine, models):
-    folder = copy("mixtral")
-    edit_config(folder, lambda config: config.update(transformers_weights=TRANSFORMERS_WEIGHTS))
-    expected = engine.generate(models("mixtral").unpacked, enforce_eager=True)
-    assert_same_generation(expected, engine.generate(folder, enforce_eager=True))
+        load(models("mixtral").packed)
 
 
 PAIR = "model.layers.1.mlp.experts.2.up_proj.puzzle"
