@@ -257,7 +257,7 @@ class ModelFolder:
         self._wait()
         with writing(self.folder):
             for path in small_files(source):
-                if path.name not in (CONFIG, INDEX, *files):
+                if path.name not in files:
                     target = self.folder / path.relative_to(source)
                     target.parent.mkdir(exist_ok=True)
                     self._write(target, path.read_bytes())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models import EXPERT_COUNT, VOCABULARY, build
-from support.runs import run_method
+from support.runs import compress_pairs, run_method
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -228,10 +228,6 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_written(tmp_path)
 
 
 def test_a_packed_source_is_refused(mixtral, tmp_path):
-    config = json.loads((mixtral / "config.json").read_text())
-    quantization = {"quant_method": "puzzlemoe", "code": "mask16", "merged_experts": {"0": 8}}
-    for file in mixtral.glob("*.safetensors"):
-        (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    compress_pairs(mixtral, tmp_path / "packed")
     with pytest.raises(MethodError, match="packed already"):
-        BASELINES["int4"].check(Checkpoint(tmp_path))
+        BASELINES["int4"].check(Checkpoint(tmp_path / "packed"))

@@ -323,6 +323,7 @@ def test_everything_is_written_in_bf16(source, tmp_path, dtype):
         checkpoint = Checkpoint(tmp_path / folder)
         dtypes = {checkpoint.tensor(name).dtype for name in checkpoint.names if not name.endswith(".puzzle")}
         assert dtypes == {torch.bfloat16}
+        assert (checkpoint.config["dtype"], checkpoint.config["torch_dtype"]) == ("bfloat16", "bfloat16")
         assert checkpoint.other_bytes == sum(
             checkpoint.nbytes(name) for name in checkpoint.names if ".experts." not in name
         )
