@@ -343,7 +343,7 @@ def test_a_signal_while_modules_are_imported_is_one_line(number, words):
 
 
 def test_a_signal_elsewhere_is_one_line_too(source, capsys, monkeypatch):
-    monkeypatch.setattr("puzzlemoe_offline.cli.inspect.inspect", lambda checkpoint: interrupt())
+    monkeypatch.setattr("puzzlemoe_offline.cli.inspect.inspect", lambda checkpoint, quick: interrupt())
     assert puzzlemoe("inspect", source) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 
