@@ -56,7 +56,7 @@ def _packed_card(job: Job, report: Report) -> str:
         "image or every node that runs vLLM, and where `VLLM_PLUGINS` is set let it name `puzzlemoe`.",
         "`PUZZLEMOE_VERIFY=1` compares every byte of the weights with the digests that they were written with.",
         "",
-        "transformers: `import puzzlemoe_vllm.transformers` before `from_pretrained`; experts are then dense in memory.",
+        "transformers: `import puzzlemoe_vllm.transformers` before `from_pretrained`; experts then are dense.",
         "`puzzlemoe unpack THIS_FOLDER OUT` writes an ordinary bf16 checkpoint for any other software.",
         "",
         "## How it was made",
