@@ -57,6 +57,8 @@ import importlib, pkgutil, torch
 # torch itself needs networkx; the others nothing here may.
 import puzzlemoe_vllm
 names = [module.name for module in pkgutil.walk_packages(puzzlemoe_vllm.__path__, "puzzlemoe_vllm.")]
+# The CUDA library, where it was built, is no Python module.
+names = [name for name in names if not name.endswith("libpuzzlemoe_cuda")]
 lacking = {}
 for name in names:
     try:

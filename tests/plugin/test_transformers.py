@@ -199,7 +199,7 @@ def test_files_that_do_not_fit_the_model_are_refused(edit, message, copy):
     [
         (lambda config: config["quantization_config"]["merged_experts"].update({"1": 10}), "has 10 experts in layer 1"),
         (lambda config: config["quantization_config"]["merged_experts"].update({"9": 2}), "lists .* layer 9"),
-        (lambda config: config["quantization_config"].update(format_version=2), "upgrade puzzlemoe-vllm"),
+        (lambda config: config["quantization_config"].update(format_version=9), "upgrade puzzlemoe-vllm"),
         (lambda config: config["quantization_config"].update(code="angle6", group_size=128), "the model has"),
         (lambda config: config.update(num_experts=4), "has 8 experts in layer 0, but the model has 4"),
         (lambda config: config.update(num_hidden_layers=1), "layer 1"),

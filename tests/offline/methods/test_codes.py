@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support.models import build
 from support.runs import compress_pairs, job_of, sentences, unpack
 
@@ -12,11 +12,13 @@ from puzzlemoe_offline.methods.base import MethodError
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.inspection import inspect
-from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.run.plan import make_plan
 from puzzlemoe_vllm.backends import ExpertWeights, reference
+from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.codes import CODES, get_code
+from puzzlemoe_vllm.format.layout import LayoutError
+from puzzlemoe_vllm.format.shards import INDEX, index_with_records, save_shard, shard_metadata
 
 BITS = {"mask16": 16, "angle16": 16, "angle8": 8.5, "angle6": 6.5, "mask6": 6.5}
 """Per pair, steps of 32 columns included."""
@@ -91,18 +93,27 @@ def test_damaged_steps_are_found(tmp_path):
     source = build("mixtral", tmp_path / "source")
     pack(source, tmp_path / "packed", code="angle8")
     name = "model.layers.0.block_sparse_moe.experts.2.w3.puzzle_grid"
-    index = json.loads((tmp_path / "packed" / "model.safetensors.index.json").read_text())
-    shard = tmp_path / "packed" / index["weight_map"][name]
+    packed = Checkpoint(tmp_path / "packed")
+    shard, layout = tmp_path / "packed" / packed.file_of(name), packed.quantization
+    index = json.loads((tmp_path / "packed" / INDEX).read_text())
     whole = load_file(shard)
     for damage, message in (
-        (lambda steps: steps.float(), "dtype torch.float32, steps are torch.bfloat16"),
-        (lambda steps: steps[:, 1:].contiguous(), r"shape \(96, 3\), config.json says \(96, 4\)"),
+        (lambda steps: steps.float(), "F32"),
+        (lambda steps: steps[:, 1:].contiguous(), r"\(96, 3\)"),
         (lambda steps: steps * torch.nan, "NaN or infinite"),
-        (lambda steps: None, "is missing"),
+        (lambda steps: None, ""),
     ):
-        damaged = whole | {name: damage(whole[name])}
-        save_file({key: value for key, value in damaged.items() if value is not None}, shard)
-        with pytest.raises(CheckpointError, match=f"{name}.*{message}"):
+        damaged = {key: value for key, value in (whole | {name: damage(whole[name])}).items() if value is not None}
+        save_shard(damaged, shard, shard_metadata("angle8"))
+        (tmp_path / "packed" / INDEX).write_text(json.dumps(index))
+        with pytest.raises(LayoutError, match=shard.name):
+            inspect(Checkpoint(tmp_path / "packed"))
+        # As if it had been written so, with digests of its own.
+        weight_map = {key: file for key, file in index["weight_map"].items() if file != shard.name}
+        weight_map |= dict.fromkeys(damaged, shard.name)
+        own = index_with_records(tmp_path / "packed", weight_map, 0, layout)
+        (tmp_path / "packed" / INDEX).write_text(json.dumps(own))
+        with pytest.raises(UserError, match=f"({name}|experts.2|expert 2, w3).*{message}"):
             inspect(Checkpoint(tmp_path / "packed"))
 
 

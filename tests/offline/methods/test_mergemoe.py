@@ -23,9 +23,9 @@ from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.families import FAMILIES
 from puzzlemoe_offline.model.inspection import inspect
 from puzzlemoe_offline.model.layerwise import LayerExperts, LayerwiseModel
-from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.recipe import ClusterRecipe
 from puzzlemoe_offline.run.plan import make_plan
+from puzzlemoe_vllm.format.layout import LayoutError
 
 HIDDEN, INTERMEDIATE = 24, 16
 
@@ -234,5 +234,5 @@ def test_clusters_of_another_model(tmp_path):
     config = json.loads(path.read_text())
     config["quantization_config"]["clusters"]["1"] = [0, 0, 0]
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"clusters of 3 experts in layer 1, the model has 8"):
+    with pytest.raises(LayoutError, match=r"clusters of 3 experts in layer 1, the model has 8"):
         Checkpoint(tmp_path / "packed")
