@@ -63,7 +63,7 @@ def inspect_command(
     )
     if facts["provenance"]:
         console.print(facts["provenance"])
-    console.print(CHECKED[facts["checked"]])
+    console.print(CHECKED[facts["checked"]], soft_wrap=True)
 
 
 def _draw(checkpoint: Checkpoint, folder: Path) -> None:

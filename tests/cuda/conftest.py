@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from filelock import FileLock
 
 from puzzlemoe_vllm.backends import cuda
 
@@ -54,11 +57,21 @@ def cuda_library(build, tmp_path_factory) -> Built:
         nvcc = build.find_nvcc()
     except FileNotFoundError:
         pytest.skip("nvcc is not installed")
-    folder = tmp_path_factory.mktemp("library")
-    objects, messages = build.compile_all(nvcc, folder, ["90"], flags=["-Xptxas=-v"])
+    # Processes that share the tests share it too.
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    folder, kept = shared / "cuda-library", shared / "cuda-library.json"
     path = folder / "libpuzzlemoe_cuda.so"
-    build.link(nvcc, objects, path)
-    return Built(build, nvcc, objects, path, messages)
+    with FileLock(shared / "cuda-library.lock"):
+        if not kept.exists():
+            folder.mkdir()
+            objects, messages = build.compile_all(nvcc, folder, ["90"], flags=["-Xptxas=-v"])
+            build.link(nvcc, objects, path)
+            names = {str(source): str(target) for source, target in objects.items()}
+            kept.write_text(json.dumps([names, messages]))
+    names, messages = json.loads(kept.read_text())
+    return Built(build, nvcc, {Path(source): Path(target) for source, target in names.items()}, path, messages)
 
 
 @pytest.fixture

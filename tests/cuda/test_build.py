@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from puzzlemoe_vllm.backends import cuda
-from puzzlemoe_vllm.format.codes import CODES
+from puzzlemoe_vllm.format.codes import CODES, get_code
 
 CUDA = Path(__file__).parents[2] / "cuda"
 
@@ -76,6 +76,6 @@ def test_without_the_sm90_kernels_those_of_sm80_serve(cuda_library, loaded, tmp_
     loaded(path)
     assert cuda.kernel_names() == ("sm80_mma8", "sm80_mma16", "sm80_mma32", "sm80_mma64")
     for _ in range(2):
-        assert cuda.served_capability(90) == 80 and cuda.choose_kernel(1e9, 80, "angle8") == "sm80_mma64"
+        assert cuda.served_capability(90) == 80 and cuda.choose_kernel(1e9, 80, get_code("angle8")) == "sm80_mma64"
     (line,) = caplog.messages
     assert "sm90_wgmma64" in line and "CUDA 13.3" in line

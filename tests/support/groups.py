@@ -90,6 +90,9 @@ def data_missing() -> str | None:
     return None if os.environ.get("PUZZLEMOE_TEST_DATA") else "PUZZLEMOE_TEST_DATA"
 
 
+GROUP = "group"
+"""The property of a test that names its group."""
+
 GPU_REASONS = {"needs a GPU", "no GPU: test_under_the_interpreter runs it", "vLLM's CPU build has no sleep mode"}
 
 GROUPS = (
@@ -126,7 +129,6 @@ class GroupReport:
 
     def __init__(self, groups: tuple[Group, ...] = GROUPS):
         self.groups = groups
-        self.group_of: dict[str, Group] = {}
         self.counts = {group.name: Count() for group in groups}
         self.missing: dict[str, str | None] = {}
 
@@ -138,14 +140,17 @@ class GroupReport:
         marks = frozenset(mark.name for mark in item.iter_markers())
         fixtures = frozenset(getattr(item, "fixturenames", ()))
         path = item.path.as_posix()
-        self.group_of[item.nodeid] = self._group(Candidate(path, item.name, fixtures, marks, frozenset(reasons)))
+        group = self._group(Candidate(path, item.name, fixtures, marks, frozenset(reasons)))
+        # Goes with the test's reports, from another process too.
+        item.user_properties.append((GROUP, group.name))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.skipped:
             self._skipped(self._group(Candidate(f"/{report.nodeid}")), report)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        group = self.group_of[report.nodeid]
+        name = dict(report.user_properties)[GROUP]
+        group = next(group for group in self.groups if group.name == name)
         if report.skipped and not hasattr(report, "wasxfail"):
             self._skipped(group, report)
         elif report.when == "call":
@@ -157,6 +162,8 @@ class GroupReport:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workerinput"):
+            return  # a process that runs part of the tests; the one that started it counts them all
         for group in self.groups:
             self.missing[group.name] = group.missing() if self.counts[group.name].skipped else None
         if session.exitstatus == pytest.ExitCode.OK and any(map(self.wrongly_skipped, self.groups)):
