@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import socket
 import subprocess
 import sys
@@ -161,12 +162,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64, help="of each server")
     parser.add_argument("--logs", type=Path, default=Path("."), help="folder for the servers' logs")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("options", nargs="*", help="of vllm serve, after --")
+    parser.add_argument("--serve", default="", help="options of vllm serve, in one string")
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     logs = [arguments.logs / name for name in ("packed.log", "dense.log")]
     models = arguments.packed, arguments.dense
-    servers = [start(model, log, arguments.options) for model, log in zip(models, logs, strict=True)]
+    servers = [start(model, log, shlex.split(arguments.serve)) for model, log in zip(models, logs, strict=True)]
     try:
         asyncio.run(soak(servers, logs, arguments.minutes, arguments.clients))
         alive = [server.process.poll() is None for server in servers]

@@ -12,8 +12,9 @@ from vllm import envs
 from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 
+from puzzlemoe_vllm.errors import shown
 from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig
-from puzzlemoe_vllm.format.shards import INDEX, check_digests, check_headers, shown
+from puzzlemoe_vllm.format.shards import INDEX, check_digests, check_headers
 
 logger = init_logger(__name__)
 

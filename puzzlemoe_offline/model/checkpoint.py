@@ -20,6 +20,7 @@ from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.families import Family, family_of
 from puzzlemoe_offline.model.other_formats import check_not_quantized, check_tensor_names, no_config_reason
 from puzzlemoe_offline.model.weight_files import CheckpointError, read_headers
+from puzzlemoe_vllm.errors import shown
 from puzzlemoe_vllm.format.codes import PairCode, get_code
 from puzzlemoe_vllm.format.layout import (
     STEPS,
@@ -30,7 +31,7 @@ from puzzlemoe_vllm.format.layout import (
     weight_name,
     words_name,
 )
-from puzzlemoe_vllm.format.shards import DTYPE_BITS, ShardHeader, TensorInfo, check_headers, read_json_object, shown
+from puzzlemoe_vllm.format.shards import DTYPE_BITS, ShardHeader, TensorInfo, check_headers, read_json_object
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """dtypes that weights may have, by their names in headers."""

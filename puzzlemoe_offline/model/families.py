@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from puzzlemoe_vllm.errors import UserError
-from puzzlemoe_vllm.format.shards import shown
+from puzzlemoe_vllm.errors import UserError, shown
 
 
 class UnsupportedModel(UserError):

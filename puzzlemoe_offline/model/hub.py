@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.weight_files import CheckpointError, check_places, files_without_index
+from puzzlemoe_vllm.errors import shown
 from puzzlemoe_vllm.format.shards import (
     DTYPE_BITS,
     INDEX,
@@ -33,7 +34,6 @@ from puzzlemoe_vllm.format.shards import (
     open_regular,
     read_header,
     read_weight_map,
-    shown,
 )
 
 SMALL_FILES = (

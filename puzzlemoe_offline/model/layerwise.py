@@ -17,7 +17,7 @@ from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.deepseek_moe import DeepseekForCausalLM, deepseek_config
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.weight_files import CheckpointError
-from puzzlemoe_vllm.format.shards import shown
+from puzzlemoe_vllm.errors import shown
 
 BATCH_TOKENS = 8192
 """Tokens that go through a layer at once."""

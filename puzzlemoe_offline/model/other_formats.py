@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from puzzlemoe_vllm.errors import UserError
+from puzzlemoe_vllm.errors import UserError, shown
 from puzzlemoe_vllm.format.layout import QUANT_METHOD
-from puzzlemoe_vllm.format.shards import read_json_object, shown
+from puzzlemoe_vllm.format.shards import read_json_object
 
 ORIGINAL = "start from the 16-bit original"
 

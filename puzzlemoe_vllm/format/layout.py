@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from puzzlemoe_vllm.errors import UserError
+from puzzlemoe_vllm.errors import UserError, shown
 from puzzlemoe_vllm.format.codes import CODES, get_code
 
 QUANT_METHOD = "puzzlemoe"
@@ -142,7 +142,7 @@ def parse_config(raw: dict[str, Any], where: str = "quantization_config") -> Puz
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "quantization_config"
         message = first["msg"].removeprefix("Value error, ")
-        raise LayoutError(f"{where}: {field}: {message}") from None
+        raise LayoutError(f"{where}: {shown(field, 80)}: {shown(message, 200)}") from None
 
 
 def layout_digest(config: PuzzleConfig) -> str:

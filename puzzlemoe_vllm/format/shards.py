@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from puzzlemoe_vllm.errors import shown
 from puzzlemoe_vllm.format.codes import get_code
 from puzzlemoe_vllm.format.layout import (
     EXPERT_COUNTS,
@@ -49,6 +50,8 @@ BLOCK = 4 << 20
 """Bytes read at a time for a digest."""
 
 LFS_POINTER = b"version https://git-lfs"
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 DTYPE_BITS = (
     dict.fromkeys(("F4",), 4)
@@ -105,12 +108,6 @@ class _PackedMetadata(_Records):
     layout_sha256: str
 
 
-def shown(value: object, limit: int = 100) -> str:
-    """Text from a file as a message may repeat it: in one line, cut in the middle to `limit` characters."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in str(value)[: 100 * limit])
-    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[len(text) - limit // 2 + 3 :]}"
-
-
 def _fault(path: Path, text: str) -> LayoutError:
     return LayoutError(f"{shown(path, 200)}: {text}")
 
@@ -155,6 +152,11 @@ def parse_json_object(path: Path, text: bytes, what: str = "") -> dict[str, Any]
         raise _fault(path, f"{what}is not valid JSON ({shown(error)}): copy or download the file again") from None
     if not isinstance(data, dict):
         raise _fault(path, f"{what}is not a JSON object: copy or download the file again")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _fault(path, f"{what}holds half a character, which no file can: copy or download it again") from None
     return data
 
 

@@ -74,3 +74,10 @@ def test_names_keep_clear_of_vllm_filters():
     assert name == "model.layers.0.mlp.experts.4.up_proj.puzzle"
     assert steps_name("model.layers.0.mlp.experts", 4, "up_proj") == name + "_grid"
     assert weight_name("model.layers.0.mlp.experts", 5, "up_proj") == "model.layers.0.mlp.experts.5.up_proj.weight"
+
+
+@pytest.mark.parametrize("key", ["x" * 3000, "\n.[key]", "1" * 5000])
+def test_a_hostile_field_is_one_short_line(key):
+    with pytest.raises(LayoutError) as caught:
+        parse_config({"code": "mask16", "merged_experts": {key: 2}}, "config.json")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 400

@@ -29,6 +29,7 @@ from puzzlemoe_vllm.format.shards import (
     open_regular,
     read_header,
     read_index,
+    read_json_object,
     record_shard,
     save_shard,
     shard_metadata,
@@ -424,3 +425,13 @@ def test_equal_shards_are_equal_bytes(tmp_path):
     assert len(written) == 1
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
     assert read_header(path).metadata == metadata
+
+
+def test_half_a_character_is_no_json_of_a_file(tmp_path):
+    """A lone surrogate can be spelled in JSON but not written to a file again."""
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "\\ud83d\\ude00"}')
+    assert read_json_object(path) == {"model_type": "\U0001f600"}
+    path.write_text('{"model_type": "\\ud800"}')
+    with pytest.raises(LayoutError, match=r"config\.json: holds half a character"):
+        read_json_object(path)
