@@ -77,17 +77,16 @@ def start(model: Path, log: Path, options: list[str]) -> Server:
         return Server(model, port, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
 
 
-async def healthy(server: Server, log: Path) -> None:
-    async with httpx.AsyncClient() as client:
-        while True:
-            if server.process.poll() is not None:
-                sys.exit(f"{server.model}: the server ended, see {log}")
-            try:
-                if (await client.get(f"{server.url}/health")).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            await asyncio.sleep(1)
+def wait_until_healthy(server: Server, log: Path) -> None:
+    while True:
+        if server.process.poll() is not None:
+            sys.exit(f"{server.model}: the server ended, see {log}")
+        try:
+            if httpx.get(f"{server.url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(1)
 
 
 async def friendly(client: httpx.AsyncClient, server: Server, rng: random.Random) -> str:
@@ -117,8 +116,8 @@ async def nonsense(client: httpx.AsyncClient, server: Server, rng: random.Random
         {"model": "soaked", "prompt": "a", "temperature": "hot"},
         {"model": "soaked", "prompt": [-1, 1 << 40]},
         {"model": "soaked", "prompt": "a", "logprobs": 10_000},
-        {"model": "soaked", "prompt": "a", "n": 10_000},
-        {"model": "soaked", "prompt": ["a"] * 300, "max_tokens": 1},
+        {"model": "soaked", "prompt": "a", "n": -3},
+        {"model": "soaked", "prompt": ["a"] * 30, "max_tokens": 1},
     ]
     body = rng.choice(bodies)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -146,8 +145,7 @@ async def sample(servers: list[Server], until: float) -> None:
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
-async def soak(servers: list[Server], logs: list[Path], minutes: float, clients: int) -> None:
-    await asyncio.gather(*(healthy(server, log) for server, log in zip(servers, logs, strict=True)))
+async def soak(servers: list[Server], minutes: float, clients: int) -> None:
     until = time.monotonic() + 60 * minutes
     tasks = [one_client(server, number, until) for server in servers for number in range(clients)]
     await asyncio.gather(sample(servers, until), *tasks)
@@ -166,10 +164,13 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     logs = [arguments.logs / name for name in ("packed.log", "dense.log")]
-    models = arguments.packed, arguments.dense
-    servers = [start(model, log, shlex.split(arguments.serve)) for model, log in zip(models, logs, strict=True)]
+    servers: list[Server] = []
     try:
-        asyncio.run(soak(servers, logs, arguments.minutes, arguments.clients))
+        # One after the other: while vLLM measures a GPU's free memory, nobody else may take of it.
+        for model, log in zip((arguments.packed, arguments.dense), logs, strict=True):
+            servers.append(start(model, log, shlex.split(arguments.serve)))
+            wait_until_healthy(servers[-1], log)
+        asyncio.run(soak(servers, arguments.minutes, arguments.clients))
         alive = [server.process.poll() is None for server in servers]
     finally:
         for server in servers:
