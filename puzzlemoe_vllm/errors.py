@@ -7,5 +7,7 @@ class UserError(ValueError):
 
 def shown(value: object, limit: int = 100) -> str:
     """Text from a file as a message may repeat it: in one line, cut in the middle to `limit` characters."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in str(value)[: 100 * limit])
+    text = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(value)[: 100 * limit]
+    )
     return text if len(text) <= limit else f"{text[: limit // 2]}...{text[len(text) - limit // 2 + 3 :]}"

@@ -23,16 +23,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from puzzlemoe_offline.calibration.sources import (
-    CSV,
-    JSON,
-    PARQUET,
-    PLAIN,
-    CalibrationError,
-    HubDataset,
-    TextFile,
-    shown,
-)
+from puzzlemoe_offline.calibration.sources import CSV, JSON, PARQUET, PLAIN, CalibrationError, HubDataset, TextFile
+from puzzlemoe_vllm.errors import shown
 
 CHATS = ("messages", "conversations")
 """Columns that hold a list of messages."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from puzzlemoe_vllm.errors import UserError
+from puzzlemoe_vllm.errors import UserError, shown
 
 PLAIN, JSON, CSV, TSV, PARQUET = "plain text", "JSON", "CSV", "TSV", "Parquet"
 
@@ -32,12 +32,6 @@ _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[^:]*)(:(?P<s
 
 class CalibrationError(UserError):
     """Text that cannot be used, to calibrate or to be scored; the message says why."""
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """What a message shows of a value that others wrote: printable, with the middle of a long one left out."""
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(value))
-    return text if len(text) <= limit else f"{text[: limit // 3]}…{text[1 + limit // 3 - limit :]}"
 
 
 @dataclass(frozen=True)

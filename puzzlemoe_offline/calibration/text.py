@@ -24,8 +24,8 @@ from puzzlemoe_offline.calibration.sources import (
     parse_origin,
     parse_sources,
     shares,
-    shown,
 )
+from puzzlemoe_vllm.errors import shown
 
 C4 = "allenai/c4"
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
