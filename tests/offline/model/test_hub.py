@@ -124,7 +124,7 @@ def test_a_folder_in_use_and_a_packed_model_are_refused_before_weights_are_fetch
     path = fake.remote / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
     shutil.rmtree(fake.cache)
-    assert "already quantized with 'awq'" in str(compress(tmp_path / "other").exception)
+    assert "already quantized with AWQ" in str(compress(tmp_path / "other").exception)
     assert not weights(fake.fetched)
 
 
