@@ -28,6 +28,7 @@ from puzzlemoe_offline.model.other_formats import (
 from puzzlemoe_offline.model.weight_files import CheckpointError, read_headers
 from puzzlemoe_vllm.errors import shown
 from puzzlemoe_vllm.format.codes import PairCode, get_code
+from puzzlemoe_vllm.format.fp8 import dequantize
 from puzzlemoe_vllm.format.layout import (
     STEPS,
     WORDS,
@@ -248,7 +249,11 @@ class Checkpoint:
         if name not in self._scales:
             return stored
         assert self.fp8
-        return self.fp8.weights(stored.to(device), self.scale(name, part).to(device))
+        return dequantize(stored.to(device), self.scale(name, part).to(device), self.fp8.block)
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a tensor is in FP8 with a scale for each block of `FP8_BLOCK` rows and columns."""
+        return name in self._scales and self.fp8 is not None and self.fp8.block == BLOCKS.block
 
     def scale(self, name: str, part: int | None = None) -> Tensor:
         """The scale of an FP8 weight as stored.  Raises as `tensor` does."""
@@ -442,14 +447,19 @@ class Checkpoint:
         """Bytes of all routed experts in bf16."""
         return self.expert_bytes * self.experts * len(self.moe_layers)
 
+    def stored_bytes(self, routed: bool) -> int:
+        """Bytes of all routed experts, or of everything else, as they lie in the files."""
+        names = [name for layer in self._layers for name in (layer.experts if routed else layer.plain)]
+        return sum(map(self.nbytes, names if routed else [*names, *self.outside]))
+
     @property
     def other_bytes(self) -> int:
-        """Bytes of everything but routed experts, as it is written: see `tensors.as_written`."""
+        """Bytes of everything but routed experts, as `tensors.as_written` gives it."""
         plain = [name for layer in self._layers for name in layer.plain]
         return sum(self.written_bytes(name) for name in [*plain, *self.outside])
 
     def written_bytes(self, name: str) -> int:
-        """Bytes of a tensor of no routed expert once it is written."""
+        """Bytes of a tensor of no routed expert, as `tensors.as_written` gives it."""
         entries = math.prod(self.shape(name))
         return entries * (4 if kept_in_float32(name) and self._info(name).dtype == "F32" else 2)
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.errors import UserError, shown
-from puzzlemoe_vllm.format.layout import FP8_BLOCK
+from puzzlemoe_vllm.format.fp8 import FP8_BLOCK, scale_shape
 from puzzlemoe_vllm.format.shards import TensorInfo
 
 FP8 = "F8_E4M3"
@@ -46,24 +45,10 @@ class Fp8Form:
     suffix: str
     block: tuple[int | None, int | None]
 
-    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scales of weights [..., N, K]."""
-        parts = zip(shape[-2:], self.block, strict=True)
-        return (*shape[:-2], *(1 if part is None else ceil(size / part) for size, part in parts))
-
     def scale_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """The shapes that files have for it: a single scale may have no dimensions, or one."""
+        """What the scales of weights [..., N, K] may have as shape: a single one may have no dimensions, or one."""
         whole = self.block == (None, None) and len(shape) == 2
-        return [self.scale_shape(shape), *([(1,), ()] if whole else [])]
-
-    def weights(self, stored: Tensor, scale: Tensor) -> Tensor:
-        """bf16 of FP8 weights [..., N, K] and their scales: the product, rounded once."""
-        rows, columns = stored.shape[-2:]
-        scales = scale.float().reshape(self.scale_shape(tuple(stored.shape)))
-        for dimension, part, size in ((-1, self.block[1], columns), (-2, self.block[0], rows)):
-            if part is not None:
-                scales = scales.repeat_interleave(part, dimension).narrow(dimension, 0, size)
-        return stored.float().mul_(scales).bfloat16()
+        return [scale_shape(shape, self.block), *([(1,), ()] if whole else [])]
 
 
 BLOCKS = Fp8Form("_scale_inv", (FP8_BLOCK, FP8_BLOCK))

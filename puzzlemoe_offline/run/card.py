@@ -45,7 +45,7 @@ def _packed_card(job: Job, report: Report) -> str:
         + ("in clusters with MergeMoE" if clustered else "in pairs with PuzzleMoE"),
         "",
         f"Routed experts take {decimal(sizes.experts_after)} instead of {decimal(sizes.experts_before)}; "
-        f"the other {decimal(sizes.other)} are unchanged.",
+        f"everything else: {sizes.other_text}.",
         "",
         "## Serve",
         f"With vLLM and its plugin puzzlemoe-vllm {report.tool_version} installed:",

@@ -72,7 +72,7 @@ def _write(
         on_layer(record)
     for new, states in _layers(job, calibration, folder, len(records)):
         record = new.record
-        tensors = plain_tensors(checkpoint, record.layer, record.order) | new.tensors
+        tensors = plain_tensors(checkpoint, record.layer, record.order, job.fp8) | new.tensors
         del new  # not to be held while the next layer is made
         last = record.layer + 1 == checkpoint.layers
         folder.write_shard(record.layer, tensors, None if last else states, record)
@@ -96,7 +96,8 @@ def _config(job: Job, calibration: Calibration | None, records: list[LayerRecord
     config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     config[checkpoint.family.experts_key(checkpoint.config)] = job.method.experts_left(checkpoint)
     if quantization := job.method.quantization(checkpoint, records):
-        known = quantization.model_copy(update={"provenance": provenance(job, calibration)})
+        update = {"provenance": provenance(job, calibration), "fp8": job.fp8_layers}
+        known = quantization.model_copy(update=update)
         config["quantization_config"] = known.model_dump(mode="json")
         config["transformers_weights"] = TRANSFORMERS_WEIGHTS
     return config

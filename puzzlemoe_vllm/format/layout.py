@@ -26,14 +26,6 @@ STEPS = "puzzle_grid"
 """Suffix of a pair's steps, bf16 [N, K / group_size], beside its words; only for codes that have steps."""
 
 
-FP8_BLOCK = 128
-"""Rows, and columns, of an FP8 weight that share a scale."""
-
-FP8_SCALE = "weight_scale_inv"
-"""Suffix of an FP8 weight's scales, float32 [ceil(N / 128), ceil(K / 128)], which its blocks are multiplied by; the
-name, which says the opposite, is DeepSeek-V3's."""
-
-
 TRANSFORMERS_WEIGHTS = (
     "none that transformers reads by itself: install puzzlemoe-vllm and `import puzzlemoe_vllm.transformers` first, "
     "or serve the model with vLLM"
@@ -69,7 +61,7 @@ class PuzzleConfig(BaseModel):
     code: of the pair words; None when nothing is merged in pairs.
     group_size: input columns that share a step; None for codes without steps.
     fp8: linear layers outside routed experts that are stored in FP8, by the names of their weights on disk without
-    `.weight`; beside each lies its scale, see `FP8_BLOCK`.
+    `.weight`; beside each lie its scales, see `format.fp8`.
     """
 
     model_config = ConfigDict(extra="ignore")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from puzzlemoe_vllm.errors import shown
 from puzzlemoe_vllm.format.codes import get_code
+from puzzlemoe_vllm.format.fp8 import FP8_BLOCK, FP8_SCALE, scale_shape, scales_name
 from puzzlemoe_vllm.format.layout import (
     EXPERT_COUNTS,
     FORMAT_VERSION,
@@ -62,6 +63,9 @@ DTYPE_BITS = (
     | dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
 )
 """Bits of an element, by safetensors' names of dtypes."""
+
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+"""safetensors' names of 8-bit floats; the first is that of FP8 weights."""
 
 STORED_DTYPES = {"int16": "I16", "uint8": "U8"}
 """safetensors' names of the dtypes that words have."""
@@ -372,6 +376,7 @@ def check_headers(folder: Path, config: PuzzleConfig) -> dict[str, ShardHeader]:
         tensor = next(name for name, file in weight_map.items() if name not in headers[file].tensors)
         raise _fault(folder / weight_map[tensor], f"tensor {shown(tensor)} is missing: copy or download it again")
     _check_experts(folder, headers, config)
+    _check_fp8(folder, headers, config)
     if layout_digest(config) != metadata.layout_sha256:
         raise _fault(
             folder / "config.json",
@@ -514,6 +519,32 @@ def _check_projection(folder: Path, tensors: dict[tuple[int, str, str], _ExpertT
                 folder / tensor.file,
                 f"{shown(tensor.name)} of shape {shown(shape)} does not fit the layer's experts of {sizes}: "
                 "compress the source again",
+            )
+
+
+def _check_fp8(folder: Path, headers: dict[str, ShardHeader], config: PuzzleConfig) -> None:
+    """The tensors in FP8 are exactly the layers that config.json names, and each has its scales."""
+    weights = {f"{layer}.weight" for layer in config.fp8}
+    found = {name: (file, info) for file, header in headers.items() for name, info in header.tensors.items()}
+    scales = {scales_name(name): name for name in weights}
+    for name, (file, info) in found.items():
+        if (info.dtype in FP8_DTYPES and name not in weights) or (name.endswith(FP8_SCALE) and name not in scales):
+            raise _fault(
+                folder / file,
+                f"holds {shown(name)}, but config.json's quantization_config does not name its layer in fp8: it was "
+                "edited or belongs to another model; copy or download the folder again",
+            )
+    for scale, weight in scales.items():
+        for name in (weight, scale):
+            if name not in found:
+                raise _fault(folder, f"has no {shown(name)}, whose layer config.json's quantization_config has in fp8")
+        (file, stored), (_, held) = found[weight], found[scale]
+        shape = scale_shape(stored.shape, (FP8_BLOCK, FP8_BLOCK)) if len(stored.shape) == 2 else None
+        if stored.dtype != FP8_DTYPES[0] or held != TensorInfo("F32", shape or ()):
+            raise _fault(
+                folder / file,
+                f"{shown(weight)} is {stored.dtype} {shown(stored.shape)} and {held.dtype} {shown(held.shape)}: "
+                f"expected {FP8_DTYPES[0]}, and F32 for its blocks; compress the source again",
             )
 
 
