@@ -89,8 +89,10 @@ class Checkpoint:
         self.family: Family = family_of(self.config)
         self.quantization = self._quantization()
         self.has_weights = headers is None
-        if headers is None:
-            headers = check_headers(folder, self.quantization) if self.quantization else read_headers(folder)
+        if self.quantization:
+            headers = check_headers(folder, self.quantization, headers)
+        elif headers is None:
+            headers = read_headers(folder)
         self._headers = headers
         self._where = {name: file for file, header in headers.items() for name in header.tensors}
         self.fp8 = self._fp8_form()

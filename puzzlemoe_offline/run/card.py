@@ -12,8 +12,6 @@ from puzzlemoe_offline.model.families import Family
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.report import REPORT, Report, warnings, worst_expert
 
-CARD = "README.md"
-
 
 def serve_command(folder: str, family: Family) -> str:
     """What serves a packed model, as a shell reads it."""

@@ -14,12 +14,13 @@ from puzzlemoe_offline.model.hub import small_files
 from puzzlemoe_offline.model.layerwise import LayerExperts, batch_size
 from puzzlemoe_offline.model.tensors import plain_tensors, tensors_outside_layers
 from puzzlemoe_offline.model.tokenizer import mended_config
-from puzzlemoe_offline.run.card import CARD, model_card
+from puzzlemoe_offline.run.card import model_card
 from puzzlemoe_offline.run.files import OutputError
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.output import ModelFolder
 from puzzlemoe_offline.run.report import REPORT, Report, build_report, provenance
 from puzzlemoe_vllm.format.layout import TRANSFORMERS_WEIGHTS
+from puzzlemoe_vllm.format.shards import CARD
 
 
 def check(job: Job, out: Path, resume: bool) -> ModelFolder:

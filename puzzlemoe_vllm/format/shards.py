@@ -38,6 +38,8 @@ from puzzlemoe_vllm.format.layout import (
 
 INDEX = "model.safetensors.index.json"
 
+CARD = "README.md"
+
 VERSION_KEY, CODE_KEY = "puzzlemoe_format_version", "puzzlemoe_code"
 """Keys of a packed shard's safetensors metadata."""
 
@@ -81,11 +83,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The header of a safetensors file.  sha256: of its JSON text as it stands in the file."""
+    """The header of a safetensors file.  sha256: of its JSON text as it stands in the file; bytes: of all the file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     sha256: str
+    bytes: int
 
 
 class ShardRecord(BaseModel):
@@ -99,11 +102,12 @@ class ShardRecord(BaseModel):
 
 
 class _Records(BaseModel):
-    """`metadata` of the index of a folder that this project wrote."""
+    """`metadata` of the index of a folder that this project wrote.  files: SHA-256 of the files beside the shards."""
 
     model_config = ConfigDict(extra="ignore")
 
     shards: dict[str, ShardRecord]
+    files: dict[str, str] = {}
 
 
 class _PackedMetadata(_Records):
@@ -219,14 +223,26 @@ def read_header(path: Path) -> ShardHeader:
     """The header of a safetensors file.  Raises LayoutError when it is damaged, or does not fit the file's size."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise _fault(path, "is a git-lfs pointer, not the weights: run git lfs pull")
-        length = int.from_bytes(start[:8], "little")
-        if len(start) < 8 or length > min(LARGEST_HEADER, size - 8):
-            raise _fault(path, "is no safetensors file, or cut short: copy or download it again")
+        length = header_length(path, file.read(len(LFS_POINTER)), size)
         file.seek(8)
         text = file.read(length)
+    return parse_header(path, text, size)
+
+
+def header_length(path: Path, start: bytes, size: int) -> int:
+    """Bytes of a header's JSON text, which begins at byte 8, given a file's first bytes and its size.  Raises
+    LayoutError for what is no safetensors file."""
+    if start.startswith(LFS_POINTER):
+        raise _fault(path, "is a git-lfs pointer, not the weights: run git lfs pull")
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or length > min(LARGEST_HEADER, size - 8):
+        raise _fault(path, "is no safetensors file, or cut short: copy or download it again")
+    return length
+
+
+def parse_header(path: Path, text: bytes, size: int) -> ShardHeader:
+    """The header of a file of `size` bytes.  Raises LayoutError when it is damaged, or does not fit that size."""
+    length = len(text)
     fields = parse_json_object(path, text, "header ")
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -244,7 +260,7 @@ def read_header(path: Path) -> ShardHeader:
             path, f"has {size - 8 - length} bytes of tensors, its header says {end}: copy or download the file again"
         )
     infos = {name: info for name, (info, _) in tensors.items()}
-    return ShardHeader(infos, metadata, hashlib.sha256(text).hexdigest())
+    return ShardHeader(infos, metadata, hashlib.sha256(text).hexdigest(), size)
 
 
 def _tensor(path: Path, name: str, fields: Any) -> tuple[TensorInfo, tuple[int, int]]:
@@ -292,10 +308,10 @@ def save_shard(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str])
         file.write(text.ljust(length))
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a whole file, read in blocks.  Raises LayoutError when it cannot be read."""
+def file_digest(path: Path, folder: Path | None = None) -> str:
+    """SHA-256 of a whole file, read in blocks.  folder: as in `open_regular`, which says what it raises, too."""
     digest = hashlib.sha256()
-    with open_regular(path) as file:
+    with open_regular(path, folder) as file:
         try:
             while block := file.read(BLOCK):
                 digest.update(block)
@@ -350,19 +366,21 @@ def _index_of(folder: Path, kind: type[Metadata]) -> tuple[dict[str, str], Metad
     return weight_map, metadata
 
 
-def check_headers(folder: Path, config: PuzzleConfig) -> dict[str, ShardHeader]:
+def check_headers(
+    folder: Path, config: PuzzleConfig, found: dict[str, ShardHeader] | None = None
+) -> dict[str, ShardHeader]:
     """Headers by file name of a packed folder that holds exactly what was written, as far as headers tell.
 
-    config: `quantization_config` of its config.json.  Raises LayoutError: one line that names the file or tensor and
-    the way out.
+    config: `quantization_config` of its config.json.  found: headers of files that are not in the folder.
+    Raises LayoutError: one line that names the file or tensor and the way out.
     """
     weight_map, metadata = _index_of(folder, _PackedMetadata)
     _check_no_others(folder, metadata.shards)
     headers = {}
     for name, record in sorted(metadata.shards.items()):
-        header = headers[name] = read_header(folder / name)
+        header = headers[name] = read_header(folder / name) if found is None else found[name]
         _check_metadata(folder / name, header.metadata, config)
-        if header.sha256 != record.header_sha256 or (folder / name).stat().st_size != record.bytes:
+        if header.sha256 != record.header_sha256 or header.bytes != record.bytes:
             raise _fault(
                 folder / name,
                 f"its tensors are not those that {INDEX} was written with{_difference(name, header, weight_map)}: "
@@ -554,6 +572,22 @@ def has_digests(folder: Path) -> bool:
         return False
     metadata = read_json_object(folder / INDEX).get("metadata")
     return isinstance(metadata, dict) and "shards" in metadata
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Names of files beside the shards that are not as they were written: edited, or gone.  A card that is gone is none
+    of them, since the hub's are not fetched with a model.
+
+    Raises LayoutError for an index that cannot be read, and for a file that is none of the folder's own.
+    """
+    if not has_digests(folder):
+        return []
+    files = _index_of(folder, _Records)[1].files
+    for name in files:
+        for part in name.split("/"):
+            _check_file_name(folder / INDEX, part)
+    there = {name: os.path.lexists(folder / name) for name in files if name != CARD or os.path.lexists(folder / name)}
+    return [name for name in sorted(there) if not there[name] or file_digest(folder / name, folder) != files[name]]
 
 
 def check_digests(folder: Path, workers: int | None = None) -> None:
