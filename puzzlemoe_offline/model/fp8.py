@@ -55,7 +55,7 @@ BLOCKS = Fp8Form("_scale_inv", (FP8_BLOCK, FP8_BLOCK))
 """DeepSeek-V3's, which vLLM serves on every GPU that the plugin runs on; packed models hold no other."""
 
 
-def form_of(quantization: object) -> Fp8Form | None:
+def form_of(quantization: Any) -> Fp8Form | None:
     """The form that a config.json's `quantization_config` says; None for anything else than FP8 weights."""
     match quantization:
         case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]} if rows > 0 and columns > 0:

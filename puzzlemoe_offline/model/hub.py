@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.weight_files import CheckpointError, check_places, files_without_index
