@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -14,11 +15,19 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from puzzlemoe_vllm.format.fp8 import FP8_BLOCK
 from puzzlemoe_vllm.format.layout import EXPERT_COUNTS, QUANT_METHOD, LayoutError, PuzzleConfig, parse_config
 from puzzlemoe_vllm.format.shards import read_json_object
 from puzzlemoe_vllm.served_files import ServedFiles, wants_digests
 
 logger = init_logger(__name__)
+
+FUSED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+}
+"""Linear layers that vLLM makes of several, for models that do not say so."""
 
 ROUTING = (
     "num_experts_per_tok",
@@ -40,6 +49,7 @@ class PuzzleMoEConfig(QuantizationConfig):
         super().__init__()
         self.layout = layout
         self.files = ServedFiles(layout)
+        self.fp8_layers = frozenset(layout.fp8)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PuzzleMoEConfig:
@@ -91,9 +101,12 @@ class PuzzleMoEConfig(QuantizationConfig):
         _warn_of_other_routing(model_name, text)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Our method for routed experts of a layer with pairs or clusters, stock methods elsewhere."""
+        """Our method for routed experts of a layer with pairs or clusters, vLLM's own elsewhere.
+
+        Raises LayoutError for a layer that vLLM makes of some in FP8 and some in bf16.
+        """
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod()
+            return self.fp8.get_quant_method(layer, prefix) if self._in_fp8(prefix) else UnquantizedLinearMethod()
         if not isinstance(layer, RoutedExperts):
             return None
         match = re.search(r"(?:^|\.)layers\.(\d+)\.", prefix)
@@ -104,6 +117,31 @@ class PuzzleMoEConfig(QuantizationConfig):
         from puzzlemoe_vllm.method import PuzzleMoEMethod
 
         return PuzzleMoEMethod(layer.moe_config, self.files, merged, centres, prefix)
+
+    @functools.cached_property
+    def fp8(self) -> QuantizationConfig:
+        """vLLM's own for linear layers in FP8."""
+        from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+        return Fp8Config(True, activation_scheme="dynamic", weight_block_size=[FP8_BLOCK, FP8_BLOCK])
+
+    def _in_fp8(self, prefix: str) -> bool:
+        """Whether a linear layer, which may be several on disk, is stored in FP8."""
+        if not self.fp8_layers:
+            return False
+        module, _, name = prefix.rpartition(".")
+        parts = (FUSED | self.packed_modules_mapping).get(name, [name])
+        stored = {f"{module}.{part}" in self.fp8_layers for part in parts}
+        if len(stored) > 1:
+            raise LayoutError(
+                f"{prefix} is one layer to vLLM, but quantization_config has only some of {', '.join(parts)} in fp8: "
+                "config.json was edited; copy or download it again"
+            )
+        return stored.pop()
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Called by vLLM where its model's names differ from those on disk."""
+        self.fp8_layers = frozenset(hf_to_vllm_mapper.apply_list(self.layout.fp8))
 
 
 def _warn_of_other_routing(model: str, config: Any) -> None:

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from puzzlemoe_vllm.format.codes import get_code
+from puzzlemoe_vllm.format.fp8 import FP8_BLOCK, FP8_SCALE, dequantize, scale_shape, scales_name
 from puzzlemoe_vllm.format.layout import QUANT_METHOD, STEPS, WORDS, LayoutError, PuzzleConfig, parse_config
 
 logger = logging.get_logger("transformers.puzzlemoe")
@@ -30,7 +31,13 @@ logger = logging.get_logger("transformers.puzzlemoe")
 KINDS = ("weight", WORDS, STEPS)
 """What an expert's projection is stored as: the last part of a tensor's name."""
 
-DTYPES = {torch.bfloat16: "BF16", torch.int16: "I16", torch.uint8: "U8"}
+DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float32: "F32",
+}
 FLOATS = {"BF16", "F16", "F32"}
 """Dtypes as safetensors spells them."""
 
@@ -150,6 +157,17 @@ class CastToParameter(ConversionOps):
         return {full_layer_name: tensor.to(model.get_parameter(full_layer_name).dtype)}
 
 
+class DequantizeLinear(ConversionOps):
+    """An FP8 weight and its scales to the bf16 that they stand for."""
+
+    def convert(
+        self, input_dict: dict[str, list[Tensor]], full_layer_name: str, model: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """input_dict: by pattern, one tensor each; that of the scales is named after them."""
+        stored = {FP8_SCALE in pattern: tensors[0] for pattern, tensors in input_dict.items()}
+        return {full_layer_name: dequantize(stored[False], stored[True], (FP8_BLOCK, FP8_BLOCK))}
+
+
 @register_quantizer(QUANT_METHOD)
 class PuzzleMoEQuantizer(HfQuantizer):
     """Loads packed models as dense ones.  `from_pretrained` makes one and calls these methods in this order."""
@@ -178,7 +196,7 @@ class PuzzleMoEQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """Raises LayoutError unless the files have all of the model's tensors in their shapes, and no others."""
-        self.recast = check_files(model, checkpoint_files or [], self.quantization_config.layout)
+        self.recast, self.fp8 = check_files(model, checkpoint_files or [], self.quantization_config.layout)
         experts = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".experts." in name)
         logger.warning(
             f"{model.config.name_or_path}: experts are decoded to dense bfloat16, {experts / 2**30:.1f} GiB; "
@@ -188,7 +206,11 @@ class PuzzleMoEQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """transformers' conversions of the family, with stored experts decoded first."""
         recast = [WeightConverter(f"^{re.escape(name)}$", name, [CastToParameter()]) for name in self.recast]
-        return [self._decoding(entry) if is_of_experts(entry) else entry for entry in weight_conversions] + recast
+        fp8 = [
+            WeightConverter([f"^{re.escape(n)}$" for n in (name, scales_name(name))], name, [DequantizeLinear()])
+            for name in self.fp8
+        ]
+        return [self._decoding(entry) if is_of_experts(entry) else entry for entry in weight_conversions] + recast + fp8
 
     def _decoding(self, conversion: WeightConverter) -> WeightConverter:
         weights = list(conversion.source_patterns)
@@ -226,18 +248,21 @@ def without_file_name(config: Any) -> Any:
     return config
 
 
-def check_files(model: Any, files: list[str], layout: PuzzleConfig) -> list[str]:
+def check_files(model: Any, files: list[str], layout: PuzzleConfig) -> tuple[list[str], list[str]]:
     """Compares the files' headers with the model, whose missing parameters transformers would fill at random.
 
-    Returns the parameters that need a cast: under a quantizer, transformers does not convert tensors that it renames.
+    Returns the parameters that need a cast, since under a quantizer transformers does not convert tensors that it
+    renames, and those that are stored in FP8.
     Raises LayoutError for the first tensor that is missing, foreign, stored twice, or of another shape or dtype.
     """
     conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    fp8 = [rename_source_key(f"{layer}.weight", renamings, [])[0] for layer in layout.fp8]
     try:
         expected = expected_tensors(model, list(filter(is_of_experts, conversions)), layout)
+        expected |= expected_fp8(expected, fp8)
     except LayoutError as error:
         raise LayoutError(f"{model.config.name_or_path}: {error}") from None
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     found: dict[str, str] = {}
     recast = []
     for file in files:
@@ -255,7 +280,7 @@ def check_files(model: Any, files: list[str], layout: PuzzleConfig) -> list[str]
                     recast.append(name)
     if missing := sorted(expected.keys() - found.keys() - model.all_tied_weights_keys.keys()):
         raise LayoutError(f"{model.config.name_or_path} lacks {missing[0]}; tensors missing: {len(missing)}")
-    return recast
+    return recast, fp8
 
 
 @dataclass(frozen=True)
@@ -295,6 +320,23 @@ def expected_tensors(model: Any, conversions: list[WeightConverter], layout: Puz
             "transformers loads as one tensor: `puzzlemoe unpack` the model, unless its config.json was edited"
         )
     return expected
+
+
+def expected_fp8(expected: dict[str, Expected], names: list[str]) -> dict[str, Expected]:
+    """The tensors of linear layers in FP8, given a model's tensors and the names of these layers' weights.
+
+    Raises LayoutError for one that is no weight of the model's.
+    """
+    found: dict[str, Expected] = {}
+    for name in names:
+        if name not in expected or len(shape := expected[name].shape) != 2:
+            raise LayoutError(
+                f"quantization_config has {name} in fp8, which is no linear layer of the model: config.json was edited "
+                "or belongs to another model"
+            )
+        found[name] = Expected(shape, torch.float8_e4m3fn)
+        found[scales_name(name)] = Expected(scale_shape(shape, (FP8_BLOCK, FP8_BLOCK)), torch.float32)
+    return found
 
 
 def expected_experts(

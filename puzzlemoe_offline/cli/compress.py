@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,7 @@ from puzzlemoe_offline.cli.texts import CalibrationText
 from puzzlemoe_offline.methods.base import LayerMethod
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
+from puzzlemoe_offline.model.fp8_layers import fp8_weights
 from puzzlemoe_offline.model.hub import open_by_headers
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.recipe import ClusterRecipe, MethodName, RecipeError, RecipeName, named_recipe, reason
@@ -40,6 +42,13 @@ from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.plan import make_plan
 from puzzlemoe_offline.run.report import summary
 from puzzlemoe_offline.run.runner import check, run
+
+
+class Dense(StrEnum):
+    """What linear layers outside experts are written in."""
+
+    bf16 = "bf16"
+    fp8 = "fp8"
 
 
 def compress_command(
@@ -61,6 +70,12 @@ def compress_command(
     column: ColumnOption = None,
     samples: SamplesOption = DEFAULT_SAMPLES,
     sequence_length: WindowOption = None,
+    dense: Annotated[
+        Dense,
+        typer.Option(
+            help="Linear layers outside experts: bf16, or FP8 by blocks of 128 x 128, the source's where it has that."
+        ),
+    ] = Dense.bf16,
     device: DeviceOption = DEFAULT_DEVICE,
     revision: RevisionOption = None,
     dry_run: Annotated[
@@ -75,7 +90,9 @@ def compress_command(
     text = CalibrationText.checked(planned, calibration, column, samples, sequence_length, seed)
     # What is written may be published: a folder here goes by its name.
     name = planned.folder.resolve().name if commit is None else source
-    job = Job(LayerwiseModel(planned, device.usable()), chosen, name, commit, text.tokens if chosen.passes else 0)
+    tokens = text.tokens if chosen.passes else 0
+    fp8 = fp8_weights(planned) if dense is Dense.fp8 else frozenset()
+    job = Job(LayerwiseModel(planned, device.usable()), chosen, name, commit, tokens, fp8)
     check(job, out, resume)
     if dry_run:
         console.print(_plan_table(job))
@@ -118,8 +135,8 @@ def _plan_table(job: Job) -> Table:
     plan = make_plan(job)
     table = Table(title=f"{escape(job.source)}: plan (memory and time are estimates)", show_header=False)
     rows = [
-        ("expert weights", f"{decimal(plan.experts_before)} -> {decimal(plan.experts_after)}"),
-        ("other weights", f"{decimal(plan.other)}, unchanged"),
+        ("expert weights", plan.sizes.experts_text),
+        ("other weights", plan.sizes.other_text),
         ("peak host memory", decimal(plan.peak_host)),
         ("peak GPU memory", decimal(plan.peak_device) if plan.peak_device else "none"),
         ("disk", decimal(plan.disk)),

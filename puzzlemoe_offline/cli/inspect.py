@@ -18,6 +18,7 @@ from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.hub import locate, open_by_headers
 from puzzlemoe_offline.model.inspection import inspect
 from puzzlemoe_offline.score.distribution import expert_distribution
+from puzzlemoe_vllm.errors import shown
 
 CHECKED = {
     "headers": "headers checked, weights not read: every tensor is present, with its shape and dtype",
@@ -63,6 +64,9 @@ def inspect_command(
     )
     if facts["provenance"]:
         console.print(facts["provenance"])
+    if changed := facts["changed_files"]:
+        said = f"edited or gone since the model was written: {', '.join(map(shown, changed))}"
+        console.print(said, style="yellow", markup=False, soft_wrap=True)
     console.print(CHECKED[facts["checked"]], soft_wrap=True)
 
 

@@ -18,10 +18,17 @@ from torch import Tensor
 
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.families import Family, family_of
-from puzzlemoe_offline.model.other_formats import check_not_quantized, check_tensor_names, no_config_reason
+from puzzlemoe_offline.model.fp8 import ACTIVATIONS, BLOCKS, Fp8Form, check_scale, find_scales, form_of
+from puzzlemoe_offline.model.other_formats import (
+    ORIGINAL,
+    check_not_quantized,
+    check_tensor_names,
+    no_config_reason,
+)
 from puzzlemoe_offline.model.weight_files import CheckpointError, read_headers
 from puzzlemoe_vllm.errors import shown
 from puzzlemoe_vllm.format.codes import PairCode, get_code
+from puzzlemoe_vllm.format.fp8 import dequantize
 from puzzlemoe_vllm.format.layout import (
     STEPS,
     WORDS,
@@ -82,11 +89,15 @@ class Checkpoint:
         self.family: Family = family_of(self.config)
         self.quantization = self._quantization()
         self.has_weights = headers is None
-        if headers is None:
-            headers = check_headers(folder, self.quantization) if self.quantization else read_headers(folder)
+        if self.quantization:
+            headers = check_headers(folder, self.quantization, headers)
+        elif headers is None:
+            headers = read_headers(folder)
         self._headers = headers
         self._where = {name: file for file, header in headers.items() for name in header.tensors}
-        check_tensor_names(folder, self._where)
+        self.fp8 = self._fp8_form()
+        self._scales = self._find_scales() if self.fp8 else {}
+        check_tensor_names(folder, self.names)
         self._check_sizes()
         self.layers = self._size("num_hidden_layers")
         key = self.family.experts_key(self.config)
@@ -110,8 +121,23 @@ class Checkpoint:
         return shown(self.folder / "config.json", 200)
 
     def _quantization(self) -> PuzzleConfig | None:
+        """What config.json says of a packed model."""
         raw = self.config.get("quantization_config")
-        return None if raw is None else parse_config(raw, f"{self._config_path}: quantization_config")
+        if raw is None or form_of(raw):
+            return None
+        return parse_config(raw, f"{self._config_path}: quantization_config")
+
+    def _fp8_form(self) -> Fp8Form | None:
+        """How FP8 weights are scaled; None in a model that says that it has none."""
+        if self.quantization:
+            return BLOCKS if self.quantization.fp8 else None
+        return form_of(self.config.get("quantization_config"))
+
+    def _find_scales(self) -> dict[str, str]:
+        """The scale's name of each FP8 weight.  Raises Fp8Error."""
+        assert self.fp8
+        infos = {name: info for header in self._headers.values() for name, info in header.tensors.items()}
+        return find_scales(infos, self.fp8, self._config_path)
 
     def _check_sizes(self) -> None:
         """No size in config.json is larger than every tensor: memory for such a model is not asked for."""
@@ -135,7 +161,7 @@ class Checkpoint:
 
     def _by_layer(self) -> tuple[list[LayerTensors], tuple[str, ...]]:
         """Tensor names by decoder layer, and those outside layers: embedding, final norm and head."""
-        places = {name: re.match(r"(model\.layers\.([0-9]{1,9})\.(\w+))\.(experts\.)?", name) for name in self._where}
+        places = {name: re.match(r"(model\.layers\.([0-9]{1,9})\.(\w+))\.(experts\.)?", name) for name in self.names}
         found = len({match[2] for match in places.values() if match})
         if self.layers > found:
             raise CheckpointError(
@@ -163,10 +189,11 @@ class Checkpoint:
         ]
         return layers, tuple(outside)
 
-    @property
+    @functools.cached_property
     def names(self) -> list[str]:
-        """All tensor names, sorted."""
-        return sorted(self._where)
+        """All tensor names, sorted, but for the scales of FP8 weights, which belong to these."""
+        scales = set(self._scales.values())
+        return sorted(n for n in self._where if n not in scales and not (self.fp8 and n.endswith(ACTIVATIONS)))
 
     def layer(self, index: int) -> LayerTensors:
         """Names of a decoder layer's tensors."""
@@ -207,16 +234,41 @@ class Checkpoint:
         return self._info(name).shape
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor, from its file's header."""
-        info = self._info(name)
-        return math.prod(info.shape) * DTYPE_BITS[info.dtype] // 8
+        """Bytes of a tensor with its scale, from its file's header."""
+        infos = [self._info(name), *([self._info(self._scales[name])] if name in self._scales else [])]
+        return sum(math.prod(info.shape) * DTYPE_BITS[info.dtype] // 8 for info in infos)
 
     def _info(self, name: str) -> TensorInfo:
         return self._headers[self._where[name]].tensors[name]
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor as stored.  Raises CheckpointError when it is missing or cannot be read."""
-        return self._read(name, lambda handle: handle.get_tensor(name))
+    def tensor(self, name: str, part: int | None = None, device: str = "cpu") -> Tensor:
+        """A tensor, or a part of it along its first dimension: as stored, but for FP8 weights, which are converted on a
+        device to the bf16 that they stand for.
+
+        Raises CheckpointError when it is missing or cannot be read, Fp8Error for a scale that is not finite.
+        """
+        stored = self.stored(name, part)
+        if name not in self._scales:
+            return stored
+        assert self.fp8
+        return dequantize(stored.to(device), self.scale(name, part).to(device), self.fp8.block)
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a tensor is in FP8 with a scale for each block of `FP8_BLOCK` rows and columns."""
+        return name in self._scales and self.fp8 is not None and self.fp8.block == BLOCKS.block
+
+    def scale(self, name: str, part: int | None = None) -> Tensor:
+        """The scale of an FP8 weight as stored.  Raises as `tensor` does."""
+        scale = self.stored(self._scales[name], part)
+        check_scale(self._scales[name], scale)
+        return scale
+
+    def stored(self, name: str, part: int | None = None) -> Tensor:
+        """A tensor, or a part of it along its first dimension, as it lies in the file.  Raises CheckpointError when it
+        is missing or cannot be read."""
+        if part is None:
+            return self._read(name, lambda handle: handle.get_tensor(name))
+        return self._read(name, lambda handle: handle.get_slice(name)[part])
 
     def _read(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
         """What is read of a tensor through its file's handle."""
@@ -240,8 +292,8 @@ class Checkpoint:
         return {}
 
     def plain_tensor(self, name: str) -> Tensor:
-        """A tensor that belongs to no merged expert, as stored.  Raises CheckpointError when it is missing, is not
-        finite, or of another dtype than `FLOATS`."""
+        """A tensor that belongs to no merged expert, as `tensor` gives it.  Raises CheckpointError when it is missing,
+        not finite, or of another dtype than `FLOATS` and no FP8 weight."""
         self._require(name)
         self._check_dtype(name)
         tensor = self.tensor(name)
@@ -250,10 +302,9 @@ class Checkpoint:
         return tensor
 
     def _check_dtype(self, name: str) -> None:
-        if (dtype := self._info(name).dtype) not in FLOATS:
+        if (dtype := self._info(name).dtype) not in FLOATS and name not in self._scales:
             raise CheckpointError(
-                f"{shown(name)} in {shown(self.file_of(name))}: dtype {dtype} is not bf16, fp16 or fp32; start from "
-                "the 16-bit original"
+                f"{shown(name)} in {shown(self.file_of(name))}: dtype {dtype} is not bf16, fp16 or fp32; {ORIGINAL}"
             )
 
     def expert(self, layer: int, expert: int, device: str = "cpu") -> Expert:
@@ -275,11 +326,11 @@ class Checkpoint:
         self._check_dtype(stored)
         if stored == fused:
             name = f"{fused}[{expert}]"
-            weight = self._read(fused, lambda handle: handle.get_slice(fused)[expert])
+            weight = self.tensor(fused, expert, device)
             if index < 2:
                 weight = weight.chunk(2)[index]
         else:
-            name, weight = stored, self.tensor(stored)
+            name, weight = stored, self.tensor(stored, device=device)
         self._check_shape(name, tuple(weight.shape), index)
         weight = weight.to(device, torch.bfloat16)
         if not bool(torch.isfinite(weight).all()):
@@ -345,7 +396,7 @@ class Checkpoint:
                     f"{self.config['model_type']} has with {self.experts} experts: config.json belongs to another "
                     "model, or the model is no plain one"
                 )
-        for name in self._where:
+        for name in self.names:
             if not name.endswith((f".{WORDS}", f".{STEPS}")):
                 self._check_dtype(name)
 
@@ -398,14 +449,19 @@ class Checkpoint:
         """Bytes of all routed experts in bf16."""
         return self.expert_bytes * self.experts * len(self.moe_layers)
 
+    def stored_bytes(self, routed: bool) -> int:
+        """Bytes of all routed experts, or of everything else, as they lie in the files."""
+        names = [name for layer in self._layers for name in (layer.experts if routed else layer.plain)]
+        return sum(map(self.nbytes, names if routed else [*names, *self.outside]))
+
     @property
     def other_bytes(self) -> int:
-        """Bytes of everything but routed experts, as it is written: see `tensors.as_written`."""
+        """Bytes of everything but routed experts, as `tensors.as_written` gives it."""
         plain = [name for layer in self._layers for name in layer.plain]
         return sum(self.written_bytes(name) for name in [*plain, *self.outside])
 
     def written_bytes(self, name: str) -> int:
-        """Bytes of a tensor of no routed expert once it is written."""
+        """Bytes of a tensor of no routed expert, as `tensors.as_written` gives it."""
         entries = math.prod(self.shape(name))
         return entries * (4 if kept_in_float32(name) and self._info(name).dtype == "F32" else 2)
 
@@ -423,7 +479,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Digest of config.json and of every file's name, size and tensor table; weights are not read."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in self.names:
+        for name in sorted(self._where):
             digest.update(f"{name}|{self.shape(name)}|{self.file_of(name)}".encode())
         for file in sorted(self._headers):
             status = (self.folder / file).stat()

@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,19 +18,19 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    SafetensorsParsingError,
 )
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.weight_files import CheckpointError, check_places, files_without_index
 from puzzlemoe_vllm.errors import shown
 from puzzlemoe_vllm.format.shards import (
-    DTYPE_BITS,
     INDEX,
     LFS_POINTER,
     ShardHeader,
-    TensorInfo,
+    header_length,
     open_regular,
+    parse_header,
     read_header,
     read_weight_map,
 )
@@ -48,6 +47,9 @@ SMALL_FILES = (
     "*.tiktoken",
 )
 """What a model folder holds beside its weights: configuration, tokenizer, chat templates, licence."""
+
+FIRST_BYTES = 100_000
+"""Of a file, asked for at once: most headers are shorter."""
 
 NOT_COPIED = ("config.json", "adapter_config.json", "quantize_config.json", "quant_config.json")
 """Small files that would be wrong beside other weights; so would an index."""
@@ -143,23 +145,33 @@ def _header(source: str, found: Located, file: str) -> ShardHeader:
     """The header of a hub model's file: of a fetched one, or by a request of some kilobytes."""
     if (found.folder / file).exists():
         return read_header(found.folder / file)
-    where = f"{shown(source)}: {shown(file)}"
+    assert found.commit
+    path = Path(source) / file
     try:
-        header = HfApi().parse_safetensors_file_metadata(source, file, revision=found.commit)
-        tensors = {name: _tensor_info(tensor) for name, tensor in header.tensors.items()}
-        return ShardHeader(tensors, dict(header.metadata), "")
+        start, size = read_range(source, found.commit, file, 0, FIRST_BYTES)
+        end = 8 + header_length(path, start, size)
+        if end > len(start):
+            start, _ = read_range(source, found.commit, file, 0, end)
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise CheckpointError(f"{where} could not be fetched ({shown(_one_line(error))})") from None
-    except (SafetensorsParsingError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where} has no header that can be read ({shown(_one_line(error))})") from None
+        raise CheckpointError(
+            f"{shown(source)}: {shown(file)} could not be fetched ({shown(_one_line(error))})"
+        ) from None
+    return parse_header(path, start[8:end], size)
 
 
-def _tensor_info(tensor: Any) -> TensorInfo:
-    """Raises ValueError for what is no tensor."""
-    shape = tuple(tensor.shape)
-    if tensor.dtype not in DTYPE_BITS or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-        raise ValueError(f"dtype {shown(tensor.dtype, 20)}, shape {shown(shape, 40)}")
-    return TensorInfo(tensor.dtype, shape)
+def read_range(source: str, commit: str, file: str, first: int, end: int) -> tuple[bytes, int]:
+    """Bytes `first` to `end` of a hub model's file, or as many as there are, and the bytes of all of it.
+
+    Raises HfHubHTTPError, httpx.HTTPError, and OSError for an answer that is no part of a file.
+    """
+    headers = build_hf_headers() | {"range": f"bytes={first}-{end - 1}"}
+    url = hf_hub_url(source, file, revision=commit)
+    answer = get_session().get(url, headers=headers, timeout=constants.DEFAULT_REQUEST_TIMEOUT)
+    hf_raise_for_status(answer)
+    whole = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("content-range", ""))
+    if whole is None:
+        raise OSError("the server does not send parts of files")
+    return answer.content, int(whole[1])
 
 
 def _fetch(source: str, revision: str | None, patterns: list[str]) -> Path:

@@ -8,14 +8,15 @@ from typing import Any
 from puzzlemoe_offline.model.checkpoint import Checkpoint, LayerTensors
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_vllm.format.layout import STEPS, WORDS
-from puzzlemoe_vllm.format.shards import check_digests, has_digests
+from puzzlemoe_vllm.format.shards import changed_files, check_digests, has_digests
 
 
 def inspect(checkpoint: Checkpoint, quick: bool = False) -> dict[str, Any]:
     """Sizes in bytes per part, pairs or clusters, and the recipe.
 
     Reads every tensor, and compares every shard with its digest where the index has digests; `quick` leaves it at
-    headers.  `checked` says which it was: headers, values, or digests (and values).
+    headers.  `checked` says which it was: headers, values, or digests (and values).  `changed_files`: those beside the
+    shards that are not as they were written.
     Raises UserError naming the first file that is not what was written, or the first tensor that is missing, misshapen,
     of a wrong dtype, not finite, or none of the model's.
     """
@@ -45,6 +46,7 @@ def inspect(checkpoint: Checkpoint, quick: bool = False) -> dict[str, Any]:
         "clusters": sum(len(set(centres)) for centres in packed.clusters.values()) if packed else 0,
         "bytes": dict(sorted(sizes.items())),
         "checked": "headers" if quick else "digests" if digests else "values",
+        "changed_files": changed_files(checkpoint.folder),
         "total_bytes": sum(sizes.values()),
         "code": packed.code if packed and packed.merged_experts else None,
         "provenance": packed.provenance.model_dump() if packed and packed.provenance else None,

@@ -7,11 +7,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from puzzlemoe_offline.model.fp8 import form_of
 from puzzlemoe_vllm.errors import UserError, shown
 from puzzlemoe_vllm.format.layout import QUANT_METHOD
 from puzzlemoe_vllm.format.shards import read_json_object
 
-ORIGINAL = "start from the 16-bit original"
+ORIGINAL = "start from the 16-bit original, or from an FP8 one"
+
+METHODS = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "mxfp4": "MXFP4, 4.25 bits a weight",
+    "fbgemm_fp8": "FBGEMM's FP8",
+    "modelopt": "ModelOpt",
+    "modelopt_fp4": "ModelOpt",
+    "auto-round": "AutoRound",
+    "torchao": "TorchAO",
+    "quark": "Quark",
+    "fp8": "FP8 in a form that is not read here",
+}
+"""What messages call a `quant_method`, where its own name says less."""
 
 QUANTIZATION_FILES = {
     "quantize_config.json": "GPTQ",
@@ -60,7 +75,8 @@ def check_not_quantized(folder: Path, config: dict[str, Any]) -> None:
                 continue
             if not isinstance(raw, dict):
                 raise ForeignFormat(f"{where}: {key} is {shown(repr(raw))}, expected a JSON object: copy it again")
-            if key != "quantization_config" or raw.get("quant_method") != QUANT_METHOD:
+            readable = fields is config and (raw.get("quant_method") == QUANT_METHOD or form_of(raw))
+            if key != "quantization_config" or not readable:
                 raise ForeignFormat(f"{where}: already quantized with {_method(key, raw)}; {ORIGINAL}")
     for name, method in QUANTIZATION_FILES.items():
         if (folder / name).exists():
@@ -68,13 +84,34 @@ def check_not_quantized(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _method(key: str, raw: dict[str, Any]) -> str:
-    """What a quantization_config calls its method."""
-    if key == "compression_config":
-        return "compressed-tensors"
-    named = raw.get("quant_method") or raw.get("quant_algo")
-    if named is None and {"bits", "group_size"} <= raw.keys():
-        return "MLX"
-    return shown(repr(named), 60)
+    """What a quantization_config calls its method, with what it says of bits."""
+    named = raw.get("quant_method")
+    if key == "compression_config" or named == "compressed-tensors":
+        return _compressed_tensors(raw)
+    if named is None and "quant_algo" not in raw and {"bits", "group_size"} <= raw.keys():
+        named = "MLX"
+    known = METHODS.get(named) if isinstance(named, str) else None
+    said = [known or named, raw.get("quant_algo"), _bits(raw)]
+    return shown(" ".join(str(part) for part in said if part), 60)
+
+
+def _bits(raw: dict[str, Any]) -> str | None:
+    bits = next((raw[key] for key in ("bits", "w_bit") if key in raw), None)
+    for number in (4, 8):
+        if raw.get(f"load_in_{number}bit") or raw.get(f"_load_in_{number}bit"):  # bitsandbytes
+            bits = number
+    return None if bits is None else f"of {bits} bits"
+
+
+def _compressed_tensors(raw: dict[str, Any]) -> str:
+    """Its format, and the weights of its first group."""
+    said = f"compressed-tensors {raw.get('format') or ''}".strip()
+    match raw.get("config_groups"):
+        case {**groups} if groups:
+            match next(iter(groups.values())):
+                case {"weights": {"type": kind, "num_bits": bits, **rest}}:
+                    said += f" ({kind}{bits}, a scale a {rest.get('strategy', 'tensor')})"
+    return shown(said, 100)
 
 
 def check_tensor_names(folder: Path, names: Iterable[str]) -> None:

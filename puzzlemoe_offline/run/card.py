@@ -12,8 +12,6 @@ from puzzlemoe_offline.model.families import Family
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.report import REPORT, Report, warnings, worst_expert
 
-CARD = "README.md"
-
 
 def serve_command(folder: str, family: Family) -> str:
     """What serves a packed model, as a shell reads it."""
@@ -45,7 +43,7 @@ def _packed_card(job: Job, report: Report) -> str:
         + ("in clusters with MergeMoE" if clustered else "in pairs with PuzzleMoE"),
         "",
         f"Routed experts take {decimal(sizes.experts_after)} instead of {decimal(sizes.experts_before)}; "
-        f"the other {decimal(sizes.other)} are unchanged.",
+        f"everything else: {sizes.other_text}.",
         "",
         "## Serve",
         f"With vLLM and its plugin puzzlemoe-vllm {report.tool_version} installed:",

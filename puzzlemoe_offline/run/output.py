@@ -6,6 +6,7 @@ says which run wrote the folder, so that resuming a finished one is no error.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,12 +27,14 @@ from torch import Tensor
 from puzzlemoe_offline.methods.base import LayerRecord
 from puzzlemoe_offline.model.hub import small_files
 from puzzlemoe_offline.run.files import OutputError, is_intact, put, sync, write_file, writing
+from puzzlemoe_offline.run.report import REPORT
 from puzzlemoe_offline.run.work import FinishedShard, WorkFolder
 from puzzlemoe_vllm.format.layout import LayoutError, parse_config
 from puzzlemoe_vllm.format.shards import (
     INDEX,
     ShardRecord,
     check_headers,
+    file_digest,
     index_with_records,
     read_json_object,
     record_shard,
@@ -263,16 +266,23 @@ class ModelFolder:
                     self._write(target, path.read_bytes())
             for name, text in files.items():
                 self._write(self.folder / name, text.encode())
-            self._write(self.folder / INDEX, _json(self._index(config)))
+            digests = self._file_digests(source, files) | {CONFIG: hashlib.sha256(_json(config)).hexdigest()}
+            self._write(self.folder / INDEX, _json(self._index(config, digests)))
             self._write(self.folder / CONFIG, _json(config))
             self.work.remove()
             sync(self.folder)
 
+    def _file_digests(self, source: Path, files: dict[str, str]) -> dict[str, str]:
+        """SHA-256 of the files beside the shards, by name, but for the report, which has times in it."""
+        copied = {path.relative_to(source).as_posix() for path in small_files(source)}
+        names = sorted((copied | files.keys()) - {REPORT})
+        return {name: file_digest(self.folder / name, self.folder) for name in names}
+
     def _write(self, target: Path, data: bytes) -> None:
         write_file(target, data, self.work.partial)
 
-    def _index(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The index of the finished shards, with the run that wrote them."""
+    def _index(self, config: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
+        """The index of the finished shards, with the run that wrote them and the digests of other files."""
         weight_map: dict[str, str] = {}
         records: dict[str, ShardRecord] = {}
         total = 0
@@ -285,7 +295,7 @@ class ModelFolder:
         packed = config.get("quantization_config")
         layout = parse_config(packed) if packed else None
         index = index_with_records(self.folder, weight_map, total, layout, records)
-        index["metadata"]["run_sha256"] = self._fingerprint
+        index["metadata"] |= {"files": files, "run_sha256": self._fingerprint}
         return index
 
 

@@ -17,7 +17,7 @@ from puzzlemoe_offline.calibration.statistics import ProjectionInputs, add_momen
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.layerwise import activation_dtype
-from puzzlemoe_offline.run.job import Job
+from puzzlemoe_offline.run.job import Job, Sizes
 from puzzlemoe_offline.words.nearest import SCORES
 from puzzlemoe_offline.words.pack import ENTRIES, Losses, pack_matrix
 
@@ -36,9 +36,7 @@ class Plan:
     the host's); disk: what it writes, at most at one time.
     """
 
-    experts_before: int
-    experts_after: int
-    other: int
+    sizes: Sizes
     disk: int
     peak_host: int
     peak_device: int
@@ -53,8 +51,9 @@ def make_plan(job: Job) -> Plan:
     checkpoint = job.checkpoint
     on_cpu = torch.device(job.device).type == "cpu"
     width = activation_dtype(job.device).itemsize
-    layer_other = max(sum(map(checkpoint.nbytes, checkpoint.layer(layer).plain)) for layer in range(checkpoint.layers))
-    embedding = max(map(checkpoint.nbytes, checkpoint.outside))
+    plain = [checkpoint.layer(layer).plain for layer in range(checkpoint.layers)]
+    layer_other = max(sum(map(checkpoint.written_bytes, names)) for names in plain)
+    embedding = max(map(checkpoint.written_bytes, checkpoint.outside))
     expert, moe_layers = checkpoint.expert_bytes, len(checkpoint.moe_layers)
     layer_experts, packed = expert * checkpoint.experts, job.experts_after // moe_layers
     on_device = layer_experts + packed + layer_other * width // 2 + expert * width // 2 + embedding * width // 2
@@ -62,9 +61,7 @@ def make_plan(job: Job) -> Plan:
     # From a GPU the packed layer goes to pinned memory, whose blocks have powers of two as sizes.
     host = job.states_bytes + layer_other + (on_device if on_cpu else expert + 2 * packed)
     return Plan(
-        experts_before=checkpoint.routed_bytes,
-        experts_after=job.experts_after,
-        other=checkpoint.other_bytes,
+        sizes=job.sizes,
         disk=job.disk_bytes,
         peak_host=host,
         peak_device=0 if on_cpu else on_device,

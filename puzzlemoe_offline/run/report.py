@@ -9,12 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Group
-from rich.filesize import decimal
 from rich.table import Table
 
 from puzzlemoe_offline.calibration.text import Calibration
 from puzzlemoe_offline.methods.base import LayerRecord
-from puzzlemoe_offline.run.job import Job
+from puzzlemoe_offline.run.job import Job, Sizes
 from puzzlemoe_offline.version import VERSION
 from puzzlemoe_vllm.format.layout import Provenance
 
@@ -23,18 +22,6 @@ NAMED = 4
 """Layers whose experts a warning names."""
 
 MB = 1e6
-
-
-class Sizes(BaseModel):
-    """Bytes of routed experts, as source and method store them, and of everything else.
-
-    experts_after: of the tensors that were written, or, of a method whose results are written in bf16, of what its own
-    storage would take.
-    """
-
-    experts_before: int
-    experts_after: int
-    other: int
 
 
 class Report(BaseModel):
@@ -72,7 +59,7 @@ def build_report(job: Job, calibration: Calibration | None, records: list[LayerR
         source=job.source,
         revision=job.revision,
         tool_version=VERSION,
-        recipe=job.method.choices(job.checkpoint),
+        recipe=job.choices,
         calibration={
             "source": calibration.source,
             "tokens": calibration.tokens.numel(),
@@ -80,12 +67,8 @@ def build_report(job: Job, calibration: Calibration | None, records: list[LayerR
         }
         if calibration
         else None,
-        bytes=Sizes(
-            experts_before=job.checkpoint.routed_bytes,
-            experts_after=sum(record.expert_bytes or 0 for record in records)
-            if job.method.packs
-            else job.experts_after,
-            other=job.checkpoint.other_bytes,
+        bytes=job.sizes.model_copy(
+            update={"experts_after": sum(record.expert_bytes or 0 for record in records)} if job.method.packs else {}
         ),
         bytes_per_token=_loaded(job, calibration, records) if calibration else None,
         seconds={stage: sum(record.seconds.get(stage, 0.0) for record in records) for stage in stages},
@@ -117,7 +100,7 @@ def provenance(job: Job, calibration: Calibration | None) -> Provenance:
         source=job.source,
         revision=job.revision,
         tool_version=VERSION,
-        recipe=job.method.choices(job.checkpoint),
+        recipe=job.choices,
         calibration={
             "source": calibration.source,
             "samples": calibration.tokens.shape[0],
@@ -139,8 +122,8 @@ def summary(report: Report) -> Group:
         table.add_row(*_row(layer))
     sizes = report.bytes
     lines = [
-        f"expert weights  {decimal(sizes.experts_before)} -> {decimal(sizes.experts_after)}",
-        f"other weights   {decimal(sizes.other)}, unchanged",
+        f"expert weights  {sizes.experts_text}",
+        f"other weights   {sizes.other_text}",
         "seconds         " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items()),
     ]
     if loaded := report.bytes_per_token:

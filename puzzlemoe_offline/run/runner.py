@@ -14,12 +14,13 @@ from puzzlemoe_offline.model.hub import small_files
 from puzzlemoe_offline.model.layerwise import LayerExperts, batch_size
 from puzzlemoe_offline.model.tensors import plain_tensors, tensors_outside_layers
 from puzzlemoe_offline.model.tokenizer import mended_config
-from puzzlemoe_offline.run.card import CARD, model_card
+from puzzlemoe_offline.run.card import model_card
 from puzzlemoe_offline.run.files import OutputError
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.output import ModelFolder
 from puzzlemoe_offline.run.report import REPORT, Report, build_report, provenance
 from puzzlemoe_vllm.format.layout import TRANSFORMERS_WEIGHTS
+from puzzlemoe_vllm.format.shards import CARD
 
 
 def check(job: Job, out: Path, resume: bool) -> ModelFolder:
@@ -72,7 +73,7 @@ def _write(
         on_layer(record)
     for new, states in _layers(job, calibration, folder, len(records)):
         record = new.record
-        tensors = plain_tensors(checkpoint, record.layer, record.order) | new.tensors
+        tensors = plain_tensors(checkpoint, record.layer, record.order, job.fp8) | new.tensors
         del new  # not to be held while the next layer is made
         last = record.layer + 1 == checkpoint.layers
         folder.write_shard(record.layer, tensors, None if last else states, record)
@@ -96,7 +97,8 @@ def _config(job: Job, calibration: Calibration | None, records: list[LayerRecord
     config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     config[checkpoint.family.experts_key(checkpoint.config)] = job.method.experts_left(checkpoint)
     if quantization := job.method.quantization(checkpoint, records):
-        known = quantization.model_copy(update={"provenance": provenance(job, calibration)})
+        update = {"provenance": provenance(job, calibration), "fp8": job.fp8_layers}
+        known = quantization.model_copy(update=update)
         config["quantization_config"] = known.model_dump(mode="json")
         config["transformers_weights"] = TRANSFORMERS_WEIGHTS
     return config

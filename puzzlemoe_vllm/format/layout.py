@@ -60,6 +60,8 @@ class PuzzleConfig(BaseModel):
     these have tensors, dense ones.  The router keeps choosing among all experts.
     code: of the pair words; None when nothing is merged in pairs.
     group_size: input columns that share a step; None for codes without steps.
+    fp8: linear layers outside routed experts that are stored in FP8, by the names of their weights on disk without
+    `.weight`; beside each lie its scales, see `format.fp8`.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -70,6 +72,7 @@ class PuzzleConfig(BaseModel):
     group_size: int | None = None
     merged_experts: dict[int, int] = Field(default_factory=dict)
     clusters: dict[int, list[int]] = Field(default_factory=dict)
+    fp8: list[str] = Field(default_factory=list)
     provenance: Provenance | None = None
 
     @field_validator("format_version")
@@ -146,11 +149,12 @@ def parse_config(raw: dict[str, Any], where: str = "quantization_config") -> Puz
 
 
 def layout_digest(config: PuzzleConfig) -> str:
-    """SHA-256 of what decides how tensors are read: code, group size, pairs and clusters.
+    """SHA-256 of what decides how tensors are read: code, group size, pairs and clusters, and FP8 layers if there are.
 
     The index keeps it: two clusterings with the same centres have the same tensors.
     """
-    fields = config.model_dump(mode="json", include={"code", "group_size", "merged_experts", "clusters"})
+    read = {"code", "group_size", "merged_experts", "clusters"}
+    fields = config.model_dump(mode="json", include=read | ({"fp8"} if config.fp8 else set()))
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

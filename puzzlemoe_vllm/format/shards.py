@@ -25,6 +25,7 @@ from torch import Tensor
 
 from puzzlemoe_vllm.errors import shown
 from puzzlemoe_vllm.format.codes import get_code
+from puzzlemoe_vllm.format.fp8 import FP8_BLOCK, FP8_SCALE, scale_shape, scales_name
 from puzzlemoe_vllm.format.layout import (
     EXPERT_COUNTS,
     FORMAT_VERSION,
@@ -36,6 +37,8 @@ from puzzlemoe_vllm.format.layout import (
 )
 
 INDEX = "model.safetensors.index.json"
+
+CARD = "README.md"
 
 VERSION_KEY, CODE_KEY = "puzzlemoe_format_version", "puzzlemoe_code"
 """Keys of a packed shard's safetensors metadata."""
@@ -63,6 +66,9 @@ DTYPE_BITS = (
 )
 """Bits of an element, by safetensors' names of dtypes."""
 
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+"""safetensors' names of 8-bit floats; the first is that of FP8 weights."""
+
 STORED_DTYPES = {"int16": "I16", "uint8": "U8"}
 """safetensors' names of the dtypes that words have."""
 
@@ -77,11 +83,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The header of a safetensors file.  sha256: of its JSON text as it stands in the file."""
+    """The header of a safetensors file.  sha256: of its JSON text as it stands in the file; bytes: of all the file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     sha256: str
+    bytes: int
 
 
 class ShardRecord(BaseModel):
@@ -95,11 +102,12 @@ class ShardRecord(BaseModel):
 
 
 class _Records(BaseModel):
-    """`metadata` of the index of a folder that this project wrote."""
+    """`metadata` of the index of a folder that this project wrote.  files: SHA-256 of the files beside the shards."""
 
     model_config = ConfigDict(extra="ignore")
 
     shards: dict[str, ShardRecord]
+    files: dict[str, str] = {}
 
 
 class _PackedMetadata(_Records):
@@ -215,14 +223,26 @@ def read_header(path: Path) -> ShardHeader:
     """The header of a safetensors file.  Raises LayoutError when it is damaged, or does not fit the file's size."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise _fault(path, "is a git-lfs pointer, not the weights: run git lfs pull")
-        length = int.from_bytes(start[:8], "little")
-        if len(start) < 8 or length > min(LARGEST_HEADER, size - 8):
-            raise _fault(path, "is no safetensors file, or cut short: copy or download it again")
+        length = header_length(path, file.read(len(LFS_POINTER)), size)
         file.seek(8)
         text = file.read(length)
+    return parse_header(path, text, size)
+
+
+def header_length(path: Path, start: bytes, size: int) -> int:
+    """Bytes of a header's JSON text, which begins at byte 8, given a file's first bytes and its size.  Raises
+    LayoutError for what is no safetensors file."""
+    if start.startswith(LFS_POINTER):
+        raise _fault(path, "is a git-lfs pointer, not the weights: run git lfs pull")
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or length > min(LARGEST_HEADER, size - 8):
+        raise _fault(path, "is no safetensors file, or cut short: copy or download it again")
+    return length
+
+
+def parse_header(path: Path, text: bytes, size: int) -> ShardHeader:
+    """The header of a file of `size` bytes.  Raises LayoutError when it is damaged, or does not fit that size."""
+    length = len(text)
     fields = parse_json_object(path, text, "header ")
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -240,7 +260,7 @@ def read_header(path: Path) -> ShardHeader:
             path, f"has {size - 8 - length} bytes of tensors, its header says {end}: copy or download the file again"
         )
     infos = {name: info for name, (info, _) in tensors.items()}
-    return ShardHeader(infos, metadata, hashlib.sha256(text).hexdigest())
+    return ShardHeader(infos, metadata, hashlib.sha256(text).hexdigest(), size)
 
 
 def _tensor(path: Path, name: str, fields: Any) -> tuple[TensorInfo, tuple[int, int]]:
@@ -288,10 +308,10 @@ def save_shard(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str])
         file.write(text.ljust(length))
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a whole file, read in blocks.  Raises LayoutError when it cannot be read."""
+def file_digest(path: Path, folder: Path | None = None) -> str:
+    """SHA-256 of a whole file, read in blocks.  folder: as in `open_regular`, which says what it raises, too."""
     digest = hashlib.sha256()
-    with open_regular(path) as file:
+    with open_regular(path, folder) as file:
         try:
             while block := file.read(BLOCK):
                 digest.update(block)
@@ -346,19 +366,21 @@ def _index_of(folder: Path, kind: type[Metadata]) -> tuple[dict[str, str], Metad
     return weight_map, metadata
 
 
-def check_headers(folder: Path, config: PuzzleConfig) -> dict[str, ShardHeader]:
+def check_headers(
+    folder: Path, config: PuzzleConfig, found: dict[str, ShardHeader] | None = None
+) -> dict[str, ShardHeader]:
     """Headers by file name of a packed folder that holds exactly what was written, as far as headers tell.
 
-    config: `quantization_config` of its config.json.  Raises LayoutError: one line that names the file or tensor and
-    the way out.
+    config: `quantization_config` of its config.json.  found: headers of files that are not in the folder.
+    Raises LayoutError: one line that names the file or tensor and the way out.
     """
     weight_map, metadata = _index_of(folder, _PackedMetadata)
     _check_no_others(folder, metadata.shards)
     headers = {}
     for name, record in sorted(metadata.shards.items()):
-        header = headers[name] = read_header(folder / name)
+        header = headers[name] = read_header(folder / name) if found is None else found[name]
         _check_metadata(folder / name, header.metadata, config)
-        if header.sha256 != record.header_sha256 or (folder / name).stat().st_size != record.bytes:
+        if header.sha256 != record.header_sha256 or header.bytes != record.bytes:
             raise _fault(
                 folder / name,
                 f"its tensors are not those that {INDEX} was written with{_difference(name, header, weight_map)}: "
@@ -372,6 +394,7 @@ def check_headers(folder: Path, config: PuzzleConfig) -> dict[str, ShardHeader]:
         tensor = next(name for name, file in weight_map.items() if name not in headers[file].tensors)
         raise _fault(folder / weight_map[tensor], f"tensor {shown(tensor)} is missing: copy or download it again")
     _check_experts(folder, headers, config)
+    _check_fp8(folder, headers, config)
     if layout_digest(config) != metadata.layout_sha256:
         raise _fault(
             folder / "config.json",
@@ -517,12 +540,54 @@ def _check_projection(folder: Path, tensors: dict[tuple[int, str, str], _ExpertT
             )
 
 
+def _check_fp8(folder: Path, headers: dict[str, ShardHeader], config: PuzzleConfig) -> None:
+    """The tensors in FP8 are exactly the layers that config.json names, and each has its scales."""
+    weights = {f"{layer}.weight" for layer in config.fp8}
+    found = {name: (file, info) for file, header in headers.items() for name, info in header.tensors.items()}
+    scales = {scales_name(name): name for name in weights}
+    for name, (file, info) in found.items():
+        if (info.dtype in FP8_DTYPES and name not in weights) or (name.endswith(FP8_SCALE) and name not in scales):
+            raise _fault(
+                folder / file,
+                f"holds {shown(name)}, but config.json's quantization_config does not name its layer in fp8: it was "
+                "edited or belongs to another model; copy or download the folder again",
+            )
+    for scale, weight in scales.items():
+        for name in (weight, scale):
+            if name not in found:
+                raise _fault(folder, f"has no {shown(name)}, whose layer config.json's quantization_config has in fp8")
+        (file, stored), (_, held) = found[weight], found[scale]
+        shape = scale_shape(stored.shape, (FP8_BLOCK, FP8_BLOCK)) if len(stored.shape) == 2 else None
+        if stored.dtype != FP8_DTYPES[0] or held != TensorInfo("F32", shape or ()):
+            raise _fault(
+                folder / file,
+                f"{shown(weight)} is {stored.dtype} {shown(stored.shape)} and {held.dtype} {shown(held.shape)}: "
+                f"expected {FP8_DTYPES[0]}, and F32 for its blocks; compress the source again",
+            )
+
+
 def has_digests(folder: Path) -> bool:
     """Whether a folder's index has digests of its shards.  Raises LayoutError for an index that cannot be read."""
     if not os.path.lexists(folder / INDEX):
         return False
     metadata = read_json_object(folder / INDEX).get("metadata")
     return isinstance(metadata, dict) and "shards" in metadata
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Names of files beside the shards that are not as they were written: edited, or gone.  A card that is gone is none
+    of them, since the hub's are not fetched with a model.
+
+    Raises LayoutError for an index that cannot be read, and for a file that is none of the folder's own.
+    """
+    if not has_digests(folder):
+        return []
+    files = _index_of(folder, _Records)[1].files
+    for name in files:
+        for part in name.split("/"):
+            _check_file_name(folder / INDEX, part)
+    there = {name: os.path.lexists(folder / name) for name in files if name != CARD or os.path.lexists(folder / name)}
+    return [name for name in sorted(there) if not there[name] or file_digest(folder / name, folder) != files[name]]
 
 
 def check_digests(folder: Path, workers: int | None = None) -> None:

@@ -21,7 +21,9 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from vllm.model_executor.layers.quantization import fp8 as vllm_fp8
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -438,3 +440,41 @@ def test_all2all_backend_that_needs_modular_kernels_is_refused(layer):
     with pytest.raises(ValueError, match=r"deepep_low_latency.*allgather_reducescatter"):
         routed_experts(ranks.parallel_config(0, **fields), layer)
     routed_experts(ranks.parallel_config(0, dp_size=2), layer)
+
+
+@pytest.fixture
+def linear_method(monkeypatch):
+    """What a linear layer of a name gets, in a model that has some in FP8."""
+    served = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
+    monkeypatch.setattr(vllm_fp8, "get_current_vllm_config", lambda: served, raising=False)
+    names = [f"model.layers.0.{n}_proj" for n in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.shared_experts.up")]
+    config = {"quant_method": "puzzlemoe", "code": "mask16", "merged_experts": {"0": 2}, "fp8": names}
+    quantization = get_quantization_config("puzzlemoe").from_config(config)
+    linear = LinearBase.__new__(LinearBase)
+    torch.nn.Module.__init__(linear)
+    return quantization, lambda name: quantization.get_quant_method(linear, f"model.layers.0.{name}")
+
+
+def test_linear_layers_in_fp8_get_vllm_s_method(linear_method):
+    _, method_of = linear_method
+    for name in ("self_attn.qkv_proj", "self_attn.k_proj"):
+        found = method_of(name)
+        assert type(found) is vllm_fp8.Fp8LinearMethod and found.block_quant
+        assert found.quant_config.is_checkpoint_fp8_serialized and found.quant_config.weight_block_size == [128, 128]
+    for name in ("self_attn.o_proj", "mlp.gate", "mlp.gate_up_proj"):
+        assert type(method_of(name)) is UnquantizedLinearMethod
+
+
+def test_a_layer_half_in_fp8_is_refused(linear_method):
+    with pytest.raises(LayoutError, match="has only some of gate_proj, up_proj in fp8"):
+        linear_method[1]("mlp.shared_experts.gate_up_proj")
+
+
+def test_layers_that_a_model_fuses_or_renames(linear_method):
+    quantization, method_of = linear_method
+    quantization.packed_modules_mapping = {"qk_proj": ["q_proj", "k_proj"]}
+    assert type(method_of("self_attn.qk_proj")) is vllm_fp8.Fp8LinearMethod
+    quantization.apply_vllm_mapper(
+        SimpleNamespace(apply_list=lambda names: [n.replace("layers.0", "layers.7") for n in names])
+    )
+    assert type(method_of("self_attn.qk_proj")) is UnquantizedLinearMethod

@@ -11,9 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import models as tiny_models
 from support.engine import PROMPTS
+from support.fp8 import write_fp8
+from support.runs import run_method, unpack
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from puzzlemoe_offline.methods.pairs import PairMethod
+from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_vllm.format.layout import QUANT_METHOD, LayoutError
 from puzzlemoe_vllm.transformers import logger  # the import registers the quantizer
 
@@ -87,6 +91,50 @@ def test_every_code(code, models):
 def test_clusters(family, models):
     both = models(family, clusters=3)
     assert_equal(load(both.packed), load(both.unpacked))
+
+
+@pytest.fixture
+def in_fp8(tmp_path):
+    """A tiny model with linear layers in FP8, packed, and unpacked; of DeepSeek with blocks that are not whole."""
+
+    def make(family: str) -> tuple[Path, Path]:
+        source = tiny_models.build(family, tmp_path / "source", hidden_size=256)
+        if family == "deepseek_v2":
+            source = write_fp8(source, tmp_path / "fp8", "deepseek")
+        run_method(source, tmp_path / "packed", PairMethod(PairRecipe(saliency="magnitude")), dense="fp8")
+        unpack(tmp_path / "packed", tmp_path / "unpacked")
+        return tmp_path / "packed", tmp_path / "unpacked"
+
+    return make
+
+
+@needs_no_vllm
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
+def test_linear_layers_in_fp8(family, in_fp8):
+    packed, unpacked = in_fp8(family)
+    assert json.loads((packed / "config.json").read_text())["quantization_config"]["fp8"]
+    assert_equal(load(packed), load(unpacked))
+
+
+@needs_no_vllm
+def test_layers_in_fp8_that_the_model_lacks_are_refused(in_fp8):
+    packed, _ = in_fp8("mixtral")
+    edit_config(packed, lambda config: config["quantization_config"]["fp8"].append("model.layers.0.self_attn.x_proj"))
+    with pytest.raises(LayoutError, match=r"x_proj\.weight in fp8, which is no linear layer of the model"):
+        load(packed)
+
+
+@needs_no_vllm
+@pytest.mark.parametrize("kept", [0, 1])
+def test_layers_in_fp8_that_config_json_does_not_name_are_refused(kept, in_fp8):
+    packed, _ = in_fp8("mixtral")
+
+    def drop(config) -> None:
+        config["quantization_config"]["fp8"] = config["quantization_config"]["fp8"][:kept]
+
+    edit_config(packed, drop)
+    with pytest.raises(LayoutError, match=r"weight is F8_E4M3 .*config.json was edited|weight_scale_inv belongs to no"):
+        load(packed)
 
 
 @needs_no_vllm

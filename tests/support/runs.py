@@ -11,6 +11,7 @@ from puzzlemoe_offline.methods.base import LayerMethod
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.methods.unpack import Unpack
 from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.fp8_layers import fp8_weights
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.model.tokenizer import tokenizer_of
 from puzzlemoe_offline.recipe import PairRecipe
@@ -20,15 +21,18 @@ from puzzlemoe_offline.run.runner import run
 SENTENCE = "It was the best of times, it was the worst of times. "
 
 
-def job_of(source: Path, method: LayerMethod, calibration: Calibration | None = None) -> Job:
+def job_of(source: Path, method: LayerMethod, calibration: Calibration | None = None, dense: str = "bf16") -> Job:
     """A run on the CPU."""
-    tokens = calibration.tokens.numel() if calibration else 0
-    return Job(LayerwiseModel(Checkpoint(source), "cpu"), method, "source", tokens=tokens)
+    tokens, model = calibration.tokens.numel() if calibration else 0, LayerwiseModel(Checkpoint(source), "cpu")
+    fp8 = fp8_weights(model.checkpoint) if dense == "fp8" else frozenset()
+    return Job(model, method, "source", tokens=tokens, fp8=fp8)
 
 
-def run_method(source: Path, out: Path, method: LayerMethod, calibration: Calibration | None = None) -> dict[str, Any]:
+def run_method(
+    source: Path, out: Path, method: LayerMethod, calibration: Calibration | None = None, dense: str = "bf16"
+) -> dict[str, Any]:
     """Runs a method on the CPU; the report as puzzlemoe_report.json has it."""
-    report = run(job_of(source, method, calibration), calibration if method.passes else None, out)
+    report = run(job_of(source, method, calibration, dense), calibration if method.passes else None, out)
     return json.loads(report.text())
 
 

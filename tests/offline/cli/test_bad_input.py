@@ -22,6 +22,7 @@ from puzzlemoe_offline.cli.main import app, main
 from puzzlemoe_offline.methods.base import MethodError
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import UnsupportedModel
+from puzzlemoe_offline.model.fp8 import Fp8Error
 from puzzlemoe_offline.model.hub import locate
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.model.other_formats import ForeignFormat
@@ -184,7 +185,7 @@ def test_a_quantized_source(source):
     with pytest.raises(ForeignFormat, match=r"quantization_config is \['fp8'\], expected a JSON object"):
         Checkpoint(source)
     edit_config(source, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ForeignFormat, match="already quantized with 'fp8'; start from the 16-bit original"):
+    with pytest.raises(Fp8Error, match=f"{attention} is FP8, but its scale .* is missing"):
         Checkpoint(source)
 
 

@@ -29,7 +29,7 @@ def pack(source, out, **recipe) -> dict:
     calibration = sentences(source, 8, 128)
     plan = make_plan(job_of(source, PairMethod(PairRecipe(**recipe)), calibration))
     report = compress_pairs(source, out, calibration, **recipe)
-    assert plan.experts_after == report["bytes"]["experts_after"] < plan.experts_before
+    assert plan.sizes.experts_after == report["bytes"]["experts_after"] < plan.sizes.experts_before
     return report
 
 

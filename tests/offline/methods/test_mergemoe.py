@@ -128,7 +128,7 @@ def pack(source: Path, out: Path, clusters: int) -> dict:
     """Compresses with 16 windows of 96 bytes; returns the report."""
     calibration, method = sentences(source, 16, 96), MergeMoe(ClusterRecipe(clusters=clusters))
     report = run_method(source, out, method, calibration)
-    assert report["bytes"]["experts_after"] == make_plan(job_of(source, method, calibration)).experts_after
+    assert report["bytes"]["experts_after"] == make_plan(job_of(source, method, calibration)).sizes.experts_after
     return report
 
 

@@ -167,6 +167,35 @@ def test_inspect_finds_any_damage_to_a_packed_model_and_says_what_it_did(packed)
     assert inspect(Checkpoint(packed))["checked"] == "digests"
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_inspect_says_which_small_files_were_edited(packed, quick):
+    assert inspect(Checkpoint(packed), quick)["changed_files"] == []
+    with (packed / "chat_template.jinja").open("a") as file:
+        file.write("{# mine #}")
+    (packed / "tokenizer_config.json").unlink()
+    (packed / "README.md").write_text("mine")
+    edit_config(packed, max_position_embeddings=256)
+    (packed / "puzzlemoe_report.json").write_text("{}")
+    changed = ["README.md", "chat_template.jinja", "config.json", "tokenizer_config.json"]
+    assert inspect(Checkpoint(packed), quick)["changed_files"] == changed
+    (packed / "README.md").unlink()
+    assert inspect(Checkpoint(packed), quick)["changed_files"] == changed[1:]
+    words = ["inspect", str(packed), *(["--quick"] if quick else [])]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "300"})
+    assert (
+        done.exit_code == 0 and f"edited or gone since the model was written: {', '.join(changed[1:])}" in done.output
+    )
+
+
+@pytest.mark.parametrize("name", ["../source/config.json", "/etc/hostname", "a/../../b", "\0"])
+def test_an_index_that_names_files_elsewhere(packed, name):
+    index = json.loads((packed / INDEX).read_text())
+    index["metadata"]["files"] = {name: "0" * 64}
+    (packed / INDEX).write_text(json.dumps(index))
+    said = refusal(lambda: inspect(Checkpoint(packed), quick=True))
+    assert INDEX in said and "names" in said
+
+
 def test_inspect_compares_a_dense_model_that_was_written_here_too(packed, source, tmp_path):
     assert inspect(Checkpoint(source))["checked"] == "values"
     unpack(packed, tmp_path / "dense")

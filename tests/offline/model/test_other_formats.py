@@ -34,22 +34,64 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def compressed_tensors(form: str, kind: str, bits: int, strategy: str) -> dict[str, Any]:
+    """As llm-compressor writes it."""
+    weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": []}
+
+
+BNB = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "llm_int8_threshold": 6.0}
+
+QUANTIZED = [
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}, "GPTQ of 4 bits"),
+    ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}, "AWQ of 4 bits"),
+    ({"quant_method": "auto-round", "bits": 2, "group_size": 64}, "AutoRound of 2 bits"),
+    ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "MXFP4, 4.25 bits a weight"),
+    (BNB | {"load_in_4bit": True, "_load_in_4bit": True, "load_in_8bit": False}, "bitsandbytes of 4 bits"),
+    (BNB | {"load_in_4bit": False, "_load_in_8bit": True, "load_in_8bit": True}, "bitsandbytes of 8 bits"),
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {}}, "ModelOpt NVFP4"),
+    ({"quant_method": "modelopt", "quant_algo": "FP8"}, "ModelOpt FP8"),
+    ({"quant_algo": "NVFP4"}, "NVFP4"),
+    ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "FBGEMM's FP8"),
+    ({"quant_method": "torchao", "quant_type": {"default": {}}}, "TorchAO"),
+    ({"quant_method": "quark"}, "Quark"),
+    ({"quant_method": "fp8", "weight_block_size": [128]}, "FP8 in a form that is not read here"),
+    ({"quant_method": "something new"}, "something new"),
+    ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    (
+        compressed_tensors("pack-quantized", "int", 4, "group"),
+        "compressed-tensors pack-quantized (int4, a scale a group)",
+    ),
+    (
+        compressed_tensors("int-quantized", "int", 8, "channel"),
+        "compressed-tensors int-quantized (int8, a scale a channel)",
+    ),
+    (
+        compressed_tensors("nvfp4-pack-quantized", "float", 4, "tensor_group"),
+        "compressed-tensors nvfp4-pack-quantized (float4, a scale a tensor_group)",
+    ),
+    (
+        compressed_tensors("float-quantized", "float", 8, "group"),
+        "compressed-tensors float-quantized (float8, a scale a group)",
+    ),
+]
+"""`quantization_config` as the hub's models have it, and what messages call it."""
+
+
 @pytest.mark.parametrize(
     ("changes", "method"),
     [
-        *(
-            ({"quantization_config": {"quant_method": name}}, f"'{name}'")
-            for name in ("gptq", "awq", "fp8", "compressed-tensors", "mxfp4", "bitsandbytes", "modelopt")
-        ),
-        ({"quantization_config": {"quant_algo": "NVFP4"}}, "'NVFP4'"),
-        ({"compression_config": {"format": "pack-quantized"}}, "compressed-tensors"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
-        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "'fp8'"),
+        *(({"quantization_config": config}, method) for config, method in QUANTIZED),
+        ({"compression_config": {"format": "pack-quantized"}}, "compressed-tensors pack-quantized"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX of 4 bits"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "FP8 in a form that is not read here"),
     ],
 )
 def test_what_config_json_says(source, changes, method):
     edit_config(source, **changes)
-    assert f"config.json: already quantized with {method}; start from the 16-bit original" in refusal(source)
+    said = f"config.json: already quantized with {method}; start from the 16-bit original, or from an FP8 one"
+    assert said in refusal(source)
 
 
 @pytest.mark.parametrize(
