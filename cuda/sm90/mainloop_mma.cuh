@@ -8,7 +8,8 @@
 // depth, multiply() adds their products.
 //
 // Tiles of part 0 by the weights of its position, then tiles of part 1 by those of its.
-template <class Code, class Tile, int kTiles0, int kTiles1>
+// kOnePosition: that of both.
+template <class Code, class Tile, int kTiles0, int kTiles1, bool kOnePosition>
 struct PartProduct {
   static constexpr int kTiles = kTiles0 + kTiles1;
   struct Tokens {
@@ -25,10 +26,10 @@ struct PartProduct {
   __device__ void multiply(const Code& code, const typename Code::Entries& entries, const Tokens& tokens,
                            float (&into)[kTiles][4]) const {
     uint32_t a0[4], a1[4];
-    code.template take_apart<(kTiles1 > 0)>(entries, a0, a1);
+    code.template take_apart<(kTiles1 > 0 && !kOnePosition)>(entries, a0, a1);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
-      mma_m16n8k16(into[j], j < kTiles0 ? a0 : a1, tokens.values[j / 2][j % 2 * 2],
+      mma_m16n8k16(into[j], j < kTiles0 || kOnePosition ? a0 : a1, tokens.values[j / 2][j % 2 * 2],
                    tokens.values[j / 2][j % 2 * 2 + 1]);
   }
 };
@@ -106,7 +107,7 @@ struct MmaMainloop {
         ldmatrix_x4(two_tiles, Stage::stage(slot.index) + (rows[i] + (swizzled ^ t * 32)));
         product.take(tokens, i, two_tiles);
       }
-      const auto entries = code.look_up(code.load(tile, lane));
+      const auto entries = code.look_up(code.load(tile, lane, t % 2));
       product.multiply(code, entries, tokens, kKeepsProducts ? products : sums);
     };
     auto add_products = [&](uint32_t steps) __attribute__((always_inline)) {
