@@ -89,7 +89,9 @@ def kernel_states(tile: bytes, before: bytes, odd: bool, bits: int) -> list[list
         left = 4 * bits - 16
         size = left // 4
         rest = int.from_bytes(tile[128 + size * lane : 128 + size * (lane + 1)], "little")
-        return (tile[4 * lane + 2 * run] | tile[4 * lane + 2 * run + 1] << 8) << left | rest >> left * run & (1 << left) - 1
+        return (tile[4 * lane + 2 * run] | tile[4 * lane + 2 * run + 1] << 8) << left | rest >> left * run & (
+            1 << left
+        ) - 1
 
     states = []
     for lane in range(32):
@@ -103,7 +105,9 @@ def kernel_states(tile: bytes, before: bytes, odd: bool, bits: int) -> list[list
 
 
 @pytest.mark.parametrize("gate_up", [False, True])
-@pytest.mark.parametrize("code", [code for code in CODES.values() if isinstance(code, TrellisCode)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "code", [code for code in CODES.values() if isinstance(code, TrellisCode)], ids=lambda c: c.name
+)
 def test_trellis_states_are_those_of_the_format(code, gate_up):
     """Of every entry, whose state comes from its lane's runs and the end of those before them."""
     rows, columns = 32, 64

@@ -196,7 +196,9 @@ def test_refuses_what_it_would_misread():
 
 
 @compiles
-@pytest.mark.parametrize("code, group_size", [("mask16", None), ("angle16", None), ("angle8", 128), ("mask6", 32), ("trellis5", 64)])
+@pytest.mark.parametrize(
+    "code, group_size", [("mask16", None), ("angle16", None), ("angle8", 128), ("mask6", 32), ("trellis5", 64)]
+)
 def test_compiles_for_hopper(code, group_size):
     pytest.importorskip("triton")
     from puzzlemoe_vllm.backends.triton.gemm import Projection, Storage, choose_tiles, down_kernel
@@ -207,7 +209,10 @@ def test_compiles_for_hopper(code, group_size):
     types = dict.fromkeys(down_kernel.arg_names, "i32")
     types |= {"hidden": "*bf16", "down": "*fp32", "word_table": "*bf16"}
     types |= {"projection": Projection(word, steps, "*bf16"), "blocks": Blocks("*i32", "*i32", "*i32")}
-    constants = {"STORAGE": Storage(int(pair_code.decoder), pair_code.bits, group_size, True, True), "TILES": choose_tiles(1, 8)}
+    constants = {
+        "STORAGE": Storage(int(pair_code.decoder), pair_code.bits, group_size, True, True),
+        "TILES": choose_tiles(1, 8),
+    }
     constants |= {"word_table": None} if pair_code.word_table(torch.device("cpu")) is None else {}
     assert machine_code(down_kernel, types, constants, 90)
 
@@ -215,8 +220,14 @@ def test_compiles_for_hopper(code, group_size):
 @on_a_gpu
 @pytest.mark.parametrize(
     "name, layer",
-    [("mixtral", MIXTRAL), ("qwen3", QWEN3), ("deepseek", DEEPSEEK), ("angle8", QWEN3.coded("angle8", 128)),
-     ("trellis6", QWEN3.coded("trellis6", 64)), ("trellis3", MIXTRAL.coded("trellis3", 128))],
+    [
+        ("mixtral", MIXTRAL),
+        ("qwen3", QWEN3),
+        ("deepseek", DEEPSEEK),
+        ("angle8", QWEN3.coded("angle8", 128)),
+        ("trellis6", QWEN3.coded("trellis6", 64)),
+        ("trellis3", MIXTRAL.coded("trellis3", 128)),
+    ],
 )
 def test_real_shapes(name, layer):
     weights = make_weights(layer)
