@@ -21,13 +21,14 @@ __device__ inline uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t c) {
   return sum;
 }
 
-// Two words' integers v + 62 become bf16 in two instructions: as the mantissa of 128 + v + 62, less 190, both exact.
-// All else is to bring two such integers, under an exponent of 0x43, into the halves of one register.
-template <int kBits>
+// Values are integers v; under an exponent of 0x43, v + 62 is the bf16 v + 190, exactly.  So all there is to do is to
+// bring two such integers into the halves of one register, and to subtract 190, unless kRaised_ leaves that to others.
+template <int kBits, bool kRaised_>
 class TrellisWords {
  public:
   static constexpr int kTileBytes = 32 * kBits, kTableEntries = 0, kStride = 0;
   static constexpr bool kHasSteps = true, kReadsDense = false, kPositionsCost = true;
+  static constexpr uint32_t kRaised = kRaised_ ? 0x433E433E : 0;
   struct Words {
     uint32_t first, second, first_before, second_before;  // loads of the two planes, or of the two runs
   };
@@ -110,6 +111,7 @@ class TrellisWords {
   }
   __device__ static uint32_t middle_bytes(uint32_t left, uint32_t right) { return __byte_perm(left, right, 0x6521); }
   __device__ static uint32_t centred(uint32_t two) {
+    if (kRaised_) return two;
     const __nv_bfloat162 weights = __hadd2(as_bf16x2(two), __float2bfloat162_rn(-190.0f));
     return reinterpret_cast<const uint32_t&>(weights);
   }
@@ -129,6 +131,11 @@ class TrellisWords {
       const uint32_t earlier = __funnelshift_l(run ? words.second_before : words.first_before, own, 8);
       states[0] = state_at(earlier, 0), states[1] = state_at(own, 0);
       states[2] = state_at(earlier, 16), states[3] = state_at(own, 16);
+    } else if constexpr (kBits == 4) {
+      const uint32_t window = __byte_perm(words.first_before, words.first, run ? 0x7632 : 0x5410);
+      const uint32_t earlier = window >> 4;
+      states[0] = earlier & 0xFFFF, states[1] = __byte_perm(window, 0, 0x4421);
+      states[2] = __byte_perm(earlier, 0, 0x4421), states[3] = window >> 16;
     } else if constexpr (kBits == 3) {
       const uint32_t own = run ? words.second << 4 | words.first >> 12 : words.first;
       const uint32_t before =
@@ -142,7 +149,6 @@ class TrellisWords {
       if constexpr (kBits == 6) own = __byte_perm(words.second, words.first, run ? 0x0761 : 0x0540);
       if constexpr (kBits == 5)
         own = run ? (words.first >> 16) * 16 + (words.second >> 4) : words.first * 16 + (words.second & 15);
-      if constexpr (kBits == 4) own = run ? words.first >> 16 : words.first;
       const uint32_t window = __byte_perm(words.first_before, own, run ? 0x5432 : 0x5410);
 #pragma unroll
       for (int i = 0; i < 3; ++i) {
@@ -157,8 +163,9 @@ class TrellisWords {
   uint32_t multiplier_, factors_, offset_;
 };
 
-template <int kBits>
-__device__ inline void take_pairs(const TrellisWords<kBits>& code, const typename TrellisWords<kBits>::Entries& entries,
+template <int kBits, bool kRaised>
+__device__ inline void take_pairs(const TrellisWords<kBits, kRaised>& code,
+                                  const typename TrellisWords<kBits, kRaised>::Entries& entries,
                                   uint32_t (&pairs)[8]) {
   code.pairs(entries, pairs);
 }

@@ -15,6 +15,7 @@
 //     tile's number in the depth is;
 //   Entries: what look_up() makes of words, for both positions;
 //   take_apart(): of entries, a lane's A registers of part 0 and, if kTwo, of part 1, which has the other position;
+//   kRaised: how far above the weights those are that take_apart() and take_pairs() give, two bf16;
 //   kPositionsCost: whether both positions take nearly twice the instructions of one;
 //   kHasSteps: whether weights are what take_apart() gives times the step of their row and group;
 //   kTableEntries, kStride: of the table in shared memory that it looks words up in, 0 for none;
@@ -46,6 +47,7 @@ __device__ inline void multiply_by_steps(uint32_t (&a)[4], uint32_t steps) {
 struct WordPerPair {
   static constexpr int kTileBytes = 512, kTableEntries = 0, kStride = 0;
   static constexpr bool kHasSteps = false, kPositionsCost = false;
+  static constexpr uint32_t kRaised = 0;
   using Words = uint4;
   using Entries = Words;
 
@@ -141,6 +143,7 @@ class TableWords {
  public:
   static constexpr int kTileBytes = 32 * kBits, kTableEntries = 1 << kBits, kStride = kStride_;
   static constexpr bool kHasSteps = true, kReadsDense = false, kPositionsCost = false;
+  static constexpr uint32_t kRaised = 0;
   struct Words {
     uint32_t low, high;
   };

@@ -51,9 +51,6 @@ struct Sm90Gemm {
     if constexpr (kTiles1 < ItemSums<Tile>::kPartTiles)
       if (count1 > 8 * kTiles1)
         return multiply_parts<kTiles0, kTiles1 + kStep>(gemm, work, count0, count1, depth_tiles, slot, sums);
-    if constexpr (Code::kPositionsCost && kTiles1 > 0 && kTiles0 == ItemSums<Tile>::kPartTiles)
-      if (uniform(work.position(0) == work.position(1)))
-        return multiply<kTiles0, kTiles1, true>(gemm, work, depth_tiles, slot, sums);
     multiply<kTiles0, kTiles1>(gemm, work, depth_tiles, slot, sums);
   }
 
@@ -68,6 +65,11 @@ struct Sm90Gemm {
         else multiply_joined<Tile::kJoinedTokens / 8>(gemm, work, tiles, slot, sums);
         return;
       }
+    }
+    if constexpr (Code::kPositionsCost) {
+      constexpr int kPartTiles = ItemSums<Tile>::kPartTiles;
+      if (count1 > 0 && uniform(work.position(0) == work.position(1)))
+        return multiply<kPartTiles, kPartTiles, true>(gemm, work, tiles, slot, sums);
     }
     multiply_parts<Tile::kWidthStep / 8, 0>(gemm, work, count0, count1, tiles, slot, sums);
   }
