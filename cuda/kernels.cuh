@@ -3,6 +3,7 @@
 #include "grouped.cuh"
 #include "launch.cuh"
 #include "puzzlemoe.h"
+#include "trellis_words.cuh"
 
 struct Kernel {
   const char* name;    // arch_instruction and the tokens of a part
@@ -44,6 +45,11 @@ cudaError_t launch(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t
     case PM_CODE_ANGLE16: return launch_code<Gemm, Angle16, Tile>(gate_up, gemm, stream);
     case PM_CODE_TABLE8: return launch_code<Gemm, TableWords<8, Tile::kTableStride>, Tile>(gate_up, gemm, stream);
     case PM_CODE_TABLE6: return launch_code<Gemm, TableWords<6, Tile::kTableStride>, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TRELLIS8: return launch_code<Gemm, TrellisWords<8, Tile::kRaised>, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TRELLIS6: return launch_code<Gemm, TrellisWords<6, Tile::kRaised>, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TRELLIS5: return launch_code<Gemm, TrellisWords<5, Tile::kRaised>, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TRELLIS4: return launch_code<Gemm, TrellisWords<4, Tile::kRaised>, Tile>(gate_up, gemm, stream);
+    case PM_CODE_TRELLIS3: return launch_code<Gemm, TrellisWords<3, Tile::kRaised>, Tile>(gate_up, gemm, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -44,6 +44,11 @@ __device__ inline uint16_t load_shared_2(uint32_t shared) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(shared) : "memory");
   return value;
 }
+__device__ inline uint32_t load_shared_1(uint32_t shared) {
+  uint32_t value;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
+  return value;
+}
 __device__ inline void store_shared_4(uint32_t shared, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }

@@ -6,15 +6,26 @@
 #pragma once
 #include <stdint.h>
 
-#define PM_ABI_VERSION 4
+#define PM_ABI_VERSION 5
 #define PM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* How pair words are decoded; the last two look 8- and 6-bit words up in a table and multiply by steps. */
-enum { PM_CODE_MASK16, PM_CODE_ANGLE16, PM_CODE_TABLE8, PM_CODE_TABLE6 };
+/* How pair words are decoded; from TABLE8 on, with steps.  Words of 8 and 6 bits are looked up in a table; of a trellis,
+ * by the bits of a word, values are computed from the words so far. */
+enum {
+  PM_CODE_MASK16,
+  PM_CODE_ANGLE16,
+  PM_CODE_TABLE8,
+  PM_CODE_TABLE6,
+  PM_CODE_TRELLIS8,
+  PM_CODE_TRELLIS6,
+  PM_CODE_TRELLIS5,
+  PM_CODE_TRELLIS4,
+  PM_CODE_TRELLIS3
+};
 
 /* P pairs and D dense experts; local expert 2p + position is that position of pair p, 2P + d is dense expert d.
  * Weights are in kernel order (see words.cuh); puzzlemoe_vllm/backends/cuda.py writes it. */

@@ -14,6 +14,7 @@ struct Sm80Tile {
   static constexpr int kWarpStrips = kWarpStrips_;  // 16-row strips per warp
   static constexpr int kDepth = kDepth_;            // columns per stage
   static constexpr int kMostStages = kStages_, kTableStride = 128;
+  static constexpr bool kRaised = false;
 
   static constexpr int kWarps = kRowWarps * kDepthWarps, kThreads = 32 * kWarps;
   static constexpr int kStrips = kRowWarps * kWarpStrips;
@@ -51,9 +52,12 @@ struct Sm80Gemm {
 
     // Words: threads copy the chunks that are kPassBytes apart in the stage, whole strips or whole parts of a strip.
     static constexpr int kBlockBytes = Tile::kThreads * 16;
-    static constexpr int kPassBytes = kStripBytes > kBlockBytes ? kBlockBytes
-                                      : kBlockBytes > kWeightBytes ? kWeightBytes
-                                                                   : kBlockBytes / kStripBytes * kStripBytes;
+    static constexpr int pass_strips() {  // a power of two
+      int strips = 1;
+      while (2 * strips * kStripBytes <= kBlockBytes && strips < Tile::kStrips) strips *= 2;
+      return strips;
+    }
+    static constexpr int kPassBytes = kStripBytes > kBlockBytes ? kBlockBytes : pass_strips() * kStripBytes;
     static constexpr int kWordChunks = kWeightBytes / kPassBytes;
     static_assert(kWeightBytes % kPassBytes == 0 && (kPassBytes % kStripBytes == 0 || kStripBytes % kPassBytes == 0));
     static_assert(kGroups * Tile::kStrips * kStripStepBytes <= kBlockBytes);
@@ -150,10 +154,15 @@ struct Sm80Gemm {
       for (int s = 0; s < Tile::kWarpStrips; ++s) {
         const int strip = row_warp * Tile::kWarpStrips + s;
         const auto entries =
-            code.look_up(code.load(words_at + strip * kStripBytes + tile * Code::kTileBytes, lane));
+            code.look_up(code.load(words_at + strip * kStripBytes + tile * Code::kTileBytes, lane, tile % 2));
         const bool two = group.count[1] > 0;
-        if (two) code.template take_apart<true>(entries, a[s][0], a[s][1]);
-        else code.template take_apart<false>(entries, a[s][0], a[s][1]);
+        if (two && group.positions == 2) {
+          code.template take_apart<true>(entries, a[s][0], a[s][1]);
+        } else {
+          code.template take_apart<false>(entries, a[s][0], a[s][1]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[s][1][i] = a[s][0][i];
+        }
         if constexpr (Code::kHasSteps) {
           const uint32_t steps = reinterpret_cast<const uint32_t*>(stage + kWeightBytes + Tile::kTokenBytes)[
               ((tile >> group_shift) * Tile::kStrips + strip) * (kStripStepBytes / 4) + lane / 4];

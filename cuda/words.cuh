@@ -11,9 +11,12 @@
 // Codes with steps have them in the order [K/group][N/16][8][2]: rows g and g+8 of a strip in one 32-bit register.
 //
 // A code is a class, made for the positions of the two parts of a token group, with
-//   kTileBytes, Words: of a tile and of one lane's share of it, which load() reads from shared memory;
+//   kTileBytes, Words: of a tile and of one lane's share of it, which load() reads from shared memory; odd: whether the
+//     tile's number in the depth is;
 //   Entries: what look_up() makes of words, for both positions;
-//   take_apart(): of entries, a lane's A registers of part 0 and, if kTwo, of part 1;
+//   take_apart(): of entries, a lane's A registers of part 0 and, if kTwo, of part 1, which has the other position;
+//   kRaised: how far above the weights those are that take_apart() and take_pairs() give, two bf16;
+//   kPositionsCost: whether both positions take nearly twice the instructions of one;
 //   kHasSteps: whether weights are what take_apart() gives times the step of their row and group;
 //   kTableEntries, kStride: of the table in shared memory that it looks words up in, 0 for none;
 //   kReadsDense: whether it also decodes the bf16 weights of dense experts, which are stored as its own tiles are;
@@ -43,11 +46,12 @@ __device__ inline void multiply_by_steps(uint32_t (&a)[4], uint32_t steps) {
 // What codes with a 16-bit word per pair share.
 struct WordPerPair {
   static constexpr int kTileBytes = 512, kTableEntries = 0, kStride = 0;
-  static constexpr bool kHasSteps = false;
+  static constexpr bool kHasSteps = false, kPositionsCost = false;
+  static constexpr uint32_t kRaised = 0;
   using Words = uint4;
   using Entries = Words;
 
-  __device__ static Words load(uint32_t tile, int lane) { return load_shared_16(tile + lane * 16); }
+  __device__ static Words load(uint32_t tile, int lane, bool) { return load_shared_16(tile + lane * 16); }
   __device__ static Entries look_up(const Words& words) { return words; }
 };
 
@@ -138,7 +142,8 @@ template <int kBits, int kStride_>
 class TableWords {
  public:
   static constexpr int kTileBytes = 32 * kBits, kTableEntries = 1 << kBits, kStride = kStride_;
-  static constexpr bool kHasSteps = true, kReadsDense = false;
+  static constexpr bool kHasSteps = true, kReadsDense = false, kPositionsCost = false;
+  static constexpr uint32_t kRaised = 0;
   struct Words {
     uint32_t low, high;
   };
@@ -152,7 +157,7 @@ class TableWords {
 
   __device__ static float scale(bool) { return 1.0f; }
 
-  __device__ static Words load(uint32_t tile, int lane) {
+  __device__ static Words load(uint32_t tile, int lane, bool) {
     if constexpr (kBits == 8) {
       const uint2 both = load_shared_8(tile + lane * 8);
       return {both.x, both.y};

@@ -8,11 +8,13 @@
 // depth, multiply() adds their products.
 //
 // Tiles of part 0 by the weights of its position, then tiles of part 1 by those of its.
-template <class Code, class Tile, int kTiles0, int kTiles1>
+// kOnePosition: that of both.
+template <class Code, class Tile, int kTiles0, int kTiles1, bool kOnePosition>
 struct PartProduct {
   static constexpr int kTiles = kTiles0 + kTiles1;
   struct Tokens {
     uint32_t values[(kTiles + 1) / 2][4];
+    __device__ uint32_t value(int tile, int half) const { return values[tile / 2][tile % 2 * 2 + half]; }
   };
 
   __device__ static int row_tile(int tile) { return ItemSums<Tile>::template place<kTiles0>(tile); }
@@ -25,11 +27,10 @@ struct PartProduct {
   __device__ void multiply(const Code& code, const typename Code::Entries& entries, const Tokens& tokens,
                            float (&into)[kTiles][4]) const {
     uint32_t a0[4], a1[4];
-    code.template take_apart<(kTiles1 > 0)>(entries, a0, a1);
+    code.template take_apart<(kTiles1 > 0 && !kOnePosition)>(entries, a0, a1);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
-      mma_m16n8k16(into[j], j < kTiles0 ? a0 : a1, tokens.values[j / 2][j % 2 * 2],
-                   tokens.values[j / 2][j % 2 * 2 + 1]);
+      mma_m16n8k16(into[j], j < kTiles0 || kOnePosition ? a0 : a1, tokens.value(j, 0), tokens.value(j, 1));
   }
 };
 
@@ -40,16 +41,16 @@ template <class Code, int kTiles_>
 struct JoinedProduct {
   static constexpr int kTiles = kTiles_;
   struct Tokens {
-    uint32_t values[kTiles][4];
+    uint32_t values[(kTiles + 1) / 2][4], joined[kTiles][4];
+    __device__ uint32_t value(int tile, int half) const { return values[tile / 2][tile % 2 * 2 + half]; }
   };
-  // Byte selectors that put the lower or the upper of two values where the token's expert has its weights.
-  uint32_t lower[kTiles], upper[kTiles];
+  // One where the token's expert has its weights, zero where the other has: two bf16.
+  uint32_t owner[kTiles];
 
   __device__ explicit JoinedProduct(const TokenGroup& group) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      const bool second = group.joined_position(j * 8 + threadIdx.x % 32 / 4);
-      lower[j] = second ? 0x1044 : 0x4410, upper[j] = second ? 0x3244 : 0x4432;
+      owner[j] = group.joined_position(j * 8 + threadIdx.x % 32 / 4) ? 0x3F800000 : 0x3F80;
     }
   }
 
@@ -58,10 +59,12 @@ struct JoinedProduct {
   __device__ void take(Tokens& tokens, int load, const uint32_t (&two_tiles)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      tokens.values[load][i] = two_tiles[i];
       const int tile = 2 * load + i / 2;
-      if (tile >= kTiles) break;
-      tokens.values[tile][i % 2 * 2] = __byte_perm(two_tiles[i], 0, lower[tile]);
-      tokens.values[tile][i % 2 * 2 + 1] = __byte_perm(two_tiles[i], 0, upper[tile]);
+      if (tile >= kTiles) continue;
+      // By products: decoding leaves the pipe that would permute bytes no time.
+      tokens.joined[tile][i % 2 * 2] = multiply_bf16x2(owner[tile], __low2bfloat162(as_bf16x2(two_tiles[i])));
+      tokens.joined[tile][i % 2 * 2 + 1] = multiply_bf16x2(owner[tile], __high2bfloat162(as_bf16x2(two_tiles[i])));
     }
   }
 
@@ -72,8 +75,8 @@ struct JoinedProduct {
     uint32_t a[2][4] = {{pairs[0], pairs[2], pairs[1], pairs[3]}, {pairs[4], pairs[6], pairs[5], pairs[7]}};
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      mma_m16n8k16(into[j], a[0], tokens.values[j][0], tokens.values[j][1]);
-      mma_m16n8k16(into[j], a[1], tokens.values[j][2], tokens.values[j][3]);
+      mma_m16n8k16(into[j], a[0], tokens.joined[j][0], tokens.joined[j][1]);
+      mma_m16n8k16(into[j], a[1], tokens.joined[j][2], tokens.joined[j][3]);
     }
   }
 };
@@ -97,6 +100,10 @@ struct MmaMainloop {
     for (int i = 0; i < kLoads; ++i)
       rows[i] = (Product::row_tile(min(2 * i + lane / 16, kTiles - 1)) * 8 + lane % 8) * 128;
     const uint32_t swizzled = (lane / 8 % 2 ^ lane % 8) * 16;
+    // Less raised.  There are tiles: to the compiler these are four values, which it keeps side by side.
+    uint32_t lowered[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) lowered[i] = Code::kRaised ^ 0x80008000 ^ (depth_tiles + i) >> 31;
     float products[kTiles][4] = {};  // of a group, if they are kept
     auto multiply_tile = [&](int t, uint32_t tile) __attribute__((always_inline)) {
       typename Product::Tokens tokens;
@@ -106,8 +113,14 @@ struct MmaMainloop {
         ldmatrix_x4(two_tiles, Stage::stage(slot.index) + (rows[i] + (swizzled ^ t * 32)));
         product.take(tokens, i, two_tiles);
       }
-      const auto entries = code.look_up(code.load(tile, lane));
+      const auto entries = code.look_up(code.load(tile, lane, t % 2));
       product.multiply(code, entries, tokens, kKeepsProducts ? products : sums);
+      if constexpr (Code::kRaised != 0) {
+        // One product a token tile subtracts what all weights of the strip have too much.
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+          mma_m16n8k16(kKeepsProducts ? products[j] : sums[j], lowered, tokens.value(j, 0), tokens.value(j, 1));
+      }
     };
     auto add_products = [&](uint32_t steps) __attribute__((always_inline)) {
       if constexpr (!kKeepsProducts) return;

@@ -8,24 +8,25 @@ struct WgmmaMainloop {
   using Stage = Stages<Code, Tile, kGateUp>;
   using Slot = typename Stage::Slot;
 
-  // For one warpgroup: kTiles0 tiles of tokens of part 0, kTiles1 of part 1.
-  template <int kTiles0, int kTiles1>
+  // For one warpgroup: kTiles0 tiles of tokens of part 0, kTiles1 of part 1.  kOnePosition: that of both parts.
+  template <int kTiles0, int kTiles1, bool kOnePosition>
   __device__ __forceinline__ static void multiply(int depth_tiles, int group_shift, Slot& slot, const Code& code,
                                                   float (&sums)[kTiles0 + kTiles1][4]) {
     float (&sums0)[kTiles0][4] = reinterpret_cast<float (&)[kTiles0][4]>(sums[0]);
     float (&sums1)[kTiles1 + (kTiles1 == 0)][4] =
         reinterpret_cast<float (&)[kTiles1 + (kTiles1 == 0)][4]>(sums[kTiles1 ? kTiles0 : 0]);
     using Words = typename Code::Words;
+    constexpr int kPositions = kTiles1 > 0 && !kOnePosition ? 2 : 1;
     const int lane = kept(threadIdx.x % 32);
     // Of a tile whose products are in flight, and of the one after it.
-    uint32_t operands[2][2][4];
+    uint32_t operands[2][kPositions][4];
     auto multiply_tile = [&](const Words& words, uint32_t steps, int tile,
                              auto& operand) __attribute__((always_inline)) {
-      uint32_t (&a0)[4] = operand[0], (&a1)[4] = operand[1];
-      code.template take_apart<(kTiles1 > 0)>(code.look_up(words), a0, a1);
+      uint32_t (&a0)[4] = operand[0], (&a1)[4] = operand[kPositions - 1];
+      code.template take_apart<kPositions == 2>(code.look_up(words), a0, a1);
       if constexpr (Code::kHasSteps) {
         multiply_by_steps(a0, steps);
-        if constexpr (kTiles1 > 0) multiply_by_steps(a1, steps);
+        if constexpr (kPositions == 2) multiply_by_steps(a1, steps);
       }
       // In units of 16 bytes.
       const uint32_t tokens = (Stage::stage(0) + tile * 32) / 16 + slot.index * (Stage::kStageBytes / 16);
@@ -47,11 +48,11 @@ struct WgmmaMainloop {
       if constexpr (Tile::kFenceLag == 0) fence_async_proxy();
       const auto steps = own_steps.of(slot);
       const uint32_t tiles = own_tiles + slot.index * Stage::kStageBytes;
-      Words words = code.load(tiles, lane);
+      Words words = code.load(tiles, lane, false);
 #pragma unroll
       for (int t = 0; t < Tile::kDepthTiles; ++t) {
         const Words now = words;
-        if (t + 1 < Tile::kDepthTiles) words = code.load(tiles + (t + 1) * Code::kTileBytes, lane);
+        if (t + 1 < Tile::kDepthTiles) words = code.load(tiles + (t + 1) * Code::kTileBytes, lane, t % 2 == 0);
         multiply_tile(now, steps.of(t), t, operands[t % 2]);
         wgmma_wait<1>();
         if (t > 0) read_until_here(operands[(t + 1) % 2]);
@@ -70,7 +71,7 @@ struct WgmmaMainloop {
       const auto steps = own_steps.of(slot);
 #pragma unroll 1
       for (int t = 0; t < rest; ++t) {
-        multiply_tile(code.load(Stage::tile_at(slot, t, rest), lane), steps.of(t), t, operands[0]);
+        multiply_tile(code.load(Stage::tile_at(slot, t, rest), lane, t % 2), steps.of(t), t, operands[0]);
         wgmma_wait<0>();
         complete_here(sums);
         read_until_here(operands[0]);
@@ -85,9 +86,10 @@ struct WgmmaMainloop {
   // After a wait, of the products that it waited for: their operands were read up to it, and their sums change no more.
   // To the compiler, the instruction that only starts products had done both.  ptxas, which chooses the registers, does
   // not see this: check.py reads what it made.
-  __device__ __forceinline__ static void read_until_here(uint32_t (&operand)[2][4]) {
+  template <int kPositions>
+  __device__ __forceinline__ static void read_until_here(uint32_t (&operand)[kPositions][4]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) asm volatile("" : "+r"(operand[i / 4][i % 4])::"memory");
+    for (int i = 0; i < 4 * kPositions; ++i) asm volatile("" : "+r"(operand[i / 4][i % 4])::"memory");
   }
   template <int kTiles>
   __device__ __forceinline__ static void complete_here(float (&sums)[kTiles][4]) {

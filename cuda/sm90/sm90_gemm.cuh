@@ -12,18 +12,19 @@ struct Sm90Gemm {
   using Slot = typename Stage::Slot;
   using Sums = typename ItemSums<Tile>::Sums;
 
-  // Multiplies a piece: kTiles0 tiles of part 0 and kTiles1 of part 1.
-  template <int kTiles0, int kTiles1>
+  // Multiplies a piece: kTiles0 tiles of part 0 and kTiles1 of part 1.  kOnePosition: that of both parts.
+  template <int kTiles0, int kTiles1, bool kOnePosition = false>
   __device__ __forceinline__ static void multiply(const GroupedGemm& gemm, const WorkItem& work, int depth_tiles,
                                                   Slot& slot, Sums& sums) {
     const Code code(work.dense(gemm), work.position(0), work.position(1), Stage::own_table());
     float own[kTiles0 + kTiles1][4] = {};
     if constexpr (Tile::kWgmma)
-      WgmmaMainloop<Code, Tile, kGateUp>::template multiply<kTiles0, kTiles1>(depth_tiles, gemm.group_shift, slot, code,
-                                                                              own);
+      WgmmaMainloop<Code, Tile, kGateUp>::template multiply<kTiles0, kTiles1, kOnePosition>(
+          depth_tiles, gemm.group_shift, slot, code, own);
     else
       MmaMainloop<Code, Tile, kGateUp>::multiply(depth_tiles, gemm.group_shift,
-                                                 PartProduct<Code, Tile, kTiles0, kTiles1>(), slot, code, own);
+                                                 PartProduct<Code, Tile, kTiles0, kTiles1, kOnePosition>(), slot, code,
+                                                 own);
     ItemSums<Tile>::template set<kTiles0>(own, sums);
   }
 
@@ -59,11 +60,16 @@ struct Sm90Gemm {
     const int count0 = uniform(work.group.count[0]), count1 = uniform(work.group.count[1]);
     const int tiles = items.tiles(piece);
     if constexpr (!Tile::kWgmma) {
-      if (uniform(joined<Tile>(work.group))) {
+      if (uniform(joined<Tile>(work.group)) && !(Code::kPositionsCost && count1 == 0)) {
         if (count0 + count1 <= 8) multiply_joined<1>(gemm, work, tiles, slot, sums);
         else multiply_joined<Tile::kJoinedTokens / 8>(gemm, work, tiles, slot, sums);
         return;
       }
+    }
+    if constexpr (Code::kPositionsCost) {
+      constexpr int kPartTiles = ItemSums<Tile>::kPartTiles;
+      if (count1 > 0 && uniform(work.position(0) == work.position(1)))
+        return multiply<kPartTiles, kPartTiles, true>(gemm, work, tiles, slot, sums);
     }
     multiply_parts<Tile::kWidthStep / 8, 0>(gemm, work, count0, count1, tiles, slot, sums);
   }

@@ -3,6 +3,7 @@
 
 // What they have in common.  A tile also has
 //   kWgmma: wgmma multiplies, else mma.sync;
+//   kRaised: products lower raised weights, see words.cuh;
 //   kPartTokens: tokens of each of the two parts;
 //   kWidthStep: the step of the widths that products come in, up to kPartTokens;
 //   kCuts: items' depth may be cut between blocks;
@@ -25,18 +26,18 @@ struct Sm90Tile {
 };
 
 struct Mma16 : Sm90Tile<2, 2, 128> {
-  static constexpr bool kWgmma = false, kCuts = true;
+  static constexpr bool kWgmma = false, kRaised = true, kCuts = true;
   static constexpr int kPartTokens = 16, kWidthStep = 8, kFenceLag = 0;
 };
 struct Wgmma32 : Sm90Tile<4, 1, 256> {
-  static constexpr bool kWgmma = true, kCuts = true;
+  static constexpr bool kWgmma = true, kRaised = false, kCuts = true;
   static constexpr int kPartTokens = 32, kWidthStep = 16, kFenceLag = 2;
 };
 struct Wgmma64 : Sm90Tile<2, 1, 128> {
-  static constexpr bool kWgmma = true, kCuts = false;
+  static constexpr bool kWgmma = true, kRaised = false, kCuts = false;
   static constexpr int kPartTokens = 64, kWidthStep = 32, kFenceLag = 0;
 };
 struct Wgmma128 : Sm90Tile<2, 1, 128> {
-  static constexpr bool kWgmma = true, kCuts = false;
+  static constexpr bool kWgmma = true, kRaised = false, kCuts = false;
   static constexpr int kPartTokens = 128, kWidthStep = 64, kFenceLag = 0;
 };

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from puzzlemoe_offline.methods import BASELINES
 from puzzlemoe_offline.score.compare import Row
 from puzzlemoe_offline.score.distribution import Distribution, similar_share
-from puzzlemoe_vllm.format.codes.mask16 import CODE as MASK16
-from puzzlemoe_vllm.format.codes.mask16 import EXPONENT_OFFSET
+from puzzlemoe_vllm.format.codes.mask16 import EXPONENT_OFFSET, Mask16
 
 
 def draw_comparison(rows: list[Row], title: str, target: Path) -> None:
@@ -74,7 +73,7 @@ def draw_exponents(found: Distribution, title: str, target: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5))
     axes.bar(used, [shares[exponent] for exponent in used])
     last = EXPONENT_OFFSET + 31
-    label = f"{MASK16.name}: {EXPONENT_OFFSET} to {last}, {found.in_word():.4%} of the weights"
+    label = f"{Mask16.name}: {EXPONENT_OFFSET} to {last}, {found.in_word():.4%} of the weights"
     axes.axvspan(EXPONENT_OFFSET - 0.5, last + 0.5, alpha=0.15, color="tab:green", label=label)
     axes.set_yscale("log")
     axes.set(xlabel="bf16 exponent field", ylabel="share of the expert weights")

@@ -94,6 +94,7 @@ def fit(
     """
     code = get_code(recipe.code)
     if recipe.tau is not None:
+        assert isinstance(code, Mask16)
         return pack_merged(code, merge_pair(*weights, *importance, recipe.tau))
     return fit_least_squares(code, weights, importance, group)
 
@@ -105,7 +106,7 @@ def fit_least_squares(
     return FITS[type(code)](code, weights, importance, group)
 
 
-def pack_merged(code: PairCode, pair: MergedPair) -> PackedMatrix:
+def pack_merged(code: Mask16, pair: MergedPair) -> PackedMatrix:
     """A merged pair as mask16 words."""
     clamped = (pair.magnitude > 0) & (pair.magnitude < SMALLEST)
     return PackedMatrix(code.encode(pair.state, pair.negative, pair.magnitude), clamped=int(clamped.sum()))

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
-from puzzlemoe_vllm.format.codes import CODES, Decoder, PairCode, get_code
+from puzzlemoe_vllm.format.codes import CODES, Decoder, PairCode, TrellisCode, get_code
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 READS_CHECKPOINT_ORDER = False
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
 DISPATCH = Path(__file__).with_name("cuda_dispatch.json")
@@ -106,7 +106,9 @@ def _dispatch_rows(capability: int, kind: str) -> list[tuple[float, str]]:
 
 
 def kind_of(code: PairCode) -> str:
-    """Whose times in the dispatch table serve a code: `table` with steps, else `16-bit`."""
+    """Whose times in the dispatch table serve a code: `trellis`, `table` of others with steps, else `16-bit`."""
+    if isinstance(code, TrellisCode):
+        return "trellis"
     return "table" if code.has_steps else "16-bit"
 
 
@@ -139,9 +141,12 @@ def served_capability(capability: int) -> int:
     return 80
 
 
-def kernel_words(tiles: Tensor, decoder: Decoder) -> Tensor:
-    """Tiles of one word per element, [..., 256], in the bit order that the kernels read (cuda/words.cuh): int16 for the
-    16-bit codes, else uint8 [..., bytes of a tile]."""
+def kernel_words(tiles: Tensor, code: PairCode) -> Tensor:
+    """Tiles of one word per element, [..., 256], in the bit order that the kernels read (cuda/words.cuh and
+    trellis_words.cuh): int16 for the 16-bit codes, else uint8 [..., bytes of a tile]."""
+    decoder = code.decoder
+    if isinstance(code, TrellisCode):
+        return _trellis_words(tiles, code.bits)
     if decoder is Decoder.MASK16:
         swapped = ((tiles >> 13) & 1) << 14 | ((tiles >> 14) & 1) << 13
         return (tiles & ~0x6000) | swapped
@@ -154,6 +159,24 @@ def kernel_words(tiles: Tensor, decoder: Decoder) -> Tensor:
     ]
     lower, upper = torch.cat(three_bytes, dim=-1).split((4, 2), dim=-1)
     return torch.cat([lower.flatten(-2), upper.flatten(-2)], dim=-1)
+
+
+def _trellis_words(tiles: Tensor, bits: int) -> Tensor:
+    """Of words in tiles [..., 256], the bytes of a tile as cuda/trellis_words.cuh says, uint8 [..., 32 * bits]."""
+    # [..., lane, run, word] of [..., lane, right half, lower half, 2]
+    words = tiles.unflatten(-1, (32, 2, 2, 2)).transpose(-2, -3).flatten(-2).long()
+    runs = (words << bits * torch.arange(4, device=tiles.device)).sum(dim=-1)
+    if bits == 8:
+        planes = [(runs, 4)]
+    elif bits == 3:
+        both = runs[..., :1] | runs[..., 1:] << 12
+        planes = [(both & 0xFFFF, 2), (both >> 16, 1)]
+    else:
+        left = 4 * bits - 16
+        rest = (runs & (1 << left) - 1) << left * torch.arange(2, device=tiles.device)
+        planes = [(runs >> left, 2), (rest.sum(dim=-1, keepdim=True), left // 4)]
+    as_bytes = (number[..., None] >> 8 * torch.arange(size, device=tiles.device) & 255 for number, size in planes)
+    return torch.cat([plane.flatten(-3) for plane in as_bytes], dim=-1).to(torch.uint8)
 
 
 def tile(matrix: Tensor, gate_up: bool) -> Tensor:
@@ -201,7 +224,7 @@ def prepare(weights: ExpertWeights) -> None:
         (weights.w2_pairs, weights.w2_steps, weights.w2_dense, False),
     ):
         for matrix in words.detach():
-            matrix.copy_(blocks(kernel_words(tile(code.unpack(matrix), gate_up), code.decoder)).view_as(matrix))
+            matrix.copy_(blocks(kernel_words(tile(code.unpack(matrix), gate_up), code)).view_as(matrix))
         for matrix in dense.detach():
             matrix.copy_(blocks(tile(matrix, gate_up)).view_as(matrix))
         for matrix in steps.detach() if steps is not None else ():
@@ -241,8 +264,10 @@ def fused_experts(
             "out": out,
         }
         table = code.word_table(x.device)
-        if table is not None and weights.w13_steps is not None and weights.w2_steps is not None:
-            inputs |= {"w13_steps": weights.w13_steps, "w2_steps": weights.w2_steps, "table": table}
+        if weights.w13_steps is not None and weights.w2_steps is not None:
+            inputs |= {"w13_steps": weights.w13_steps, "w2_steps": weights.w2_steps}
+        if table is not None:
+            inputs["table"] = table
         if weights.expert_map is not None:
             inputs["expert_map"] = weights.expert_map
         layer = _Layer(

@@ -520,10 +520,7 @@ def _check_projection(folder: Path, tensors: dict[tuple[int, str, str], _ExpertT
         unpacked: tuple[int, ...] | None = shape if len(shape) == 2 else None
         if kind == WORDS and code is not None:
             dtype = STORED_DTYPES[str(code.dtype).removeprefix("torch.")]
-            if unpacked:
-                unpacked = (shape[0], shape[1] * 8 * code.dtype.itemsize // code.bits)
-            if unpacked and (code.words_shape(*unpacked) != shape or unpacked[1] % 16):
-                unpacked = None
+            unpacked = code.matrix_shape((shape[0], shape[1])) if len(shape) == 2 else None
         elif kind == STEPS and config.group_size and unpacked:
             unpacked = (shape[0], shape[1] * config.group_size)
         if tensor.info.dtype != dtype:

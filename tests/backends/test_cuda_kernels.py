@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from support.layers import DEEPSEEK, MIXTRAL, QWEN3, QWEN15, Layer, copied, gene
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda, reference
-from puzzlemoe_vllm.format.codes import CODES, get_code
+from puzzlemoe_vllm.format.codes import CODES, TrellisCode, get_code
+from puzzlemoe_vllm.format.codes.base import EntrywiseCode
 
 REASON = cuda.unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -34,8 +36,13 @@ MODELS = {
     "DeepSeek-MoE-16B": DEEPSEEK,
     "Qwen1.5-MoE": QWEN15,
     "Mixtral-8x7B angle16": MIXTRAL.coded("angle16"),
-    **{f"Mixtral-8x7B {code}": MIXTRAL.coded(code, 128) for code in ("angle8", "angle6", "mask6")},
+    **{
+        f"Mixtral-8x7B {code}": MIXTRAL.coded(code, 128)
+        for code in ("angle8", "angle6", "mask6", "trellis8", "trellis5", "trellis3")
+    },
     "Qwen3-30B-A3B angle8": QWEN3.coded("angle8", 128),
+    "Qwen3-30B-A3B trellis6": QWEN3.coded("trellis6", 64),
+    "DeepSeek-MoE-16B trellis4": DEEPSEEK.coded("trellis4", 128),
 }
 
 
@@ -102,6 +109,8 @@ SMALL = {
     "angle8": Layer(3, 2, 2, 256, 224, "angle8", 32),
     "angle6": Layer(3, 2, 2, 256, 192, "angle6", 64),
     "mask6": Layer(3, 2, 2, 384, 128, "mask6", 128),
+    "trellis6": Layer(3, 2, 2, 256, 224, "trellis6", 32),
+    "trellis3": Layer(3, 2, 2, 384, 128, "trellis3", 128),
 }
 EDGE_TOKENS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513)
 
@@ -131,6 +140,9 @@ def test_token_counts(small, kernel):
         ),
         *(Layer(2, 1, 2, *size) for size in ((32, 96, "angle6", 32), (128, 384, "angle6", 128))),
         *(Layer(2, 1, 2, *size) for size in ((96, 32, "mask6", 32), (2048, 128, "mask6", 128))),
+        *(Layer(2, 0, 2, *size, f"trellis{bits}", 32) for bits in (8, 6, 5, 4, 3) for size in ((32, 32), (352, 96))),
+        *(Layer(2, 1, 2, 2048, 192, f"trellis{bits}", 64) for bits in (8, 5, 4)),
+        *(Layer(2, 1, 2, 128, 384, f"trellis{bits}", 128) for bits in (6, 3)),
     ],
     ids=str,
 )
@@ -276,7 +288,11 @@ def decoded(code: str, words: Tensor, position: int, step: Tensor) -> Tensor:
     return kind.decode(kind.pack(words), position, step if kind.has_steps else None).float()
 
 
-@pytest.mark.parametrize("code", CODES)
+ENTRYWISE = [name for name, code in CODES.items() if isinstance(code, EntrywiseCode)]
+TRELLISES = [name for name, code in CODES.items() if isinstance(code, TrellisCode)]
+
+
+@pytest.mark.parametrize("code", ENTRYWISE)
 def test_every_word_decodes_as_the_format_says(code):
     """Each of a code's words as a down projection's weight, in both positions.
 
@@ -315,3 +331,47 @@ def test_every_word_decodes_as_the_format_says(code):
         for kernel in KERNELS:
             out = cuda.fused_experts(x, torch.ones(size, 1, device="cuda"), ids, weights, kernel=kernel)
             torch.testing.assert_close(out.T.float(), expected, rtol=2**-7, atol=1e-30)
+
+
+@pytest.mark.parametrize("code", TRELLISES)
+def test_every_state_decodes_as_the_format_says(code):
+    """Nearly all of a trellis's states as a down projection's weights, in both positions.
+
+    Of row i of gate and up, only group i of columns has a step above zero, and token t has one value, in group t: the
+    hidden activations are then diagonal, and the output is the decoded matrix, a number times each of its columns.
+    """
+    intermediate, group = 128, 32
+    hidden, kind, source = intermediate * group, get_code(code), draw()
+    words, tall = (
+        torch.randint(0, 256, kind.words_shape(*size), generator=source, device="cuda", dtype=torch.uint8)
+        for size in ((2 * intermediate, hidden), (hidden, intermediate))
+    )
+    states = kind.states(tall).unique()
+    assert len(states) > 0.99 * 2**kind.state_bits
+    steps = torch.eye(intermediate, dtype=torch.bfloat16, device="cuda").repeat(2, 1) / 16
+    tall_steps = (torch.rand(hidden, intermediate // group, generator=source, device="cuda") + 0.5).bfloat16()
+    dense = torch.empty(0, 2 * intermediate, hidden, dtype=torch.bfloat16, device="cuda")
+    tall_dense = torch.empty(0, hidden, intermediate, dtype=torch.bfloat16, device="cuda")
+    weights = ExpertWeights(
+        *(words[None].clone(), tall[None].clone(), dense, tall_dense, None, code),
+        *(steps[None].clone(), tall_steps[None].clone()),
+    )
+    cuda.prepare(weights)
+    tokens_of = torch.arange(intermediate, device="cuda", dtype=torch.int32)[:, None]
+    for position in (tokens_of * 0, tokens_of * 0 + 1, tokens_of % 2):
+        x = torch.zeros(intermediate, hidden, dtype=torch.bfloat16, device="cuda")
+        expected = torch.empty(intermediate, hidden, device="cuda")
+        for p in (0, 1):
+            gate, up = kind.decode(words, p, steps).float().chunk(2)
+            activation = torch.nn.functional.silu(gate) * up
+            place = activation.abs().argmax(dim=1)
+            own = (position[:, 0] == p).nonzero()[:, 0]
+            x[own, place[own]] = 1
+            factor = activation.gather(1, place[:, None]).bfloat16().float()
+            expected[own] = (factor * kind.decode(tall, p, tall_steps).float().T)[own]
+        for kernel, tokens in itertools.product(KERNELS, (16, intermediate)):
+            for first in range(0, intermediate, tokens):
+                some = slice(first, first + tokens)
+                ones = torch.ones(tokens, 1, device="cuda")
+                out = cuda.fused_experts(x[some], ones, position[some], weights, kernel=kernel)
+                torch.testing.assert_close(out.float(), expected[some], rtol=2**-7, atol=1e-30)

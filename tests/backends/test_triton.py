@@ -108,7 +108,11 @@ def test_any_multiple_of_16(hidden, intermediate, tokens):
 
 @runs
 @pytest.mark.parametrize(
-    "code, group_size", [("angle16", None), ("angle8", 32), ("angle8", 128), ("angle6", 64), ("mask6", 32)]
+    "code, group_size",
+    [
+        *(("angle16", None), ("angle8", 32), ("angle8", 128), ("angle6", 64), ("mask6", 32)),
+        *(("trellis8", 32), ("trellis6", 64), ("trellis5", 128), ("trellis4", 32), ("trellis3", 64)),
+    ],
 )
 @pytest.mark.parametrize("tokens", [3, 70, 400])
 def test_every_code(code, group_size, tokens):
@@ -192,7 +196,9 @@ def test_refuses_what_it_would_misread():
 
 
 @compiles
-@pytest.mark.parametrize("code, group_size", [("mask16", None), ("angle16", None), ("angle8", 128), ("mask6", 32)])
+@pytest.mark.parametrize(
+    "code, group_size", [("mask16", None), ("angle16", None), ("angle8", 128), ("mask6", 32), ("trellis5", 64)]
+)
 def test_compiles_for_hopper(code, group_size):
     pytest.importorskip("triton")
     from puzzlemoe_vllm.backends.triton.gemm import Projection, Storage, choose_tiles, down_kernel
@@ -203,15 +209,25 @@ def test_compiles_for_hopper(code, group_size):
     types = dict.fromkeys(down_kernel.arg_names, "i32")
     types |= {"hidden": "*bf16", "down": "*fp32", "word_table": "*bf16"}
     types |= {"projection": Projection(word, steps, "*bf16"), "blocks": Blocks("*i32", "*i32", "*i32")}
-    constants = {"STORAGE": Storage(int(pair_code.decoder), group_size, True, True), "TILES": choose_tiles(1, 8)}
-    constants |= {"word_table": None} if group_size is None else {}
+    constants = {
+        "STORAGE": Storage(int(pair_code.decoder), pair_code.bits, group_size, True, True),
+        "TILES": choose_tiles(1, 8),
+    }
+    constants |= {"word_table": None} if pair_code.word_table(torch.device("cpu")) is None else {}
     assert machine_code(down_kernel, types, constants, 90)
 
 
 @on_a_gpu
 @pytest.mark.parametrize(
     "name, layer",
-    [("mixtral", MIXTRAL), ("qwen3", QWEN3), ("deepseek", DEEPSEEK), ("angle8", QWEN3.coded("angle8", 128))],
+    [
+        ("mixtral", MIXTRAL),
+        ("qwen3", QWEN3),
+        ("deepseek", DEEPSEEK),
+        ("angle8", QWEN3.coded("angle8", 128)),
+        ("trellis6", QWEN3.coded("trellis6", 64)),
+        ("trellis3", MIXTRAL.coded("trellis3", 128)),
+    ],
 )
 def test_real_shapes(name, layer):
     weights = make_weights(layer)

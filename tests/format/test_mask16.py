@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from puzzlemoe_vllm.format.codes import UnencodableWeight
 from puzzlemoe_vllm.format.codes.base import LARGEST
-from puzzlemoe_vllm.format.codes.mask16 import BOTH, CODE, FIRST, NEITHER, SECOND, SMALLEST
+from puzzlemoe_vllm.format.codes.mask16 import BOTH, CODES, FIRST, NEITHER, SECOND, SMALLEST
 
+CODE = CODES[0]
 ALL_WORDS = torch.arange(65536, dtype=torch.int32).to(torch.int16)
 
 

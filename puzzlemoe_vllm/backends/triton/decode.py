@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from puzzlemoe_vllm.format.codes import Decoder
+from puzzlemoe_vllm.format.codes.trellis import MULTIPLIER
 
 INTERPRETED = triton.knobs.runtime.interpret
 OPERAND = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
@@ -18,11 +19,14 @@ PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED)
 MASK16 = tl.constexpr(int(Decoder.MASK16))
 ANGLE16 = tl.constexpr(int(Decoder.ANGLE16))
 TABLE6 = tl.constexpr(int(Decoder.TABLE6))
+TRELLIS8 = tl.constexpr(int(Decoder.TRELLIS8))
+"""The first of the trellises, which end the list."""
+FACTOR = tl.constexpr(MULTIPLIER)
 
 
 @triton.jit
-def load_words(words, rows, column, stop, K, DECODER: tl.constexpr):
-    """Words of some rows [N, 1] and columns [1, K] of a pair, one an element."""
+def load_words(words, rows, column, stop, K, DECODER: tl.constexpr, BITS: tl.constexpr):
+    """Words of some rows [N, 1] and columns [1, K] of a pair, one an element; of a trellis, their states."""
     keep = column < stop
     if DECODER == TABLE6:
         # Of every 16 columns, eight bytes hold the upper four bits and four the lower two.
@@ -30,6 +34,15 @@ def load_words(words, rows, column, stop, K, DECODER: tl.constexpr):
         upper = tl.load(place + column % 16 // 2, mask=keep, other=0).to(tl.int32) >> column % 2 * 4 & 15
         lower = tl.load(place + 8 + column % 16 // 4, mask=keep, other=0).to(tl.int32) >> column % 4 * 2 & 3
         return upper << 2 | lower
+    elif DECODER >= TRELLIS8:
+        place = 32 * (rows % 8) + column % 8 // 2 * 8 + column % 32 // 16 * 4 + column % 16 // 8 * 2 + column % 2
+        STATE: tl.constexpr = min(16, 5 * BITS)
+        # A tile is 16 * BITS numbers of 16 bits; a state lies in one of them and the next, around its end.
+        first = (place + 1) * BITS + (256 * BITS - STATE)
+        tile = words.to(tl.pointer_type(tl.uint16)) + rows // 8 * (K // 2 * BITS) + column // 32 * (16 * BITS)
+        lower = tl.load(tile + first // 16 % (16 * BITS), mask=keep, other=0).to(tl.uint32)
+        upper = tl.load(tile + (first // 16 + 1) % (16 * BITS), mask=keep, other=0).to(tl.uint32)
+        return (lower | upper << 16) >> (first % 16).to(tl.uint32) & (1 << STATE) - 1
     else:
         return tl.load(words + rows * K + column, mask=keep, other=0)
 
@@ -77,6 +90,17 @@ def _table_weights(words, position: tl.constexpr, steps, table):
 
 
 @triton.jit
+def _trellis_weights(states, position: tl.constexpr, steps):
+    """Weights of one position of states; puzzlemoe_vllm/format/codes/trellis.py has the formula."""
+    x = states * FACTOR
+    if position == 0:
+        value = (x & 31) + (x >> 8 & 31) + (x >> 16 & 31) + (x >> 24 & 31)
+    else:
+        value = (x >> 3 & 31) + (x >> 19 & 31) + 62 - (x >> 11 & 31) - (x >> 27)
+    return ((value.to(tl.float32) - 62) * steps.to(tl.float32)).to(OPERAND)
+
+
+@triton.jit
 def decode(tile, position: tl.constexpr, steps, table, DECODER: tl.constexpr):
     """Weights of one position, those of MASK16 times 2^16; without a position the tile is weights already."""
     if position is None:
@@ -85,5 +109,7 @@ def decode(tile, position: tl.constexpr, steps, table, DECODER: tl.constexpr):
         return _mask16_weights(tile, position)
     elif DECODER == ANGLE16:
         return _angle16_weights(tile, position)
+    elif DECODER >= TRELLIS8:
+        return _trellis_weights(tile, position, steps)
     else:
         return _table_weights(tile, position, steps, table)

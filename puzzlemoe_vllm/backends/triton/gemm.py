@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
-from puzzlemoe_vllm.backends.triton.decode import MASK16, OPERAND, PTX, TABLE6, decode, load_words
+from puzzlemoe_vllm.backends.triton.decode import MASK16, OPERAND, PTX, decode, load_words
 from puzzlemoe_vllm.backends.triton.route import load_block, route
 from puzzlemoe_vllm.format.codes import get_code
 
@@ -40,10 +40,11 @@ class Tiles(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """What a layer's experts are stored as: the number of the words' decoder and the columns that share a step, None
-    without steps; whether there are pairs, and dense experts."""
+    """What a layer's experts are stored as: the number of the words' decoder, the bits of a word and the columns that
+    share a step, None without steps; whether there are pairs, and dense experts."""
 
     decoder: int
+    bits: int
     group_size: int | None
     pairs: bool
     dense: bool
@@ -110,7 +111,7 @@ def layer(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: ExpertWeig
     group_size = None if steps is None else hidden_size // steps.shape[2]
     constants = dict(
         word_table=code.word_table(x.device),
-        STORAGE=Storage(int(code.decoder), group_size, pairs > 0, experts > 2 * pairs),
+        STORAGE=Storage(int(code.decoder), code.bits, group_size, pairs > 0, experts > 2 * pairs),
         TILES=tiles, num_warps=tiles.warps, num_stages=tiles.stages,
         **({"maxnreg": tiles.registers} if PTX.value else {}),
     )  # fmt: skip
@@ -162,7 +163,7 @@ def _multiply(
         if LEADER is None:
             tile = tl.load(matrix.words + rows[:, None] * K + column, mask=column < stop, other=0)
         else:
-            tile = load_words(matrix.words, rows[:, None], column, stop, K, STORAGE.decoder)
+            tile = load_words(matrix.words, rows[:, None], column, stop, K, STORAGE.decoder, STORAGE.bits)
             if STORAGE.group_size is not None:
                 group = matrix.steps + rows[:, None] * (K // STORAGE.group_size) + column // STORAGE.group_size
                 steps = tl.load(group, mask=column < stop, other=0)
@@ -193,7 +194,7 @@ def _project(
     size = N.to(tl.int64) * K
     if STORAGE.pairs:
         pair = tl.minimum(expert >> 1, pairs - 1)
-        words = projection.words + pair * (size // 16 * 12 if STORAGE.decoder == TABLE6 else size)
+        words = projection.words + pair * (size if STORAGE.bits == 16 else size // 8 * STORAGE.bits)
         steps = projection.steps
         if STORAGE.group_size is not None:
             steps += pair * (size // STORAGE.group_size)

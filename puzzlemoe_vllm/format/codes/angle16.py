@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.format.codes.base import Decoder, PairCode, check_magnitude
+from puzzlemoe_vllm.format.codes.base import Decoder, EntrywiseCode, check_magnitude
 
 
-class Angle16(PairCode):
+class Angle16(EntrywiseCode):
     name = "angle16"
     bits = 16
     dtype = torch.int16
@@ -52,4 +52,4 @@ class Angle16(PairCode):
         return torch.where(negative, -weight, weight).to(torch.bfloat16)
 
 
-CODE = Angle16()
+CODES = [Angle16()]

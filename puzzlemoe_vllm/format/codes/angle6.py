@@ -22,4 +22,4 @@ def value_bytes() -> tuple[list[int], list[int]]:
     return first, second
 
 
-CODE = TableCode("angle6", SIX_BIT_PLANES, unit_step=2.05, value_bytes=value_bytes())
+CODES = [TableCode("angle6", SIX_BIT_PLANES, unit_step=2.05, value_bytes=value_bytes())]

@@ -28,4 +28,4 @@ def value_bytes() -> tuple[list[int], list[int]]:
     return first, second
 
 
-CODE = TableCode("angle8", BYTES, unit_step=2.0, value_bytes=value_bytes())
+CODES = [TableCode("angle8", BYTES, unit_step=2.0, value_bytes=value_bytes())]

@@ -20,13 +20,19 @@ LARGEST = (1 + 127 / 128) * 2.0**16
 class Decoder(IntEnum):
     """How words become weights: all that kernels tell codes apart by, and the C library's numbers for it.
 
-    Of the tables, one has words of eight bits and the other of six, in planes; the words' values are data.
+    Of the tables, one has words of eight bits and the other of six, in planes; the words' values are data.  Trellises
+    differ by the bits of a word.
     """
 
     MASK16 = 0
     ANGLE16 = 1
     TABLE8 = 2
     TABLE6 = 3
+    TRELLIS8 = 4
+    TRELLIS6 = 5
+    TRELLIS5 = 6
+    TRELLIS4 = 7
+    TRELLIS3 = 8
 
 
 class UnencodableWeight(UserError):
@@ -34,7 +40,7 @@ class UnencodableWeight(UserError):
 
 
 class PairCode(ABC):
-    """One code.  A word holds a state, two signs and, in some codes, a magnitude.
+    """One code.
 
     name: as config.json spells it.  bits: size of a word.  dtype: of the stored words.  decoder: what decodes them.
     has_steps: whether a bf16 step per row and group of input columns comes with the words.
@@ -62,15 +68,20 @@ class PairCode(ABC):
         return self.bits + (16 / group_size if group_size else 0)
 
     def words_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """Shape of the stored words of a pair of [rows, columns] matrices; columns a multiple of 16."""
+        """Shape of the stored words of a pair of [rows, columns] matrices, both multiples of 16."""
         return rows, columns * self.bits // (8 * self.dtype.itemsize)
 
+    def matrix_shape(self, words: tuple[int, int]) -> tuple[int, int] | None:
+        """Rows and columns of the matrices whose stored words have a shape; None if no matrix's have."""
+        rows, columns = words[0], words[1] * 8 * self.dtype.itemsize // self.bits
+        return (rows, columns) if columns % 16 == 0 and self.words_shape(rows, columns) == words else None
+
     def pack(self, word: Tensor) -> Tensor:
-        """Words as they are stored, [..., K words], of words [..., K], one a column."""
+        """Words as they are stored, of words [..., K], one an entry."""
         return word
 
     def unpack(self, words: Tensor) -> Tensor:
-        """Words [..., K], one a column, of stored words."""
+        """Words [..., K], one an entry, of stored words."""
         return words
 
     def word_table(self, device: torch.device) -> Tensor | None:
@@ -79,19 +90,23 @@ class PairCode(ABC):
         return None
 
     @abstractmethod
+    def decode(self, words: Tensor, position: int, steps: Tensor | None = None) -> Tensor:
+        """bf16 weights [..., K] of one position.
+
+        words: as stored; steps: bf16 [..., groups], K / groups columns each, None for a code without.
+        """
+
+
+class EntrywiseCode(PairCode):
+    """A code whose words mean the same in every place: a state, two signs and, in some codes, a magnitude."""
+
+    @abstractmethod
     def encode(self, state: Tensor, negative: tuple[Tensor, Tensor], magnitude: Tensor | None = None) -> Tensor:
         """Stored words of two matrices [N, K].
 
         state: int [N, K], of the states that the code lists.  negative: two bool tensors [N, K], True where that
         position's weight is below zero.  magnitude: float32 [N, K], not negative, for the codes whose words hold one.
         Raises UnencodableWeight for a magnitude that no word holds.
-        """
-
-    @abstractmethod
-    def decode(self, words: Tensor, position: int, steps: Tensor | None = None) -> Tensor:
-        """bf16 weights [..., K] of one position.
-
-        words: as stored, [..., K words]; steps: bf16 [..., groups], K / groups columns each, None for a code without.
         """
 
 

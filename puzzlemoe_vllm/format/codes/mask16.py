@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.format.codes.base import Decoder, PairCode, check_magnitude
+from puzzlemoe_vllm.format.codes.base import Decoder, EntrywiseCode, check_magnitude
 
 EXPONENT_OFFSET = 112
 """bf16 exponent of the smallest magnitude that a word can hold."""
@@ -18,7 +18,7 @@ BOTH, FIRST, SECOND, NEITHER = range(4)
 """States: whose weight is the magnitude; others are 0.  The two masks are the bits of 3 - state."""
 
 
-class Mask16(PairCode):
+class Mask16(EntrywiseCode):
     name = "mask16"
     bits = 16
     dtype = torch.int16
@@ -52,4 +52,4 @@ class Mask16(PairCode):
         return (magnitude | sign).where(kept, 0).view(torch.bfloat16)
 
 
-CODE = Mask16()
+CODES = [Mask16()]

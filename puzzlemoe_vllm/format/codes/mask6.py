@@ -23,4 +23,4 @@ def value_bytes() -> tuple[list[int], list[int]]:
     return rows
 
 
-CODE = TableCode("mask6", SIX_BIT_PLANES, unit_step=1.975, value_bytes=value_bytes())
+CODES = [TableCode("mask6", SIX_BIT_PLANES, unit_step=1.975, value_bytes=value_bytes())]

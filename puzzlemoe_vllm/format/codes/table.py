@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.format.codes.base import Decoder, PairCode
+from puzzlemoe_vllm.format.codes.base import Decoder, EntrywiseCode
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def minifloat(byte: int) -> float:
     return -value if byte & 0x80 else value
 
 
-class TableCode(PairCode):
+class TableCode(EntrywiseCode):
     """A code whose words are places in a table.
 
     values: the value of every word at position 0 and 1, float32 [2, 2^bits].

@@ -1,0 +1,171 @@
+// Trellis words: how a lane finds the state that ends with each of its words, and the two weights of a state.
+//
+// What a state's values are, puzzlemoe_vllm/format/codes/trellis.py says.  There a tile is 8 x 32; two of them, one
+// below the other, are the two 16 x 16 tiles of a strip that an even tile and the odd one after it are here.  Of each
+// a lane has two runs of four words, run 0 in row g and run 1 in row g + 8.  Before a run of the odd tile comes the
+// same lane's of the even one, and before a run of the even tile the previous lane's of the odd one: a lane loads its
+// own runs and the end of those before them.
+//
+// In memory a tile is
+//   8 bits: of every lane, run 0 and run 1;
+//   6, 5, 4 bits: of every lane, the last 16 bits of run 0 and of run 1; then of every lane what is left of them, run
+//     0 in the lower bits;
+//   3 bits: of every lane, the lower 16 bits of both runs as one number, run 0 in the lower 12; then their upper 8.
+#pragma once
+#include "words.cuh"
+
+// Sum of a's unsigned bytes times b's signed bytes, and c.
+__device__ inline uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+// Values are integers v; under an exponent of 0x43, v + 62 is the bf16 v + 190, exactly.  So all there is to do is to
+// bring two such integers into the halves of one register, and to subtract 190, unless kRaised_ leaves that to others.
+template <int kBits, bool kRaised_>
+class TrellisWords {
+ public:
+  static constexpr int kTileBytes = 32 * kBits, kTableEntries = 0, kStride = 0;
+  static constexpr bool kHasSteps = true, kReadsDense = false, kPositionsCost = true;
+  static constexpr uint32_t kRaised = kRaised_ ? 0x433E433E : 0;
+  struct Words {
+    uint32_t first, second, first_before, second_before;  // loads of the two planes, or of the two runs
+  };
+  struct Entries {
+    uint32_t of[8];  // states
+  };
+
+  __device__ TrellisWords(bool, int position0, int, uint32_t)
+      : multiplier_(position0 ? kMultiplier : kMultiplier << 3),
+        factors_(position0 ? 0xE020E020 : 0x20202020),
+        offset_(position0 ? 0x433E00 : 0x430000) {}
+
+  __device__ static float scale(bool) { return 1.0f; }
+
+  __device__ static Words load(uint32_t tile, int lane, bool odd) {
+    const uint32_t before = odd ? tile - kTileBytes : tile + kTileBytes;
+    const int lane_before = odd ? lane : (lane + 31) % 32;
+    if constexpr (kBits == 8) {
+      const uint2 own = load_shared_8(tile + lane * 8), end = load_shared_8(before + lane_before * 8);
+      return {own.x, own.y, end.x, end.y};
+    } else if constexpr (kBits == 3) {
+      return {load_shared_2(tile + lane * 2), load_shared_1(tile + 64 + lane), load_shared_2(before + lane_before * 2),
+              load_shared_1(before + 64 + lane_before)};
+    } else {
+      uint32_t rest = 0;
+      if constexpr (kBits == 6) rest = load_shared_2(tile + 128 + lane * 2);
+      if constexpr (kBits == 5) rest = load_shared_1(tile + 128 + lane);
+      return {load_shared_4(tile + lane * 4), rest, load_shared_4(before + lane_before * 4), 0};
+    }
+  }
+
+  __device__ static Entries look_up(const Words& words) {
+    Entries entries;
+    uint32_t states[4];
+#pragma unroll
+    for (int run = 0; run < 2; ++run) {
+      states_of(words, run, states);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) entries.of[i / 2 * 4 + run * 2 + i % 2] = states[i];
+    }
+    return entries;
+  }
+
+  // kTwo: of positions 0 and 1, else of position 0 of the constructor.
+  template <bool kTwo>
+  __device__ void take_apart(const Entries& entries, uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t left = entries.of[2 * j], right = entries.of[2 * j + 1];
+      if constexpr (kTwo) {
+        const uint32_t x = left * kMultiplier, y = right * kMultiplier;
+        a0[j] = centred(low_sum(y, 0x4300) * 65536 + low_sum(x, 0x4300));
+        a1[j] = centred(middle_bytes(high_sum(x, 0xE020E020, 0x433E00), high_sum(y, 0xE020E020, 0x433E00)));
+      } else {
+        a0[j] = centred(middle_bytes(high_sum(left * multiplier_, factors_, offset_),
+                                     high_sum(right * multiplier_, factors_, offset_)));
+      }
+    }
+  }
+
+  __device__ static void pairs(const Entries& entries, uint32_t (&pairs)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t x = entries.of[i] * kMultiplier;
+      pairs[i] = centred(high_sum(x, 0xFF01FF01, 8 * 62) * 8192 + low_sum(x, 0x43004300));
+    }
+  }
+
+ private:
+  static_assert(kBits == 8 || kBits == 6 || kBits == 5 || kBits == 4 || kBits == 3);
+  static constexpr uint32_t kMultiplier = 0x794298A3;
+
+  __device__ static uint32_t low_sum(uint32_t x, uint32_t offset) {
+    return dot_bytes(x & 0x1F1F1F1F, 0x01010101, offset);
+  }
+  // Of the upper five bits of the bytes, times eight times the factors.  With a multiplier eight times as large they
+  // are the lower five.
+  __device__ static uint32_t high_sum(uint32_t x, uint32_t factors, uint32_t offset) {
+    return dot_bytes(x & 0xF8F8F8F8, factors, offset);
+  }
+  __device__ static uint32_t middle_bytes(uint32_t left, uint32_t right) { return __byte_perm(left, right, 0x6521); }
+  __device__ static uint32_t centred(uint32_t two) {
+    if (kRaised_) return two;
+    const __nv_bfloat162 weights = __hadd2(as_bf16x2(two), __float2bfloat162_rn(-190.0f));
+    return reinterpret_cast<const uint32_t&>(weights);
+  }
+
+  // Bits of `value` from `first` on, as many as a state has; those above are dropped.
+  __device__ static uint32_t state_at(uint32_t value, int first) {
+    if constexpr (kBits == 3) return value >> first & 0x7FFF;
+    if (first >= 16) return value >> 16;
+    uint32_t upper;
+    asm("shl.b32 %0, %1, %2;" : "=r"(upper) : "r"(value), "r"(16 - first));
+    return upper >> 16;
+  }
+
+  __device__ static void states_of(const Words& words, int run, uint32_t (&states)[4]) {
+    if constexpr (kBits == 8) {
+      const uint32_t own = run ? words.second : words.first;
+      const uint32_t earlier = __funnelshift_l(run ? words.second_before : words.first_before, own, 8);
+      states[0] = state_at(earlier, 0), states[1] = state_at(own, 0);
+      states[2] = state_at(earlier, 16), states[3] = state_at(own, 16);
+    } else if constexpr (kBits == 4) {
+      const uint32_t window = __byte_perm(words.first_before, words.first, run ? 0x7632 : 0x5410);
+      const uint32_t earlier = window >> 4;
+      states[0] = earlier & 0xFFFF, states[1] = __byte_perm(window, 0, 0x4421);
+      states[2] = __byte_perm(earlier, 0, 0x4421), states[3] = window >> 16;
+    } else if constexpr (kBits == 3) {
+      const uint32_t own = run ? words.second << 4 | words.first >> 12 : words.first;
+      const uint32_t before =
+          run ? words.second_before << 4 | words.first_before >> 12 : words.first_before & 0xFFF;
+      const uint32_t window = own << 12 | before;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) states[i] = state_at(window, 3 * i);
+    } else {
+      // The run from its lower end on, with whatever above, and the 16 bits before it with its own lower 16 above.
+      uint32_t own;
+      if constexpr (kBits == 6) own = __byte_perm(words.second, words.first, run ? 0x0761 : 0x0540);
+      if constexpr (kBits == 5)
+        own = run ? (words.first >> 16) * 16 + (words.second >> 4) : words.first * 16 + (words.second & 15);
+      const uint32_t window = __byte_perm(words.first_before, own, run ? 0x5432 : 0x5410);
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        const int first = kBits * (i + 1);
+        states[i] = first <= 16 ? state_at(window, first) : state_at(own, first - 16);
+      }
+      states[3] = run ? words.first >> 16 : words.first & 0xFFFF;
+    }
+  }
+
+  // For take_apart() of one position.
+  uint32_t multiplier_, factors_, offset_;
+};
+
+template <int kBits, bool kRaised>
+__device__ inline void take_pairs(const TrellisWords<kBits, kRaised>& code,
+                                  const typename TrellisWords<kBits, kRaised>::Entries& entries,
+                                  uint32_t (&pairs)[8]) {
+  code.pairs(entries, pairs);
+}
