@@ -67,6 +67,12 @@ def load_library() -> ctypes.CDLL:
     library.pm_scratch_bytes.argtypes = [ctypes.POINTER(_Layer)]
     library.pm_scratch_bytes.restype = ctypes.c_int64
     library.pm_fused_experts.argtypes = [ctypes.POINTER(_Layer), ctypes.c_void_p]
+    library.pm_trellis_scratch_bytes.argtypes = [ctypes.c_int32, ctypes.c_int64]
+    library.pm_trellis_scratch_bytes.restype = ctypes.c_int64
+    library.pm_trellis_encode.argtypes = [
+        *(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+    ]
     return library
 
 
