@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PM_ABI_VERSION 4
+#define PM_ABI_VERSION 5
 #define PM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
