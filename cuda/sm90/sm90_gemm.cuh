@@ -106,6 +106,9 @@ struct Sm90Gemm {
     }
   }
 
+  static constexpr int kCopyRegisters = Tile::copy_registers(kGateUp);
+  static constexpr int kMultiplyRegisters = Tile::multiply_registers(kGateUp);
+
   // Nobody waits for the table but those that look words up in it: words are on their way by then.
   static constexpr int kReady = 0, kCopiersReady = 1 + Tile::kConsumers;  // barriers
 
@@ -127,12 +130,12 @@ struct Sm90Gemm {
     const Items<Tile> items(gemm);
     const LaunchOf<Tile> launch(items);
     if (copies) {
-      registers_down<Tile::kCopyRegisters>();
+      registers_down<kCopyRegisters>();
       const int warp = uniform(threadIdx.x % 128 / 32);
       if (warp < 2) Stage::gather_tokens(items, launch);
       else if (warp == 2) Stage::copy_words(items, launch);
     } else {
-      registers_up<Tile::kMultiplyRegisters>();
+      registers_up<kMultiplyRegisters>();
       consume_all(items, launch);
     }
   }

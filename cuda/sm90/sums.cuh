@@ -35,12 +35,12 @@ struct ItemSums {
     return items.gemm.arrivals + block_of(items, dealer) * Tile::kConsumers + threadIdx.x / 128;
   }
 
-  // Those who set it were started before this block and wait for nobody.  If they never do, the launch fails rather than
-  // hang: some seconds of polls.
+  // Those who set it were started before this block and wait for nobody.  If they never do, the launch fails after some
+  // seconds, by a store to nowhere: the compiler takes what follows a trap for divergent.
   __device__ static void wait_for_flag(const int* flag) {
     int left = 1 << 26;
     while (!load_acquire(flag) && --left) __nanosleep(20);
-    store_release_if(left == 0, nullptr, 0);  // an illegal address; the compiler takes what follows a trap for divergent
+    store_release_if(left == 0, nullptr, 0);
   }
 
   // Whether a tile of the sums has tokens.
