@@ -32,7 +32,7 @@ from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, get_code
 WARM_SECONDS = 0.02
 """Of replays before those that are timed."""
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 448, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 @dataclass(frozen=True)

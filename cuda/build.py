@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 SOURCES = Path(__file__).resolve().parent
-ARCHES = ("80", "86", "89", "90")
+ARCHES = ("80", "86", "89", "90", "100", "120")
 SM90 = SOURCES / "sm90"
 """Sources that use instructions of sm_90a, which has no forward compatibility: built for it alone."""
 
@@ -68,11 +68,13 @@ def sources() -> list[Path]:
 
 
 def targets(source: Path, arches: Sequence[str]) -> list[str]:
-    """nvcc's -gencode flags of one source: machine code for every architecture, and PTX of the last for later ones."""
+    """nvcc's -gencode flags of one source: machine code for every architecture; PTX of the last for later ones, and of
+    90 for those between, such as 110."""
     if source.parent == SM90:
         return ["-gencode=arch=compute_90a,code=sm_90a"]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches]
-    return [*flags, f"-gencode=arch=compute_{arches[-1]},code=compute_{arches[-1]}"]
+    ptx = [arch for arch in arches if arch in ("90", arches[-1])]
+    return [*flags, *(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ptx)]
 
 
 def compile_source(nvcc: str, source: Path, target: Path, arches: Sequence[str], flags: Sequence[str] = ()) -> str:

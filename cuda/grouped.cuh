@@ -46,12 +46,12 @@ struct GroupedGemm {
   __device__ int step_groups() const { return (depth / 16) >> group_shift; }
 };
 
-// Fills a code's table in shared memory with all threads, a copy for every lane, and returns this lane's place in it.
-// The caller synchronises.
-template <class Code>
+// Fills a code's table in shared memory with the first kThreads threads, a copy for every lane, and returns this lane's
+// place in it.  The caller synchronises.
+template <class Code, int kThreads>
 __device__ inline uint32_t fill_table(const GroupedGemm& gemm, uint32_t table) {
   const int lane = threadIdx.x % 32;
-  for (int first = threadIdx.x / 32 * 32; first < Code::kTableEntries; first += blockDim.x) {
+  for (int first = threadIdx.x / 32 * 32; first < Code::kTableEntries; first += kThreads) {
     const uint32_t entry = gemm.table[first + lane];
 #pragma unroll
     for (int i = 0; i < 32; ++i)

@@ -222,7 +222,7 @@ struct Sm80Gemm {
 
   __device__ __forceinline__ static void run(const GroupedGemm& gemm) {
     extern __shared__ __align__(128) uint8_t shared_memory[];
-    const uint32_t table = fill_table<Code>(gemm, shared_address(shared_memory));
+    const uint32_t table = fill_table<Code, Tile::kThreads>(gemm, shared_address(shared_memory));
     uint8_t* shared = shared_memory + kTableBytes;
     wait_for_previous_kernel();
     let_next_kernel_start();

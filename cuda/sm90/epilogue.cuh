@@ -38,6 +38,13 @@ struct Epilogue {
     const uint32_t staging = Stage::staging(group);
     const int width = kGateUp ? gemm.rows / 2 : gemm.rows;
     const int vector = threadIdx.x % kVectors, token = threadIdx.x % 128 / kVectors;
+    // Rows of the output that this thread stores, -1: none.  Those of slots are read at once, before they are needed.
+    int places[(kTiles * 8 + kTokensPerPass - 1) / kTokensPerPass];
+#pragma unroll
+    for (int i = 0; i < int(sizeof places / sizeof *places); ++i) {
+      const int row = sorted_row(i * kTokensPerPass + token);
+      places[i] = row < 0 || kGateUp ? row : gemm.sorted_slots[row];
+    }
 
 #pragma unroll
     for (int first = 0; first < kTiles; first += 4) {
@@ -63,12 +70,11 @@ struct Epilogue {
       }
       warpgroup_barrier(1 + group);
 #pragma unroll
-      for (int at = token; at < 32; at += kTokensPerPass) {
-        const int row = sorted_row(first * 8 + at);
-        if (row < 0 || strip >= gemm.rows / 16) continue;
-        const int64_t place = kGateUp ? row : gemm.sorted_slots[row];
-        *reinterpret_cast<uint4*>(out + place * width) =
-            load_shared_16(staging + at * Stage::kStagingPitch + vector * 16);
+      for (int i = 0; i < 32 / kTokensPerPass; ++i) {
+        const int pass = first * 8 / kTokensPerPass + i;
+        if (pass >= int(sizeof places / sizeof *places) || places[pass] < 0 || strip >= gemm.rows / 16) continue;
+        *reinterpret_cast<uint4*>(out + int64_t(places[pass]) * width) =
+            load_shared_16(staging + (i * kTokensPerPass + token) * Stage::kStagingPitch + vector * 16);
       }
       warpgroup_barrier(1 + group);
     }

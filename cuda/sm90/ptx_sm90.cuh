@@ -36,8 +36,17 @@ __device__ inline void barrier_arrive_after_copies(uint32_t barrier) {
 // Orders the writes to shared memory that this thread has observed, cp.async included, before wgmma's reads.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Barrier `name` among so many threads: waits for them, or only says that this one has come.
+template <int kThreads>
+__device__ inline void barrier_of(int name) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ inline void come_to_barrier_of(int name) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "n"(kThreads) : "memory");
+}
 // Barrier `name` among the 128 threads of a warpgroup.
-__device__ inline void warpgroup_barrier(int name) { asm volatile("bar.sync %0, 128;" ::"r"(name) : "memory"); }
+__device__ inline void warpgroup_barrier(int name) { barrier_of<128>(name); }
 
 // Stores four 8 x 8 matrices of 16-bit elements transposed; lane 8m + r gives the address of matrix m's column r.
 __device__ inline void store_transposed_x4(uint32_t shared, const uint32_t (&r)[4]) {
@@ -92,6 +101,20 @@ __device__ __forceinline__ void wgmma_m64k16<32>(float (&d)[4][4], const uint32_
       : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
         "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
         "+f"(d[3][2]), "+f"(d[3][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void wgmma_m64k16<48>(float (&d)[6][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+      "%23 "
+      "}, {%24, %25, %26, %27}, %28, 1, 1, 1, 0;"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
+        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
+        "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]),
+        "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 

@@ -81,6 +81,7 @@ struct Sm90Gemm {
     Sums sums;
     Walk walk(items, launch);
     Piece piece;
+    if constexpr (!Tile::kCuts) return consume_whole(items, walk, slot, sums);
     bool starts = false;
     while (!starts && walk.next(items, piece)) {
       const WorkItem work = items.work(piece);
@@ -95,25 +96,52 @@ struct Sm90Gemm {
     Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
   }
 
+  // Of items that are never cut.  Each is read while the one before it is multiplied: its reads depend on one another.
+  template <class WalkOf>
+  __device__ __forceinline__ static void consume_whole(const Items<Tile>& items, WalkOf& walk, Slot& slot, Sums& sums) {
+    Piece piece, next_piece;
+    WorkItem work, next;
+    bool more = walk.next(items, piece);
+    if (more) work = items.work(piece);
+    while (more) {
+      more = walk.next(items, next_piece);
+      if (more) next = items.work(next_piece);
+      multiply_piece(items, piece, work, slot, sums);
+      Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
+      piece = next_piece, work = next;
+    }
+  }
+
+  static constexpr int kCopyRegisters = Tile::copy_registers(kGateUp);
+  static constexpr int kMultiplyRegisters = Tile::multiply_registers(kGateUp);
+
+  // Nobody waits for the table but those that look words up in it: words are on their way by then.
+  static constexpr int kReady = 0, kCopiersReady = 1 + Tile::kConsumers;  // barriers
+
   __device__ __forceinline__ static void run(const GroupedGemm& gemm) {
     extern __shared__ __align__(1024) uint8_t shared[];
     if (shared_address(shared) != SharedLayout::kStart) __trap();
-    fill_table<Code>(gemm, Stage::kTable);
-    if (threadIdx.x == 0) Stage::init_barriers();
-    __syncthreads();
-
-    // The groups come from a kernel that had ended before gate and up let the down projection start.
-    if constexpr (kGateUp) wait_for_previous_kernel();
-    let_next_kernel_start();
+    const bool copies = uniform(threadIdx.x / 128) == Tile::kConsumers;
+    if (copies) {
+      if (threadIdx.x % 128 == 0) Stage::init_barriers();
+      // The groups come from a kernel that had ended before gate and up let the down projection start.
+      if constexpr (kGateUp) wait_for_previous_kernel();
+      barrier_of<128>(kCopiersReady);
+      come_to_barrier_of<Tile::kThreads>(kReady);
+      let_next_kernel_start();
+    } else {
+      fill_table<Code, 128 * Tile::kConsumers>(gemm, Stage::kTable);
+      barrier_of<Tile::kThreads>(kReady);
+    }
     const Items<Tile> items(gemm);
     const LaunchOf<Tile> launch(items);
-    if (uniform(threadIdx.x / 128) == Tile::kConsumers) {
-      registers_down<Tile::kCopyRegisters>();
+    if (copies) {
+      registers_down<kCopyRegisters>();
       const int warp = uniform(threadIdx.x % 128 / 32);
       if (warp < 2) Stage::gather_tokens(items, launch);
       else if (warp == 2) Stage::copy_words(items, launch);
     } else {
-      registers_up<Tile::kMultiplyRegisters>();
+      registers_up<kMultiplyRegisters>();
       consume_all(items, launch);
     }
   }

@@ -35,6 +35,14 @@ struct ItemSums {
     return items.gemm.arrivals + block_of(items, dealer) * Tile::kConsumers + threadIdx.x / 128;
   }
 
+  // Those who set it were started before this block and wait for nobody.  If they never do, the launch fails after some
+  // seconds, by a store to nowhere: the compiler takes what follows a trap for divergent.
+  __device__ static void wait_for_flag(const int* flag) {
+    int left = 1 << 26;
+    while (!load_acquire(flag) && --left) __nanosleep(20);
+    store_release_if(left == 0, nullptr, 0);
+  }
+
   // Whether a tile of the sums has tokens.
   __device__ static bool used(const TokenGroup& group, int tile) {
     if (joined<Tile>(group)) return tile * 8 < group.count[0] + group.count[1];
@@ -53,16 +61,17 @@ struct ItemSums {
 
   // Adds the sums that the next dealers up to the last have left, in their order.
   __device__ static void add_left(const Items<Tile>& items, const TokenGroup& group, int last_dealer, Sums& sums) {
-    for (int dealer = own_dealer(items) + 1; dealer <= last_dealer; ++dealer) {
-      if (threadIdx.x % 128 == 0) {
-        while (!load_acquire(left_flag(items, dealer))) {
-        }
-        *left_flag(items, dealer) = 0;  // for the next launch
-      }
-      warpgroup_barrier(1 + threadIdx.x / 128);
+    const int first = own_dealer(items) + 1;
+    for (int dealer = first + threadIdx.x % 128; dealer <= last_dealer; dealer += 128) {
+      wait_for_flag(left_flag(items, dealer));
+      *left_flag(items, dealer) = 0;  // for the next launch
+    }
+    warpgroup_barrier(1 + threadIdx.x / 128);
+#pragma unroll(kPartTiles <= 2 ? 4 : 1)  // of few sums, those of several dealers are read at once
+    for (int dealer = first; dealer <= last_dealer; ++dealer) {
 #pragma unroll
       for (int j = 0; j < 2 * kPartTiles; ++j) {
-        if (!used(group, j)) continue;
+        if (!uniform(used(group, j))) continue;
         const float4 other = __ldcg(left_sums(items, dealer, j));
         sums[j][0] += other.x, sums[j][1] += other.y, sums[j][2] += other.z, sums[j][3] += other.w;
       }

@@ -9,17 +9,21 @@
 //   kCuts: items' depth may be cut between blocks;
 //   kFenceLag: 0 if the threads that multiply make tokens visible to wgmma, in every stage.  Else those that gather
 //     them do, so many stages after they began to, which needs stages to spare.
-template <int kConsumers_, int kBlocks_, int kTableStride_>
+template <int kConsumers_, int kBlocks_, int kTableStride_, int kGateUpCopyRegisters = 32, int kDownCopyRegisters = 32>
 struct Sm90Tile {
   static constexpr int kConsumers = kConsumers_;      // warpgroups that multiply, a strip of 16 rows in each warp
   static constexpr int kBlocks = kBlocks_;            // that share a multiprocessor
   static constexpr int kTableStride = kTableStride_;  // of a code's table
   static constexpr int kThreads = 128 * (kConsumers + 1), kStrips = 4 * kConsumers;
-  // Of a thread that copies and of one that multiplies; together what the compiler gives all threads alike.
+  // Of a thread that copies, which needs more for more tokens, and more in gate and up, where it divides slots; and of
+  // one that multiplies; together what the compiler gives all threads alike.
   static constexpr int kThreadRegisters = 65536 / (kBlocks * kThreads) / 8 * 8;
-  static constexpr int kCopyRegisters = kThreadRegisters > 128 ? 72 : 32;
-  static constexpr int kMultiplyRegisters =
-      (kThreadRegisters * kThreads - kCopyRegisters * 128) / (128 * kConsumers) / 8 * 8;
+  static constexpr int copy_registers(bool gate_up) {
+    return kThreadRegisters > 128 ? 72 : gate_up ? kGateUpCopyRegisters : kDownCopyRegisters;
+  }
+  static constexpr int multiply_registers(bool gate_up) {
+    return (kThreadRegisters * kThreads - copy_registers(gate_up) * 128) / (128 * kConsumers) / 8 * 8;
+  }
   static constexpr int kDepth = 64;  // columns per stage: 128 bytes of a token, one swizzle row
   static constexpr int kDepthTiles = kDepth / 16;
   static constexpr int kJoinedTokens = 16;  // so many, mma.sync takes joined
@@ -29,9 +33,17 @@ struct Mma16 : Sm90Tile<2, 2, 128> {
   static constexpr bool kWgmma = false, kRaised = true, kCuts = true;
   static constexpr int kPartTokens = 16, kWidthStep = 8, kFenceLag = 0;
 };
+struct Wgmma16 : Sm90Tile<4, 1, 256> {
+  static constexpr bool kWgmma = true, kRaised = false, kCuts = true;
+  static constexpr int kPartTokens = 16, kWidthStep = 16, kFenceLag = 2;
+};
 struct Wgmma32 : Sm90Tile<4, 1, 256> {
   static constexpr bool kWgmma = true, kRaised = false, kCuts = true;
   static constexpr int kPartTokens = 32, kWidthStep = 16, kFenceLag = 2;
+};
+struct Wgmma48 : Sm90Tile<4, 1, 256, 48, 40> {
+  static constexpr bool kWgmma = true, kRaised = false, kCuts = true;
+  static constexpr int kPartTokens = 48, kWidthStep = 48, kFenceLag = 0;
 };
 struct Wgmma64 : Sm90Tile<2, 1, 128> {
   static constexpr bool kWgmma = true, kRaised = false, kCuts = false;

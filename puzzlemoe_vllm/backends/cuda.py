@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights
+from puzzlemoe_vllm.backends.cuda_self_check import find_fault
 from puzzlemoe_vllm.format.codes import CODES, Decoder, PairCode, TrellisCode, get_code
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 ABI_VERSION = 5
 READS_CHECKPOINT_ORDER = False
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
+CALL_TOKENS = 32768
+"""More are multiplied in several calls: scratch holds the hidden activations and the outputs of every slot."""
+
 DISPATCH = Path(__file__).with_name("cuda_dispatch.json")
 """Which kernel serves how many tokens; written by `benchmarks/kernels.py --tune`."""
 
@@ -77,7 +81,10 @@ def load_library() -> ctypes.CDLL:
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
-    """Why the library cannot serve a device, the current GPU by default, or None when it can."""
+    """Why the library cannot serve a device, the current GPU by default, or None when it can.
+
+    The first time that a device is asked about, its kernels multiply a small layer.
+    """
     if not torch.cuda.is_available() or torch.version.hip or (device is not None and device.type != "cuda"):
         return f"{device or 'this machine'} is not an NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability(device)
@@ -87,7 +94,20 @@ def unavailable(device: torch.device | None = None) -> str | None:
         load_library()
     except Unavailable as reason:
         return str(reason)
-    return None
+    index = None if device is None else device.index
+    return _fault(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _fault(index: int) -> str | None:
+    device = torch.device("cuda", index)
+    major, minor = torch.cuda.get_device_capability(device)
+
+    def kernels(code: PairCode) -> set[str]:
+        return {kernel for _, kernel in _dispatch_rows(served_capability(10 * major + minor), kind_of(code))}
+
+    fault = find_fault(device, kernels, prepare, fused_experts)
+    return fault and f"{library_path()} failed its check on {torch.cuda.get_device_name(device)}: {fault}"
 
 
 @functools.cache
@@ -248,48 +268,56 @@ def fused_experts(
     """
     if x.dtype != torch.bfloat16:
         raise ValueError(f"the CUDA kernels take bfloat16 activations, not {x.dtype}")
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    pieces = (tensor.split(CALL_TOKENS) for tensor in (x, topk_weights, topk_ids, out))
+    with torch.cuda.device(x.device):
+        for piece in zip(*pieces, strict=True):
+            _call(*piece, weights, kernel)
+    return out
+
+
+def _call(
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor, weights: ExpertWeights, kernel: str | None
+) -> None:
+    """One call of the library, on the current device and stream, that writes `out`."""
     library, code = load_library(), get_code(weights.code)
     tokens, topk = topk_ids.shape
     hidden, intermediate = x.shape[1], weights.w2_dense.shape[2]
-    experts = weights.total if weights.expert_map is None else weights.expert_map.numel()
-    with torch.cuda.device(x.device):
-        if kernel is None:
-            major, minor = torch.cuda.get_device_capability()
-            capability = served_capability(10 * major + minor)
-            kernel = choose_kernel(tokens * topk / experts, capability, code)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        # Held here until the launches are queued: the allocator reuses memory in stream order.
-        inputs = {
-            "x": x.contiguous(),
-            "topk_weights": topk_weights.to(torch.float32).contiguous(),
-            "topk_ids": topk_ids.to(torch.int32).contiguous(),
-            "w13_pairs": weights.w13_pairs,
-            "w2_pairs": weights.w2_pairs,
-            "w13_dense": weights.w13_dense,
-            "w2_dense": weights.w2_dense,
-            "out": out,
-        }
-        table = code.word_table(x.device)
-        if weights.w13_steps is not None and weights.w2_steps is not None:
-            inputs |= {"w13_steps": weights.w13_steps, "w2_steps": weights.w2_steps}
-        if table is not None:
-            inputs["table"] = table
-        if weights.expert_map is not None:
-            inputs["expert_map"] = weights.expert_map
-        layer = _Layer(
-            **{name: tensor.data_ptr() for name, tensor in inputs.items()},
-            tokens=tokens,
-            topk=topk,
-            hidden=hidden,
-            intermediate=intermediate,
-            pairs=weights.w13_pairs.shape[0],
-            dense=weights.w13_dense.shape[0],
-            code=code.decoder,
-            group_size=0 if weights.w13_steps is None else hidden // weights.w13_steps.shape[2],
-            kernel=kernel_names().index(kernel),
-        )
-        scratch = torch.empty(library.pm_scratch_bytes(layer), dtype=torch.uint8, device=x.device)
-        layer.scratch = scratch.data_ptr()
-        if library.pm_fused_experts(layer, torch.cuda.current_stream().cuda_stream):
-            raise RuntimeError(f"puzzlemoe CUDA kernels: {library.pm_last_error().decode()}")
-    return out
+    if kernel is None:
+        experts = weights.total if weights.expert_map is None else weights.expert_map.numel()
+        major, minor = torch.cuda.get_device_capability()
+        kernel = choose_kernel(tokens * topk / experts, served_capability(10 * major + minor), code)
+    # Held here until the launches are queued: the allocator reuses memory in stream order.
+    inputs = {
+        "x": x.contiguous(),
+        "topk_weights": topk_weights.to(torch.float32).contiguous(),
+        "topk_ids": topk_ids.to(torch.int32).contiguous(),
+        "w13_pairs": weights.w13_pairs,
+        "w2_pairs": weights.w2_pairs,
+        "w13_dense": weights.w13_dense,
+        "w2_dense": weights.w2_dense,
+        "out": out,
+    }
+    table = code.word_table(x.device)
+    if weights.w13_steps is not None and weights.w2_steps is not None:
+        inputs |= {"w13_steps": weights.w13_steps, "w2_steps": weights.w2_steps}
+    if table is not None:
+        inputs["table"] = table
+    if weights.expert_map is not None:
+        inputs["expert_map"] = weights.expert_map
+    layer = _Layer(
+        **{name: tensor.data_ptr() for name, tensor in inputs.items()},
+        tokens=tokens,
+        topk=topk,
+        hidden=hidden,
+        intermediate=intermediate,
+        pairs=weights.w13_pairs.shape[0],
+        dense=weights.w13_dense.shape[0],
+        code=code.decoder,
+        group_size=0 if weights.w13_steps is None else hidden // weights.w13_steps.shape[2],
+        kernel=kernel_names().index(kernel),
+    )
+    scratch = torch.empty(library.pm_scratch_bytes(layer), dtype=torch.uint8, device=x.device)
+    layer.scratch = scratch.data_ptr()
+    if library.pm_fused_experts(layer, torch.cuda.current_stream().cuda_stream):
+        raise RuntimeError(f"puzzlemoe CUDA kernels: {library.pm_last_error().decode()}")

@@ -165,9 +165,10 @@ def test_only_dense_and_only_pairs(kernel):
 def test_one_expert_takes_all(small, kernel):
     layer, loaded, prepared = small
     for expert in (0, 3, 7):
-        x, topk_weights, topk_ids = make_inputs(layer, 300)
-        topk_ids.fill_(expert)
-        check(loaded, prepared, (x, topk_weights, topk_ids), kernel)
+        for tokens in (9, 32, 300):
+            x, topk_weights, topk_ids = make_inputs(layer, tokens)
+            topk_ids.fill_(expert)
+            check(loaded, prepared, (x, topk_weights, topk_ids), kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -225,9 +226,38 @@ def test_no_tokens(small):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_equal_bits_for_equal_inputs(small, kernel):
     layer, _, prepared = small
-    inputs = make_inputs(layer, 400)
-    outs = [cuda.fused_experts(*inputs, prepared, kernel=kernel) for _ in range(5)]
-    assert all(torch.equal(outs[0], out) for out in outs[1:])
+    for tokens in (2, 20, 400):
+        inputs = make_inputs(layer, tokens)
+        outs = [cuda.fused_experts(*inputs, prepared, kernel=kernel) for _ in range(5)]
+        assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_graphs_on_two_streams(small, kernel):
+    layer, _, prepared = small
+    inputs = [make_inputs(layer, tokens) for tokens in (3, 8)]
+    expected = [cuda.fused_experts(*given, prepared, kernel=kernel) for given in inputs]
+    graphs, outs = [torch.cuda.CUDAGraph() for _ in inputs], []
+    for graph, given in zip(graphs, inputs, strict=True):
+        with torch.cuda.graph(graph):
+            outs.append(cuda.fused_experts(*given, prepared, kernel=kernel))
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, right) for out, right in zip(outs, expected, strict=True))
+
+
+def test_long_batches_in_several_calls(small, monkeypatch):
+    layer, loaded, prepared = small
+    monkeypatch.setattr(cuda, "CALL_TOKENS", 100)
+    for tokens in (100, 257):
+        inputs = make_inputs(layer, tokens)
+        poison()
+        assert error(cuda.fused_experts(*inputs, prepared), *inputs, loaded) < tolerance(loaded)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -253,10 +283,10 @@ def test_graph_replay_with_changing_routing(small, kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_two_streams(small, kernel):
     layer, loaded, prepared = small
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    inputs = [make_inputs(layer, 150) for _ in streams]
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    inputs = [make_inputs(layer, tokens) for tokens in (150, 150, 3, 8)]
     torch.cuda.synchronize()
-    outs: list[list[Tensor]] = [[], []]
+    outs: list[list[Tensor]] = [[] for _ in streams]
     for _ in range(20):
         for stream, given, kept in zip(streams, inputs, outs, strict=True):
             with torch.cuda.stream(stream):

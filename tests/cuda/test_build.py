@@ -34,8 +34,10 @@ def test_library_states_its_reason_when_it_cannot_be_used(tmp_path, monkeypatch)
 
 def test_flags_name_every_architecture_and_ptx(build):
     flags = build.targets(CUDA / "sm80_gemm.cu", build.ARCHES)
-    assert [flag.rsplit("=", 1)[1] for flag in flags] == ["sm_80", "sm_86", "sm_89", "sm_90", "compute_90"]
-    assert build.targets(CUDA / "sm90" / "sm90_gemm.cu", build.ARCHES) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    codes = [flag.rsplit("=", 1)[1] for flag in flags]
+    assert codes[:6] == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+    assert codes[6:] == ["compute_90", "compute_120"]
+    assert build.targets(CUDA / "sm90" / "wgmma64.cu", build.ARCHES) == ["-gencode=arch=compute_90a,code=sm_90a"]
 
 
 def test_build_without_nvcc_says_what_to_do(build, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ def test_no_register_is_written_while_a_product_reads_it(check, cuda_library):
     kernels = check.functions(cuobjdump, cuda_library.path, "sm_90a")
     multiplying = {name: code for name, code in kernels.items() if any(i.opcode.startswith("HGMMA") for i in code)}
     assert set(multiplying) == {name for name in kernels if "Wgmma" in name}
-    assert len(multiplying) == 2 * 3 * len(set(Decoder))  # products, tiles, decoders
+    assert len(multiplying) == 2 * 5 * len(set(Decoder))  # products, tiles, decoders
     for name, code in multiplying.items():
         assert not check.overwritten_operands(code), name
 

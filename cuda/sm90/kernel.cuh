@@ -1,11 +1,10 @@
+// How a source makes the kernel of one tile: each has its own, so that they are compiled at the same time.
+#pragma once
+#include "../kernels.cuh"
 #include "sm90_gemm.cuh"
 
-#include "../kernels.cuh"
-
-namespace {
-
 template <class Code, class Tile, bool kGateUp>
-struct Gemm {
+struct Sm90Product {
   static constexpr auto kFunction = sm90_gemm<Code, Tile, kGateUp>;
   static constexpr int kSharedBytes = Stages<Code, Tile, kGateUp>::kSharedBytes;
 };
@@ -18,13 +17,6 @@ constexpr int partial_floats() {
 }
 
 template <class Tile>
-constexpr Kernel kernel(const char* name) {
-  return {name, Tile::kPartTokens, partial_floats<Tile>(), 90, 90, launch<Gemm, Tile>};
+constexpr Kernel sm90_kernel(const char* name) {
+  return {name, Tile::kPartTokens, partial_floats<Tile>(), 90, 90, launch<Sm90Product, Tile>};
 }
-
-}  // namespace
-
-extern const Kernel sm90_mma16 = kernel<Mma16>("sm90_mma16");
-extern const Kernel sm90_wgmma32 = kernel<Wgmma32>("sm90_wgmma32");
-extern const Kernel sm90_wgmma64 = kernel<Wgmma64>("sm90_wgmma64");
-extern const Kernel sm90_wgmma128 = kernel<Wgmma128>("sm90_wgmma128");

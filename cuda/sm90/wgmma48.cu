@@ -1,0 +1,3 @@
+#include "kernel.cuh"
+
+extern const Kernel sm90_wgmma48 = sm90_kernel<Wgmma48>("sm90_wgmma48");

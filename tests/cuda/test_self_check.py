@@ -1,0 +1,71 @@
+"""A kernel that gives wrong products is found before it serves anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from puzzlemoe_vllm import ops
+from puzzlemoe_vllm.backends import cuda, reference
+from puzzlemoe_vllm.backends.cuda_self_check import find_fault
+from puzzlemoe_vllm.format.codes import CODES
+
+CPU = torch.device("cpu")
+
+
+def check(spoil) -> str | None:
+    """What is found where kernel `new` does to its output what `spoil` does."""
+
+    def fused_experts(x, topk_weights, topk_ids, weights, kernel):
+        out = reference.fused_experts(x, topk_weights, topk_ids, weights)
+        return spoil(out) if kernel == "new" else out
+
+    return find_fault(CPU, lambda code: {"old", "new"}, reference.prepare, fused_experts)
+
+
+def test_right_products_pass():
+    assert check(lambda out: out) is None
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda out: out.index_fill(0, torch.tensor([len(out) - 1]), 0),
+        lambda out: out.index_fill(1, torch.arange(16, 32), 0),
+        lambda out: out.roll(1, 1),
+        lambda out: out * float("nan"),
+    ],
+    ids=["a row is missing", "a strip is missing", "columns are elsewhere", "NaN"],
+)
+def test_wrong_products_are_found(spoil):
+    assert "new gives wrong products of " in check(spoil)
+
+
+def test_a_kernel_that_does_not_start_is_found():
+    def spoil(out):
+        raise RuntimeError("no kernel image is available")
+
+    assert check(spoil) == "new fails: no kernel image is available"
+
+
+def test_every_code_is_checked():
+    seen = set()
+
+    def fused_experts(x, topk_weights, topk_ids, weights, kernel):
+        seen.add(weights.code)
+        return reference.fused_experts(x, topk_weights, topk_ids, weights)
+
+    find_fault(CPU, lambda code: {"kernel"}, reference.prepare, fused_experts)
+    assert seen == set(CODES)
+
+
+def test_triton_serves_where_the_check_fails(monkeypatch, caplog):
+    ops.backend_for.cache_clear()
+    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    monkeypatch.setattr(
+        cuda, "unavailable", lambda: "library.so failed its check on a GPU: kernel gives wrong products"
+    )
+    assert ops.backend_for("cuda").__name__ == "puzzlemoe_vllm.backends.triton"
+    (line,) = caplog.messages
+    assert "Triton" in line and "failed its check" in line
+    ops.backend_for.cache_clear()
