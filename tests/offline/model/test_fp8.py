@@ -81,8 +81,12 @@ def test_inspect_and_a_dry_run(tmp_path, capsys):
         options = "--calibration", text, "--samples", 2, "--sequence-length", 64, "--device", "cpu", "--dry-run"
         assert puzzlemoe("compress", source, tmp_path / "out", *options) == 0
         said = capsys.readouterr().out.splitlines()
-        plans.append([line for line in said if "weights" in line or "disk" in line])
-    assert plans[0] == plans[1]
+        plans.append({line.split("│")[1].strip(): line.split("│")[2].strip() for line in said if "│" in line})
+    (before, after), (twice, same) = (plan["expert weights"].split(" -> ") for plan in plans)
+    assert after == same and 1.9 < float(twice.split()[0]) / float(before.split()[0]) < 2
+    assert plans[0]["disk"] == plans[1]["disk"]
+    (_, other), whole = plans[0]["other weights"].split(" -> "), plans[1]["other weights"]
+    assert whole == f"{other}, unchanged"
 
 
 def test_plan_holds_what_is_read(tmp_path):
