@@ -80,7 +80,9 @@ class TrellisWords {
       const uint32_t left = entries.of[2 * j], right = entries.of[2 * j + 1];
       if constexpr (kTwo) {
         const uint32_t x = left * kMultiplier, y = right * kMultiplier;
-        a0[j] = centred(low_sum(y, 0x4300) * 65536 + low_sum(x, 0x4300));
+        // Subtracting is work for the pipe that multiplies; the other one packs then.
+        a0[j] = kRaised_ ? low_sum(y, 0x4300) * 65536 + low_sum(x, 0x4300)
+                         : centred(__byte_perm(low_sum(x, 0x433E00), low_sum(y, 0x433E00), 0x6420));
         a1[j] = centred(middle_bytes(high_sum(x, 0xE020E020, 0x433E00), high_sum(y, 0xE020E020, 0x433E00)));
       } else {
         a0[j] = centred(middle_bytes(high_sum(left * multiplier_, factors_, offset_),

@@ -44,13 +44,15 @@ struct JoinedProduct {
     uint32_t values[(kTiles + 1) / 2][4], joined[kTiles][4];
     __device__ uint32_t value(int tile, int half) const { return values[tile / 2][tile % 2 * 2 + half]; }
   };
-  // One where the token's expert has its weights, zero where the other has: two bf16.
-  uint32_t owner[kTiles];
+  // Where the token's expert has its weights is the lower of two values, by a byte selector, and the upper, by products
+  // with one and zero: one pipe for each.
+  uint32_t lower[kTiles], upper[kTiles];
 
   __device__ explicit JoinedProduct(const TokenGroup& group) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      owner[j] = group.joined_position(j * 8 + threadIdx.x % 32 / 4) ? 0x3F800000 : 0x3F80;
+      const bool second = group.joined_position(j * 8 + threadIdx.x % 32 / 4);
+      lower[j] = second ? 0x1044 : 0x4410, upper[j] = second ? 0x3F800000 : 0x3F80;
     }
   }
 
@@ -62,9 +64,8 @@ struct JoinedProduct {
       tokens.values[load][i] = two_tiles[i];
       const int tile = 2 * load + i / 2;
       if (tile >= kTiles) continue;
-      // By products: decoding leaves the pipe that would permute bytes no time.
-      tokens.joined[tile][i % 2 * 2] = multiply_bf16x2(owner[tile], __low2bfloat162(as_bf16x2(two_tiles[i])));
-      tokens.joined[tile][i % 2 * 2 + 1] = multiply_bf16x2(owner[tile], __high2bfloat162(as_bf16x2(two_tiles[i])));
+      tokens.joined[tile][i % 2 * 2] = __byte_perm(two_tiles[i], 0, lower[tile]);
+      tokens.joined[tile][i % 2 * 2 + 1] = multiply_bf16x2(upper[tile], __high2bfloat162(as_bf16x2(two_tiles[i])));
     }
   }
 
