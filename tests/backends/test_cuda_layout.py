@@ -1,7 +1,8 @@
-"""The order in which the CUDA kernels read words, weights and steps, and the choice of a kernel; no GPU needed."""
+"""The order in which the CUDA kernels read words and steps, the choice of a kernel, the pieces of a call; no GPU needed."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -160,3 +161,20 @@ def test_dispatch_table_is_ordered_and_open_ended():
         assert [limit for limit, _ in rows] == sorted(limit for limit, _ in rows)
         assert cuda.choose_kernel(1e9, capability, code) == rows[-1][1]
         assert cuda.choose_kernel(0.01, capability, code) == rows[0][1]
+
+
+@pytest.mark.parametrize("tokens, pieces", [(0, [0]), (100, [100]), (257, [100, 100, 57])])
+def test_long_batches_are_several_calls(tokens, pieces, monkeypatch):
+    called = []
+
+    def call(x, topk_weights, topk_ids, out, weights, kernel):
+        assert len(x) == len(topk_weights) == len(topk_ids)
+        called.append(len(x))
+        out.copy_(x * topk_weights * topk_ids)
+
+    monkeypatch.setattr(cuda, "_call", call)
+    monkeypatch.setattr(cuda, "CALL_TOKENS", 100)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    x, topk_weights, topk_ids = torch.randn(tokens, 16).bfloat16(), torch.rand(tokens, 1), torch.ones(tokens, 1)
+    out = cuda.fused_experts(x, topk_weights, topk_ids, None)
+    assert called == pieces and torch.equal(out, (x * topk_weights * topk_ids).bfloat16())
