@@ -26,7 +26,8 @@ class Fp8Words {
   __device__ Fp8Words(const ByteSums& sums, int position)
       : levels_(sums.levels),
         directions_(position ? sums.directions[1] : sums.directions[0]),
-        sign_shift_(kBits == 8 ? 4 * position : 2 + position) {}
+        sign_factor_(kBits == 8 ? (position ? 16 : 1) : (position ? 8 : 4)),
+        sixteen_(kept(16)) {}
 
   __device__ static Words load(uint32_t tile, int lane) { return Table::load(tile, lane); }
 
@@ -40,10 +41,10 @@ class Fp8Words {
     // In every byte, the index of the first's word low and of the second's high.
     uint32_t level, direction;
     if constexpr (kBits == 8) {
-      level = (first & 0x07070707u) | ((second << 4) & 0x70707070u);
+      level = (first & 0x07070707u) | ((second * sixteen_) & 0x70707070u);
       direction = ((first >> 4) & 0x07070707u) | (second & 0x70707070u);
     } else {
-      level = (first & 0x03030303u) | ((second << 4) & 0x30303030u);
+      level = (first & 0x03030303u) | ((second * sixteen_) & 0x30303030u);
       direction = ((first >> 2) & 0x03030303u) | ((second << 2) & 0x30303030u);
     }
     upper_row = signed_bytes(level, direction, __byte_perm(first, second, 0x5140));
@@ -59,9 +60,13 @@ class Fp8Words {
 
   __device__ uint32_t signed_bytes(uint32_t level, uint32_t direction, uint32_t signs) const {
     const uint32_t sums = __byte_perm(levels_.x, levels_.y, level) + __byte_perm(directions_.x, directions_.y, direction);
-    return ((sums >> 1) & 0x7F7F7F7Fu) | ((signs << sign_shift_) & 0x80808080u);
+    uint32_t bytes;  // the sums' seven bits and the signs
+    asm("lop3.b32 %0, %1, %2, 0x7F7F7F7F, 0xE4;" : "=r"(bytes) : "r"(sums >> 1), "r"(signs * sign_factor_));
+    return bytes;
   }
 
   uint2 levels_, directions_;
-  int sign_shift_;
+  // Shifts to the left are multiplications by what the compiler does not know: the pipe for logic, which shifts share,
+  // is what decoding is short of.
+  uint32_t sign_factor_, sixteen_;
 };
