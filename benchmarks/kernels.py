@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import Backend, ExpertWeights, cuda, triton
-from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, get_code
+from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, TableCode, get_code
 
 WARM_SECONDS = 0.02
 """Of replays before those that are timed."""
@@ -137,6 +137,24 @@ def ours(model: Model, backend: Backend, code: str) -> Call:
     return lambda x, topk_weights, topk_ids: backend.fused_experts(x, topk_weights, topk_ids, weights)
 
 
+def ours_fp8(model: Model, code: str) -> Call:
+    """Many tokens in e4m3, few as ever."""
+    weights = pair_weights(model, code)
+    cuda.prepare(weights)
+
+    def call(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        load = topk_ids.numel() / model.experts
+        kernel = cuda.choose_kernel(load, int(capability()), get_code(code), fp8=True)
+        return cuda.fused_experts(x, topk_weights, topk_ids, weights, kernel=kernel)
+
+    return call
+
+
+def capability() -> str:
+    """Of the GPU, without its dot, as the dispatch table has it."""
+    return "".join(map(str, torch.cuda.get_device_capability()))
+
+
 def random_matrices(model: Model) -> tuple[Tensor, Tensor]:
     shapes = (
         (model.experts, 2 * model.intermediate, model.hidden),
@@ -181,8 +199,11 @@ def vllm_int4(model: Model) -> Call:
 OURS = {f"puzzlemoe {code}": (cuda, code) for code in CODES} | {
     f"puzzlemoe triton {code}": (triton, code) for code in CODES
 }
+FP8 = {f"puzzlemoe fp8 {name}": name for name, code in CODES.items() if isinstance(code, TableCode) and code.sums}
+CODE_OF = {name: code for name, (_, code) in OURS.items()} | FP8
 CONTENDERS: dict[str, Callable[[Model], Call]] = {
     **{name: partial(ours, backend=backend, code=code) for name, (backend, code) in OURS.items()},
+    **{name: partial(ours_fp8, code=code) for name, code in FP8.items()},
     "vllm bf16": vllm_bf16,
     "vllm fp8": vllm_fp8,
     "vllm int4 marlin": vllm_int4,
@@ -190,6 +211,7 @@ CONTENDERS: dict[str, Callable[[Model], Call]] = {
 DEFAULT = [
     "puzzlemoe mask16",
     "puzzlemoe angle8",
+    "puzzlemoe fp8 angle8",
     "puzzlemoe triton mask16",
     "vllm bf16",
     "vllm fp8",
@@ -241,8 +263,8 @@ def measure(
                     kind = f"skew {skew:g}" if skew else "random"
                     point = points.setdefault((skew, count), Point(name, kind, count, experts, pairs, {}, {}))
                     point.microseconds[contender] = time
-                    if contender in OURS:
-                        point.floors[contender] = pairs * model.pair_bytes(OURS[contender][1]) / bandwidth * 1e6
+                    if contender in CODE_OF:
+                        point.floors[contender] = pairs * model.pair_bytes(CODE_OF[contender]) / bandwidth * 1e6
         except Exception as reason:  # a rival may lack a kernel for this GPU: its column stays empty, and says why
             print(
                 f"{name}: {contender} was not measured: {type(reason).__name__}: {str(reason)[:300]}", file=sys.stderr
@@ -264,9 +286,13 @@ def show(point: Point, contenders: list[str]) -> str:
     return " ".join(cells)
 
 
-def tune(models: list[str], tokens: list[int], kernels: list[str], code: str) -> list[dict]:
-    """For each load, the kernel with the least time summed over the models, each model's times relative to its best."""
-    losses: dict[float, dict[str, list[float]]] = {}
+Losses = dict[float, dict[str, list[float]]]
+"""By slots per expert and kernel, each model's times over its best."""
+
+
+def time_kernels(models: list[str], tokens: list[int], kernels: list[str], code: str) -> Losses:
+    """Kernels that are far behind with some tokens are not timed with more."""
+    losses: Losses = {}
     for name in models:
         model = MODELS[name]
         prepared = [pair_weights(model, code) for _ in range(model.copies)]
@@ -285,7 +311,6 @@ def tune(models: list[str], tokens: list[int], kernels: list[str], code: str) ->
                     for weights, chosen in zip(prepared, ids, strict=False)
                 ]
                 times[kernel] = graph_microseconds(calls)
-            # More tokens do not save a kernel that is far behind.
             candidates = [kernel for kernel in candidates if times[kernel] < 2 * min(times.values())]
             best, load = min(times.values()), count * model.topk / model.experts
             print(f"{code} {name:18s} {count:6d} tokens, {load:8.2f} slots per expert: "
@@ -294,7 +319,11 @@ def tune(models: list[str], tokens: list[int], kernels: list[str], code: str) ->
                 losses.setdefault(load, {}).setdefault(kernel, []).append(time / best)
         prepared = None
         torch.cuda.empty_cache()
+    return losses
 
+
+def rows_of(losses: Losses) -> list[dict]:
+    """For each load, the kernel with the least time summed over the models."""
     rows: list[dict] = []
     for load in sorted(losses):
         mean = {kernel: statistics.mean(ratios) for kernel, ratios in losses[load].items()}
@@ -304,6 +333,16 @@ def tune(models: list[str], tokens: list[int], kernels: list[str], code: str) ->
         else:
             rows.append({"slots_per_expert": load, "kernel": min(mean, key=lambda kernel: mean[kernel])})
     return rows
+
+
+def fp8_row(losses: Losses, kernel: str) -> dict:
+    """From which load on products in e4m3 are the fastest, at it and at all that were timed above it."""
+    above = 0.0
+    for load in losses:
+        others = min(statistics.mean(ratios) for name, ratios in losses[load].items() if name != kernel)
+        if statistics.mean(losses[load].get(kernel, [2.0])) >= others:
+            above = max(above, load)
+    return {"above_slots_per_expert": above, "kernel": kernel}
 
 
 def main() -> None:
@@ -319,13 +358,16 @@ def main() -> None:
 
     if arguments.tune:
         kernels = arguments.kernels or cuda.runnable_kernels(torch.device("cuda"))
-        capability = "".join(map(str, torch.cuda.get_device_capability()))
         table = json.loads(cuda.DISPATCH.read_text())
-        table["kernels"][capability] = {
-            cuda.kind_of(get_code(code)): tune(arguments.models, arguments.tokens, kernels, code)
+        table["kernels"][capability()] = {
+            cuda.kind_of(get_code(code)): rows_of(time_kernels(arguments.models, arguments.tokens, kernels, code))
             for code in ("mask16", "angle8")  # they stand for the other codes of their kind
         }
-        table.setdefault("measured", {})[capability] = machine()
+        for kernel in cuda.runnable_kernels(torch.device("cuda"), fp8=True):
+            many = [tokens for tokens in arguments.tokens if tokens >= 512]  # few would leave it too far behind
+            losses = time_kernels(arguments.models, many, [kernel, *kernels], "angle8")
+            table["fp8_prefill"][capability()] = fp8_row(losses, kernel)
+        table.setdefault("measured", {})[capability()] = machine()
         text = json.dumps(table, indent=2) + "\n"
     else:
         bandwidth = copy_bandwidth()

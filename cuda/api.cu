@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cstdio>
+#include <cstring>
 
 #include "kernels.cuh"
 #include "puzzlemoe.h"
@@ -31,6 +33,7 @@ struct Workspace {
   Routing routing;
   __nv_bfloat16 *hidden, *slots;
   float4* partials;
+  Fp8Plan fp8;
   int64_t bytes;
 
   Workspace(const pm_layer& layer, const Kernel& kernel) {
@@ -47,33 +50,76 @@ struct Workspace {
     // Where rows are in no fixed order, a token's sums must not depend on where its item is cut.
     const bool cuts = kernel.partial_floats > 0 && routing.in_fixed_order();
     partials = cuts ? scratch.take<float4>(kernel.partial_floats / 4) : nullptr;
+    if (kernel.launch_fp8) {
+      fp8.experts = 2 * layer.pairs, fp8.slot_count = routing.slots;
+      fp8.tiles = scratch.take<TokenGroup>(fp8.max_tiles());
+      fp8.tile_count = scratch.take<int>(1);
+      fp8.rows = scratch.take<uint8_t>(fp8.row_bytes(std::max(layer.hidden, layer.intermediate)));
+      fp8.scales = scratch.take<float>(fp8.padded());
+      fp8.slots = scratch.take<int>(fp8.padded());
+    }
     bytes = scratch.used;
   }
 };
+
+GroupedGemm product(const pm_layer& layer, const Workspace& work, bool gate_up) {
+  int group_shift = 0;
+  while (32 << group_shift <= layer.group_size) ++group_shift;
+  return {static_cast<const uint8_t*>(gate_up ? layer.w13_pairs : layer.w2_pairs),
+          static_cast<const uint8_t*>(gate_up ? layer.w13_steps : layer.w2_steps),
+          static_cast<const uint32_t*>(layer.table),
+          static_cast<const uint8_t*>(gate_up ? layer.w13_dense : layer.w2_dense),
+          gate_up ? static_cast<const __nv_bfloat16*>(layer.x) : work.hidden,
+          gate_up ? work.hidden : work.slots,
+          work.routing.sorted_slots, work.routing.groups, nullptr, work.routing.group_counts + 1,
+          work.partials, work.routing.arrivals, layer.topk, layer.pairs,
+          gate_up ? 2 * layer.intermediate : layer.hidden,
+          gate_up ? layer.hidden : layer.intermediate, group_shift};
+}
+
+// Gate and up, or down, of the dense experts' groups alone.
+cudaError_t multiply_dense(const Kernel& kernel, GroupedGemm gemm, const Workspace& work, bool gate_up,
+                           cudaStream_t stream) {
+  gemm.first_group = work.routing.group_counts;
+  return kernel.launch(PM_CODE_MASK16, gate_up, gemm, stream);
+}
 
 // Gate and up, or down, of all groups.  Only mask16's decoder also reads dense experts: with the other codes they take
 // a launch of their own.
 cudaError_t multiply(const pm_layer& layer, const Kernel& kernel, const Workspace& work, bool gate_up,
                      cudaStream_t stream) {
-  const int* counts = work.routing.group_counts;
-  int group_shift = 0;
-  while (32 << group_shift <= layer.group_size) ++group_shift;
-  GroupedGemm gemm{static_cast<const uint8_t*>(gate_up ? layer.w13_pairs : layer.w2_pairs),
-                   static_cast<const uint8_t*>(gate_up ? layer.w13_steps : layer.w2_steps),
-                   static_cast<const uint32_t*>(layer.table),
-                   static_cast<const uint8_t*>(gate_up ? layer.w13_dense : layer.w2_dense),
-                   gate_up ? static_cast<const __nv_bfloat16*>(layer.x) : work.hidden,
-                   gate_up ? work.hidden : work.slots,
-                   work.routing.sorted_slots, work.routing.groups, nullptr, counts + 1,
-                   work.partials, work.routing.arrivals, layer.topk, layer.pairs,
-                   gate_up ? 2 * layer.intermediate : layer.hidden,
-                   gate_up ? layer.hidden : layer.intermediate, group_shift};
+  GroupedGemm gemm = product(layer, work, gate_up);
   if (layer.code == PM_CODE_MASK16 || layer.dense == 0) return kernel.launch(layer.code, gate_up, gemm, stream);
-  gemm.end_group = counts;
+  gemm.end_group = work.routing.group_counts;
   cudaError_t error = layer.pairs ? kernel.launch(layer.code, gate_up, gemm, stream) : cudaSuccess;
-  gemm.first_group = counts;
-  gemm.end_group = counts + 1;
-  return error ? error : kernel.launch(PM_CODE_MASK16, gate_up, gemm, stream);
+  gemm.end_group = work.routing.group_counts + 1;
+  return error ? error : multiply_dense(kernel, gemm, work, gate_up, stream);
+}
+
+// The same where merged experts multiply in e4m3, with the pass that quantises their tokens.
+cudaError_t multiply_fp8(const pm_layer& layer, const Kernel& kernel, const Workspace& work, bool gate_up,
+                         cudaStream_t stream) {
+  const GroupedGemm all = product(layer, work, gate_up);
+  cudaError_t error = layer.dense ? multiply_dense(*kernel.dense, all, work, gate_up, stream) : cudaSuccess;
+  if (error || layer.pairs == 0) return error;
+  error = quantise(all.activations, all.depth, !gate_up, work.routing, work.fp8, stream);
+  if (error) return error;
+  Fp8Gemm gemm{all, work.fp8.rows, work.fp8.scales, work.fp8.slots, work.fp8.padded(), {}, layer.fp8_unit};
+  memcpy(&gemm.sums.levels, layer.fp8_levels, 8);
+  memcpy(&gemm.sums.directions, layer.fp8_directions, 16);
+  gemm.groups = work.fp8.tiles;
+  gemm.end_group = work.fp8.tile_count;
+  return kernel.launch_fp8(layer.code, gate_up, gemm, stream);
+}
+
+cudaError_t multiply_both(const pm_layer& layer, const Kernel& kernel, const Workspace& work, cudaStream_t stream) {
+  if (!kernel.launch_fp8) {
+    const cudaError_t error = multiply(layer, kernel, work, true, stream);
+    return error ? error : multiply(layer, kernel, work, false, stream);
+  }
+  cudaError_t error = layer.pairs ? plan_fp8(work.routing, work.fp8, stream) : cudaSuccess;
+  if (!error) error = multiply_fp8(layer, kernel, work, true, stream);
+  return error ? error : multiply_fp8(layer, kernel, work, false, stream);
 }
 
 }  // namespace
@@ -99,6 +145,11 @@ int pm_kernel_runs(int kernel) {
   return found->min_capability <= capability && capability <= found->max_capability;
 }
 
+int pm_kernel_is_fp8(int kernel) {
+  const Kernel* found = find_kernel(kernel);
+  return found && found->launch_fp8;
+}
+
 int64_t pm_scratch_bytes(const pm_layer* layer) {
   const Kernel* kernel = find_kernel(layer->kernel);
   return kernel ? Workspace(*layer, *kernel).bytes : 0;
@@ -115,13 +166,15 @@ int pm_fused_experts(const pm_layer* layer, void* stream_handle) {
     return fail("a code with steps needs group_size 128, 64 or 32");
   if (layer->code >= PM_CODE_TABLE8 && (layer->hidden % layer->group_size || layer->intermediate % layer->group_size))
     return fail("hidden and intermediate must be multiples of group_size");
+  if (kernel->launch_fp8 && layer->code < PM_CODE_TABLE8) return fail("e4m3 kernels take codes with steps alone");
+  if (kernel->launch_fp8 && std::max(layer->hidden, layer->intermediate) > kFp8MaxDepth)
+    return fail("e4m3 kernels take no hidden or intermediate size above 65536");
   if (layer->tokens == 0) return 0;
 
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const Workspace work(*layer, *kernel);
   cudaError_t error = route(work.routing, kernel->part_tokens, stream);
-  if (!error) error = multiply(*layer, *kernel, work, true, stream);
-  if (!error) error = multiply(*layer, *kernel, work, false, stream);
+  if (!error) error = multiply_both(*layer, *kernel, work, stream);
   if (!error)
     error = combine(work.slots, layer->topk_weights, work.routing, static_cast<__nv_bfloat16*>(layer->out),
                     layer->tokens, layer->hidden, stream);

@@ -18,6 +18,10 @@ class Instruction:
     operands: tuple[str, ...]
 
 
+WGMMA = ("HGMMA", "QGMMA")
+"""How machine code names wgmma, in bf16 and in e4m3."""
+
+
 class Unreadable(RuntimeError):
     """Why a library's machine code cannot be read."""
 
@@ -58,7 +62,7 @@ def functions(cuobjdump: str, library: Path, arch: str) -> dict[str, list[Instru
 def written_registers(instruction: Instruction) -> range:
     """General registers that an instruction writes, from its first operand and its width."""
     opcode = instruction.opcode
-    no_result = ("ST", "BRA", "BAR", "RED", "EXIT", "SYNCS", "WARPGROUP", "HGMMA", "NOP", "CS2UR", "R2UR", "UTMA")
+    no_result = ("ST", "BRA", "BAR", "RED", "EXIT", "SYNCS", "WARPGROUP", *WGMMA, "NOP", "CS2UR", "R2UR", "UTMA")
     if not instruction.operands or opcode.startswith(no_result):
         return range(0)
     target = next((operand for operand in instruction.operands if not re.match(r"U?PT?\d?$", operand)), "")
@@ -92,7 +96,7 @@ def overwritten_operands(code: list[Instruction]) -> list[Instruction]:
             written = written_registers(instruction)
             if any(first < written.stop and written.start < first + 4 for group in flying for first in group):
                 found[instruction.address] = instruction
-            if instruction.opcode.startswith("HGMMA"):
+            if instruction.opcode.startswith(WGMMA):
                 operand = re.match(r"R(\d+)", instruction.operands[1])
                 if not operand:
                     raise Unreadable(f"{instruction} has no A operand in registers")
@@ -121,7 +125,7 @@ def early_writes(cuobjdump: str, library: Path) -> dict[str, list[Instruction]]:
     kernels = {
         name: code
         for name, code in functions(cuobjdump, library, "sm_90a").items()
-        if any(instruction.opcode.startswith("HGMMA") for instruction in code)
+        if any(instruction.opcode.startswith(WGMMA) for instruction in code)
     }
     if not kernels:
         raise Unreadable(f"{cuobjdump} shows no wgmma in the library")

@@ -3,6 +3,7 @@
 #include "grouped.cuh"
 #include "launch.cuh"
 #include "puzzlemoe.h"
+#include "quantise.cuh"
 #include "trellis_words.cuh"
 
 struct Kernel {
@@ -13,6 +14,9 @@ struct Kernel {
   int max_capability;
   // Launches one of the two products on as many blocks as the device holds at once.
   cudaError_t (*launch)(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t stream);
+  // Kernels that multiply merged experts in e4m3 have this instead, and a kernel for the others.
+  cudaError_t (*launch_fp8)(int code, bool gate_up, const Fp8Gemm& gemm, cudaStream_t stream) = nullptr;
+  const Kernel* dense = nullptr;
 };
 
 // The kernels of this library by number, from 0 on; null beyond the last.

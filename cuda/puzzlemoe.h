@@ -7,7 +7,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PM_ABI_VERSION 5
+#define PM_ABI_VERSION 6
 #define PM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -48,6 +48,10 @@ typedef struct {
   int32_t code;               /* PM_CODE_* */
   int32_t group_size;         /* columns per step: 128, 64 or 32; 0 for codes without steps */
   int32_t kernel;             /* index below pm_kernel_count */
+  /* Of the kernels that multiply in e4m3, as words_fp8.cuh says: the bytes of a word's level, of its direction at
+   * position 0 and 1, and what their e4m3 values times a step are multiplied by. */
+  uint8_t fp8_levels[8], fp8_directions[2][8];
+  float fp8_unit;
 } pm_layer;
 
 PM_API int pm_abi_version(void);
@@ -61,6 +65,9 @@ PM_API int pm_kernel_count(void);
 PM_API const char* pm_kernel_name(int kernel);
 /* 1 if the current device can run that variant. */
 PM_API int pm_kernel_runs(int kernel);
+/* 1 if that variant quantises activations and multiplies merged experts in e4m3; it takes PM_CODE_TABLE8 and
+ * PM_CODE_TABLE6 alone. */
+PM_API int pm_kernel_is_fp8(int kernel);
 
 /* Bytes of scratch that a call with these shapes and this kernel needs. */
 PM_API int64_t pm_scratch_bytes(const pm_layer* layer);

@@ -77,7 +77,8 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         self._check_supported(layer, hidden_size, intermediate_size_per_partition)
         config = get_current_vllm_config()
         # A choice that cannot serve fails before anything is loaded.
-        check_backend(torch.empty(0).device.type, config.model_config is None or config.model_config.enforce_eager)
+        eager = config.model_config is None or config.model_config.enforce_eager
+        check_backend(torch.empty(0).device.type, eager, self.code)
         local = self._local_experts(layer, extra["global_num_experts"])
         pairs = sorted({expert >> 1 for expert in local if expert < self.merged})
         dense = [expert for expert in local if expert >= self.merged]

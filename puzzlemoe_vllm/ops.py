@@ -12,7 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.backends import Backend, ExpertWeights
+from puzzlemoe_vllm.backends import FP8_VARIABLE, Backend, ExpertWeights, wants_fp8_prefill
+from puzzlemoe_vllm.format.codes import PairCode
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,27 @@ def backend_for(device_type: str) -> Backend:
     return _load("triton")
 
 
-def check_backend(device_type: str, eager: bool) -> None:
-    """Raises ValueError when no backend can serve on a device, or only without the CUDA graphs that vLLM is to make."""
+def check_backend(device_type: str, eager: bool, code: PairCode) -> None:
+    """Raises ValueError when no backend can serve words of a code on a device, or only without the CUDA graphs that
+    vLLM is to make, or not in FP8 where that is asked for."""
     backend = backend_for(device_type)
+    if wants_fp8_prefill():
+        _check_fp8(backend, code)
     if device_type != "cpu" and backend is _load("reference") and not eager:
         raise ValueError(
             f"{VARIABLE}=reference cannot be captured in CUDA graphs: add --enforce-eager, or unset {VARIABLE}"
         )
+
+
+def _check_fp8(backend: Backend, code: PairCode) -> None:
+    name = backend.__name__.rsplit(".", 1)[1]
+    why: str | None = f"the {name} backend has no kernels for e4m3"
+    if name == "cuda":
+        from puzzlemoe_vllm.backends import cuda
+
+        why = cuda.why_no_fp8(code)
+    if why:
+        raise ValueError(f"{FP8_VARIABLE}=1: {why}: unset it")
 
 
 def _load(name: str) -> Backend:

@@ -36,6 +36,7 @@ ENVIRONMENT = """
 | variable | |
 |---|---|
 | `PUZZLEMOE_BACKEND` | serving: `cuda`, `triton` or `reference` insists on a backend, or says why it cannot serve |
+| `PUZZLEMOE_FP8_PREFILL` | serving: `1` multiplies many tokens in FP8: `angle8`, `angle6`, compute capability 9.0 |
 | `PUZZLEMOE_VERIFY` | serving: `1` compares every byte of the weights with their digests before it serves |
 | `PUZZLEMOE_CUDA_LIBRARY` | serving: the file of the CUDA library, in place of the package's own |
 | `PUZZLEMOE_BUILD_CUDA` | installing: `1` requires the CUDA library, `0` leaves it out; unset, nvcc decides |

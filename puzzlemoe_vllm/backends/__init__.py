@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+FP8_VARIABLE = "PUZZLEMOE_FP8_PREFILL"
+
+
+@cache
+def wants_fp8_prefill() -> bool:
+    """Whether PUZZLEMOE_FP8_PREFILL asks for products in e4m3 where there are many tokens.  Raises ValueError for a
+    value other than 0 and 1."""
+    wanted = os.environ.get(FP8_VARIABLE, "0")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"{FP8_VARIABLE}={wanted}: give 1, or unset it")
+    return wanted == "1"
 
 
 @dataclass(frozen=True)

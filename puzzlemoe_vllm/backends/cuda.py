@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.backends import ExpertWeights
+from puzzlemoe_vllm.backends import ExpertWeights, wants_fp8_prefill
 from puzzlemoe_vllm.backends.cuda_self_check import find_fault
-from puzzlemoe_vllm.format.codes import CODES, Decoder, PairCode, TrellisCode, get_code
+from puzzlemoe_vllm.format.codes import CODES, Decoder, PairCode, TableCode, TrellisCode, get_code
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 READS_CHECKPOINT_ORDER = False
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
 CALL_TOKENS = 32768
@@ -45,6 +45,9 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("table", "w13_dense", "w2_dense", "out", "scratch")),
         *((name, ctypes.c_int32) for name in ("tokens", "topk", "hidden", "intermediate", "pairs", "dense")),
         *((name, ctypes.c_int32) for name in ("code", "group_size", "kernel")),
+        ("fp8_levels", ctypes.c_uint8 * 8),
+        ("fp8_directions", ctypes.c_uint8 * 16),
+        ("fp8_unit", ctypes.c_float),
     ]
 
 
@@ -117,11 +120,16 @@ def kernel_names() -> tuple[str, ...]:
     return tuple(library.pm_kernel_name(index).decode() for index in range(library.pm_kernel_count()))
 
 
-def runnable_kernels(device: torch.device) -> list[str]:
-    """The kernels that this device can run."""
+def runnable_kernels(device: torch.device, fp8: bool = False) -> list[str]:
+    """The kernels that this device can run: those that multiply in bf16, or those that multiply merged experts in
+    e4m3."""
     library = load_library()
     with torch.cuda.device(device):
-        return [name for index, name in enumerate(kernel_names()) if library.pm_kernel_runs(index)]
+        return [
+            name
+            for index, name in enumerate(kernel_names())
+            if library.pm_kernel_runs(index) and bool(library.pm_kernel_is_fp8(index)) == fp8
+        ]
 
 
 @functools.cache
@@ -138,11 +146,33 @@ def kind_of(code: PairCode) -> str:
     return "table" if code.has_steps else "16-bit"
 
 
-def choose_kernel(slots_per_expert: float, capability: int, code: PairCode) -> str:
+def why_no_fp8(code: PairCode) -> str | None:
+    """Why the current GPU, which the library serves, cannot multiply words of a code in e4m3, or None when it can."""
+    if not isinstance(code, TableCode) or code.sums is None:
+        return f"words of {code.name} have no values in e4m3"
+    major, minor = torch.cuda.get_device_capability()
+    row = _fp8_row(10 * major + minor)
+    if row is None:
+        return f"there are no e4m3 kernels for compute capability {major}.{minor}"
+    if row[1] not in kernel_names():
+        return f"{library_path()} was built without {row[1]}; build it with CUDA 13.3 or later"
+    return None
+
+
+@functools.cache
+def _fp8_row(capability: int) -> tuple[float, str] | None:
+    """Above how many slots per expert which kernel multiplies in e4m3 where that is asked for."""
+    row = json.loads(DISPATCH.read_text())["fp8_prefill"].get(str(capability))
+    return row and (float(row["above_slots_per_expert"]), row["kernel"])
+
+
+def choose_kernel(slots_per_expert: float, capability: int, code: PairCode, fp8: bool = False) -> str:
     """The kernel for a layer whose experts are chosen `slots_per_expert` times on average.
 
-    capability: compute capability without its dot, 90 for an H100.
+    capability: compute capability without its dot, 90 for an H100.  fp8: many tokens may be multiplied in e4m3.
     """
+    if fp8 and (row := _fp8_row(capability)) and slots_per_expert > row[0]:
+        return row[1]
     rows = _dispatch_rows(capability, kind_of(code))
     return next((kernel for limit, kernel in rows if slots_per_expert <= limit), rows[-1][1])
 
@@ -263,8 +293,8 @@ def fused_experts(
     """sum_k topk_weights[m, k] * down(SiLU(gate x) * up x) over the local experts of row m, on prepared weights.
 
     x: bf16 [M, H]; topk_weights float32 [M, k], k at most 32; topk_ids [M, k], below 0: skip.  kernel: one of
-    `kernel_names()` instead of the dispatch table's.  Returns bf16 [M, H]; inputs are not written.  Raises Unavailable
-    without the library, and ValueError or RuntimeError saying what it cannot run.
+    `kernel_names()` instead of the dispatch table's and PUZZLEMOE_FP8_PREFILL's.  Returns bf16 [M, H]; inputs are not
+    written.  Raises Unavailable without the library, and ValueError or RuntimeError saying what it cannot run.
     """
     if x.dtype != torch.bfloat16:
         raise ValueError(f"the CUDA kernels take bfloat16 activations, not {x.dtype}")
@@ -286,7 +316,9 @@ def _call(
     if kernel is None:
         experts = weights.total if weights.expert_map is None else weights.expert_map.numel()
         major, minor = torch.cuda.get_device_capability()
-        kernel = choose_kernel(tokens * topk / experts, served_capability(10 * major + minor), code)
+        kernel = choose_kernel(
+            tokens * topk / experts, served_capability(10 * major + minor), code, wants_fp8_prefill()
+        )
     # Held here until the launches are queued: the allocator reuses memory in stream order.
     inputs = {
         "x": x.contiguous(),
@@ -317,6 +349,10 @@ def _call(
         group_size=0 if weights.w13_steps is None else hidden // weights.w13_steps.shape[2],
         kernel=kernel_names().index(kernel),
     )
+    if isinstance(code, TableCode) and code.sums is not None:
+        layer.fp8_levels[:] = code.sums.e4m3_levels
+        layer.fp8_directions[:] = code.sums.both_directions
+        layer.fp8_unit = code.sums.e4m3_unit
     scratch = torch.empty(library.pm_scratch_bytes(layer), dtype=torch.uint8, device=x.device)
     layer.scratch = scratch.data_ptr()
     if library.pm_fused_experts(layer, torch.cuda.current_stream().cuda_stream):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from puzzlemoe_vllm.backends import cuda
-from puzzlemoe_vllm.format.codes import Decoder
+from puzzlemoe_vllm.format.codes import GROUP_SIZES, Decoder
 
 
 def test_no_register_is_written_while_a_product_reads_it(check, cuda_library):
@@ -18,9 +18,11 @@ def test_no_register_is_written_while_a_product_reads_it(check, cuda_library):
     except check.Unreadable as reason:
         pytest.skip(str(reason))
     kernels = check.functions(cuobjdump, cuda_library.path, "sm_90a")
-    multiplying = {name: code for name, code in kernels.items() if any(i.opcode.startswith("HGMMA") for i in code)}
-    assert set(multiplying) == {name for name in kernels if "Wgmma" in name}
-    assert len(multiplying) == 2 * 5 * len(set(Decoder))  # products, tiles, decoders
+    multiplying = {name: code for name, code in kernels.items() if any(i.opcode.startswith(check.WGMMA) for i in code)}
+    assert set(multiplying) == {name for name in kernels if "Wgmma" in name or "fp8_gemm" in name}
+    in_bf16 = 2 * 5 * len(set(Decoder))  # products, tiles, decoders
+    in_e4m3 = 2 * 2 * len(GROUP_SIZES)  # products, decoders of words with steps, step groups
+    assert len(multiplying) == in_bf16 + in_e4m3
     for name, code in multiplying.items():
         assert not check.overwritten_operands(code), name
 
@@ -31,12 +33,12 @@ def test_no_kernel_spills_or_has_its_products_serialized(cuda_library):
     assert not re.search(r"C75\d\d|serialized", cuda_library.messages)
 
 
-def program(check, left: str):
+def program(check, left: str, opcode: str = "HGMMA.64x64x16.F32.BF16"):
     """Two products in flight and a wait that leaves `left` of them, then a write to what the second reads."""
     product = ("R24", "R56", "gdesc[UR8]", "R24", "gsb0")
     return [
-        check.Instruction(0, False, "HGMMA.64x64x16.F32.BF16", product),
-        check.Instruction(16, False, "HGMMA.64x64x16.F32.BF16", ("R24", "R60", *product[2:])),
+        check.Instruction(0, False, opcode, product),
+        check.Instruction(16, False, opcode, ("R24", "R60", *product[2:])),
         check.Instruction(32, False, "WARPGROUP.DEPBAR.LE", ("gsb0", left)),
         check.Instruction(48, False, "LOP3.LUT", ("R63", "R1", "R2", "R3")),
         check.Instruction(64, True, "BRA", ("0x0",)),
@@ -44,9 +46,10 @@ def program(check, left: str):
     ]
 
 
-def test_an_early_write_would_be_found(check):
-    assert [found.address for found in check.overwritten_operands(program(check, "0x1"))] == [48]
-    assert not check.overwritten_operands(program(check, "0x0"))
+@pytest.mark.parametrize("opcode", ["HGMMA.64x64x16.F32.BF16", "QGMMA.64x64x32.F32.E4M3.E4M3"])
+def test_an_early_write_would_be_found(check, opcode):
+    assert [found.address for found in check.overwritten_operands(program(check, "0x1", opcode))] == [48]
+    assert not check.overwritten_operands(program(check, "0x0", opcode))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ bits multiplies, nearly.  The tables minimise the squared error of pairs of norm
 
 from __future__ import annotations
 
-from puzzlemoe_vllm.format.codes.table import SIX_BIT_PLANES, TableCode
+from puzzlemoe_vllm.format.codes.table import SIX_BIT_PLANES, ByteSums, TableCode
 
 LEVEL = [46, 62, 72, 81]
 DIRECTION = [37, 29, 19, 0]
@@ -22,4 +22,5 @@ def value_bytes() -> tuple[list[int], list[int]]:
     return first, second
 
 
-CODES = [TableCode("angle6", SIX_BIT_PLANES, unit_step=2.05, value_bytes=value_bytes())]
+SUMS = ByteSums(tuple(LEVEL), tuple(DIRECTION), e4m3_unit=0.9714)
+CODES = [TableCode("angle6", SIX_BIT_PLANES, unit_step=2.05, value_bytes=value_bytes(), sums=SUMS)]

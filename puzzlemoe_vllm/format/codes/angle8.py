@@ -12,7 +12,7 @@ two weights of a position, so 6 or 8 for the four weights of two words.  Byte pe
 
 from __future__ import annotations
 
-from puzzlemoe_vllm.format.codes.table import BYTES, TableCode
+from puzzlemoe_vllm.format.codes.table import BYTES, ByteSums, TableCode
 
 LEVEL = [18, 35, 45, 50, 55, 59, 64, 69]
 DIRECTION = [51, 54, 45, 48, 43, 31, 28, 0]
@@ -28,4 +28,5 @@ def value_bytes() -> tuple[list[int], list[int]]:
     return first, second
 
 
-CODES = [TableCode("angle8", BYTES, unit_step=2.0, value_bytes=value_bytes())]
+SUMS = ByteSums(tuple(LEVEL), tuple(DIRECTION), e4m3_unit=0.979)
+CODES = [TableCode("angle8", BYTES, unit_step=2.0, value_bytes=value_bytes(), sums=SUMS)]

@@ -45,6 +45,35 @@ SIX_BIT_PLANES = Packing(6, Decoder.TABLE6, _pack_planes, _unpack_planes)
 (column 4j lowest)."""
 
 
+@dataclass(frozen=True)
+class ByteSums:
+    """That the bytes of a code's values are LEVEL[m] + DIRECTION[d], and what kernels for e4m3 make of them.
+
+    A word has, from its highest bit on, the sign of position 0, the direction d and the level m; the sign of position 1
+    is the bit above m (eight bits: three of d and of m) or below the other sign (six bits: two of each).  All bytes are
+    below 127, so that (byte + 1) >> 1 is a byte of e4m3: the value that has one bit of mantissa less, odd bytes rounded
+    up.
+
+    levels, directions: the bytes; those of direction d at position 0, at position 1 of the last less d.
+    e4m3_unit: what the e4m3 values are multiplied by, so that they come nearest to the code's for normal weights.
+    """
+
+    levels: tuple[int, ...]
+    directions: tuple[int, ...]
+    e4m3_unit: float
+
+    @property
+    def e4m3_levels(self) -> bytes:
+        """Eight bytes which make (level + direction) >> 1 the rounded byte."""
+        return bytes(level + 1 for level in self.levels).ljust(8, b"\0")
+
+    @property
+    def both_directions(self) -> bytes:
+        """Of position 0 and of position 1, eight bytes each."""
+        first = bytes(self.directions)
+        return first.ljust(8, b"\0") + first[::-1].ljust(8, b"\0")
+
+
 def minifloat(byte: int) -> float:
     """The value of an E3M4 byte (bit 7 sign, 6..4 exponent, 3..0 mantissa; subnormals, no infinities): the bf16 with
     those seven bits in 9..3 and that sign, times 2^120."""
@@ -60,14 +89,23 @@ class TableCode(EntrywiseCode):
     magnitudes: the states, distinct pairs of absolute values, float32 [C, 2].
     words: uint8 [C, 2, 2], the word of each by signs (1 for a negative weight at position 0, at position 1).
     unit_step: the best step for pairs of normal weights of variance 1.
+    sums: for codes that can be multiplied in e4m3.
     """
 
     dtype = torch.uint8
     has_steps = True
 
-    def __init__(self, name: str, packing: Packing, unit_step: float, value_bytes: tuple[list[int], list[int]]):
+    def __init__(
+        self,
+        name: str,
+        packing: Packing,
+        unit_step: float,
+        value_bytes: tuple[list[int], list[int]],
+        sums: ByteSums | None = None,
+    ):
         """value_bytes: the E3M4 byte of every word's value at position 0, and at position 1."""
-        self.name, self.packing, self.unit_step = name, packing, unit_step
+        self.name, self.packing, self.unit_step, self.sums = name, packing, unit_step, sums
+        self._value_bytes = value_bytes
         self.bits, self.decoder = packing.bits, packing.decoder
         self.values = torch.tensor([[minifloat(byte) for byte in row] for row in value_bytes])
         words: dict[tuple[float, float], list[list[int]]] = {}
@@ -92,6 +130,12 @@ class TableCode(EntrywiseCode):
             with ThreadPoolExecutor(1) as thread:
                 self._word_tables[device] = thread.submit(values.to, device, torch.bfloat16).result()
         return self._word_tables[device]
+
+    def e4m3_values(self) -> Tensor:
+        """float8_e4m3fn [2, 2^bits]: what kernels for e4m3 take a word for at position 0 and 1, in units of
+        `sums.e4m3_unit`."""
+        rows = [[byte & 0x80 | (byte & 0x7F) + 1 >> 1 for byte in row] for row in self._value_bytes]
+        return torch.tensor(rows, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
     def pack(self, word: Tensor) -> Tensor:
         """As in `PairCode`."""
