@@ -29,7 +29,7 @@ class Fp8Words {
         sign_factor_(kBits == 8 ? (position ? 16 : 1) : (position ? 8 : 4)),
         sixteen_(kept(16)) {}
 
-  __device__ static Words load(uint32_t tile, int lane) { return Table::load(tile, lane); }
+  __device__ static Words load(uint32_t tile, int lane) { return Table::load(tile, lane, false); }
 
   __device__ __forceinline__ void weights(const Words& words, uint32_t& upper_row, uint32_t& lower_row) const {
     uint32_t first, second;  // words 0..3 and 4..7, a byte each: both rows' columns 2c, 2c+1, and 2c+8, 2c+9
