@@ -1,4 +1,4 @@
-"""The order in which the CUDA kernels read words and steps, the choice of a kernel, the pieces of a call; no GPU needed."""
+"""The order in which CUDA kernels read words and steps, the choice of a kernel, the pieces of a call; no GPU needed."""
 
 from __future__ import annotations
 
