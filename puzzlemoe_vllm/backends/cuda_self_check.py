@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,9 @@ def small_layer(code: PairCode, draw: torch.Generator) -> ExpertWeights:
 
 def on_device(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
     """A copy of a layer."""
-    tensors = {name: value.to(device) for name, value in vars(weights).items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(weights).items() if isinstance(value, Tensor)
+    }
     return dataclasses.replace(weights, **tensors)
 
 
