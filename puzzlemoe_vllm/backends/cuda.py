@@ -299,10 +299,10 @@ def fused_experts(
     if x.dtype != torch.bfloat16:
         raise ValueError(f"the CUDA kernels take bfloat16 activations, not {x.dtype}")
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    pieces = (tensor.split(CALL_TOKENS) for tensor in (x, topk_weights, topk_ids, out))
+    pieces = [tensor.split(CALL_TOKENS) for tensor in (x, topk_weights, topk_ids, out)]
     with torch.cuda.device(x.device):
-        for piece in zip(*pieces, strict=True):
-            _call(*piece, weights, kernel)
+        for rows, their_weights, their_ids, their_out in zip(*pieces, strict=True):
+            _call(rows, their_weights, their_ids, their_out, weights, kernel)
     return out
 
 

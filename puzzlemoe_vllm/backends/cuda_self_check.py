@@ -5,7 +5,9 @@ Users compile the library with their own nvcc, and a driver may translate PTX fo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +39,11 @@ def small_layer(code: PairCode, draw: torch.Generator) -> ExpertWeights:
         if not code.has_steps:
             return None
         step = torch.rand(1, rows, columns // GROUP_SIZE, generator=draw, dtype=torch.float32, device="cpu")
-        return ((step + 0.5) * columns**-0.5).to(torch.bfloat16)
+        return step.add(0.5).mul(columns**-0.5).to(torch.bfloat16)
 
     def dense(rows: int, columns: int) -> Tensor:
         weights = torch.randn(1, rows, columns, generator=draw, dtype=torch.float32, device="cpu")
-        return (weights * columns**-0.5).to(torch.bfloat16)
+        return weights.mul(columns**-0.5).to(torch.bfloat16)
 
     w13, w2 = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
     return ExpertWeights(
@@ -58,8 +60,10 @@ def small_layer(code: PairCode, draw: torch.Generator) -> ExpertWeights:
 
 def on_device(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
     """A copy of a layer."""
-    values = {name: value.to(device) if torch.is_tensor(value) else value for name, value in vars(weights).items()}
-    return ExpertWeights(**values)
+    tensors: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(weights).items() if isinstance(value, Tensor)
+    }
+    return dataclasses.replace(weights, **tensors)
 
 
 def find_fault(
