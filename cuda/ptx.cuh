@@ -11,6 +11,20 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 // registers are few, which takes longer.
 __device__ inline uint32_t kept(uint32_t value) { return __shfl_sync(~0u, value, threadIdx.x % 32); }
 
+// Sum of a's unsigned bytes times b's signed bytes, and c.
+__device__ inline uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+// value << bits, which the compiler makes nothing else of.
+__device__ inline uint32_t shifted_left(uint32_t value, int bits) {
+  uint32_t shifted;
+  asm("shl.b32 %0, %1, %2;" : "=r"(shifted) : "r"(value), "r"(bits));
+  return shifted;
+}
+
 __device__ inline void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }

@@ -14,13 +14,6 @@
 #pragma once
 #include "words.cuh"
 
-// Sum of a's unsigned bytes times b's signed bytes, and c.
-__device__ inline uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t sum;
-  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
-  return sum;
-}
-
 // Values are integers v; under an exponent of 0x43, v + 62 is the bf16 v + 190, exactly.  So all there is to do is to
 // bring two such integers into the halves of one register, and to subtract 190, unless kRaised_ leaves that to others.
 template <int kBits, bool kRaised_>
@@ -121,10 +114,10 @@ class TrellisWords {
   // Bits of `value` from `first` on, as many as a state has; those above are dropped.
   __device__ static uint32_t state_at(uint32_t value, int first) {
     if constexpr (kBits == 3) return value >> first & 0x7FFF;
-    if (first >= 16) return value >> 16;
-    uint32_t upper;
-    asm("shl.b32 %0, %1, %2;" : "=r"(upper) : "r"(value), "r"(16 - first));
-    return upper >> 16;
+    if (first == 0) return value & 0xFFFF;
+    if (first == 16) return value >> 16;
+    // The multiplier's pipe may take the first shift; the compiler would rather shift and mask, for which it has none.
+    return shifted_left(value, 16 - first) >> 16;
   }
 
   __device__ static void states_of(const Words& words, int run, uint32_t (&states)[4]) {

@@ -1,0 +1,67 @@
+"""How the CUDA kernels decode trellis words, on the host: every state, in the order that `prepare` writes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from puzzlemoe_vllm.backends import cuda
+from puzzlemoe_vllm.format.codes import CODES, TrellisCode
+from puzzlemoe_vllm.format.codes.trellis import values
+
+SOURCE = Path(__file__).with_name("trellis_words.cpp")
+HEADER = Path(__file__).parents[2] / "cuda" / "trellis_words.cuh"
+INCLUDED = '#include "words.cuh"\n'
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+TRELLISES = [code for code in CODES.values() if isinstance(code, TrellisCode)]
+RAISED = 190
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    """trellis_words.cpp with the decoder, without what that one includes."""
+    folder = tmp_path_factory.mktemp("trellis")
+    header = HEADER.read_text()
+    assert header.count(INCLUDED) == 1
+    (folder / HEADER.name).write_text(header.replace(INCLUDED, ""))
+    command = [COMPILER, "-std=c++17", "-O1", "-fno-strict-aliasing", f"-I{folder}", str(SOURCE), "-o", str(folder / "decode")]
+    subprocess.run(command, check=True, timeout=300)
+    return folder / "decode"
+
+
+def halves(registers: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 of the lower and the upper bf16 of int32 registers."""
+    return (registers << 16).view(torch.float32), (registers & -0x10000).view(torch.float32)
+
+
+@pytest.mark.parametrize("gate_up", [False, True])
+@pytest.mark.parametrize("code", TRELLISES, ids=lambda code: code.name)
+def test_lanes_decode_as_the_format_says(program, code, gate_up):
+    rows, columns = 256, 2048
+    words = torch.randint(0, 256, code.words_shape(rows, columns), dtype=torch.uint8)
+    states = code.states(words)
+    assert len(states.unique()) > 0.999 * 2**code.state_bits
+    tiles = cuda.kernel_words(cuda.tile(code.unpack(words), gate_up), code)
+    done = subprocess.run(
+        [program, str(code.bits), str(rows // 16 * columns // 16)],
+        input=tiles.numpy().tobytes(), capture_output=True, check=True, timeout=300,
+    )  # fmt: skip
+    # [as weights and raised, tile, lane, register]
+    decoded = torch.frombuffer(bytearray(done.stdout), dtype=torch.int32).view(2, -1, 32, 24)
+    # [position, tile, lane, element]
+    expected = torch.stack([cuda.tile(of, gate_up).view(-1, 32, 8) for of in values(states)])
+    for raised, registers in zip((0, RAISED), decoded, strict=True):
+        parts = registers[..., :16].unflatten(-1, (4, 4))
+        elements = torch.stack(halves(parts.contiguous()), dim=-1).flatten(-2)  # [tile, lane, part, element]
+        for part, position in enumerate((0, 1, 0, 1)):
+            assert torch.equal(elements[:, :, part], expected[position] + raised)
+        pairs = halves(registers[..., 16:].contiguous())
+        assert all(torch.equal(of, wanted + raised) for of, wanted in zip(pairs, expected, strict=True))
