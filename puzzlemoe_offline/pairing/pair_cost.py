@@ -13,7 +13,7 @@ from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.pairing.lost import LOST
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.nearest import PackedMatrix, fit, own_importance, pair_importance
-from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import TrellisCode, UnencodableWeight, get_code
 
 ROWS = 128
 """Most rows of a projection that are sampled."""
@@ -90,6 +90,9 @@ def merge_errors(
         own = torch.stack([own_importance(seen, recipe) for seen in inputs])
         few = torch.tensor([[seen.tokens < FEW_TOKENS] for seen in inputs], device=device)
         most = LOST**2 * sample.double().square().sum(dim=(1, 2))
+        if isinstance(code, TrellisCode):
+            errors += shared_bits_errors(sample, own, few, squares, recipe) / (energy or 1.0)
+            continue
         trial = _Sample(sample, own, few, pool, projection)
         at_once = max(1, ENTRIES[device.type] // (sampled * columns))
         for pairs in zip(first.to(device).split(at_once), second.to(device).split(at_once), strict=True):
@@ -105,4 +108,26 @@ def merge_errors(
             errors[a, b] += cost.double() / energy if energy else 0.0
     if not recipe.is_paper:
         errors.masked_fill_(lost, torch.inf)
-    return (errors + errors.T).cpu()
+    return (errors.triu(1) + errors.triu(1).T).cpu()
+
+
+def shared_bits_errors(sample: Tensor, own: Tensor, few: Tensor, squares: Tensor, recipe: PairRecipe) -> Tensor:
+    """float64 [n, n]: the errors of any two experts whose words share their bits as rate-distortion theory has it.
+
+    An entry's two weighted errors are equal, 2^-bits of their variances' geometric mean, unless the smaller variance is
+    below that and gets no bits.  sample: [n, rows, K]; own, squares: [n, K], own and true weights of squared errors.
+    """
+    bits = get_code(recipe.code).bits
+    variance = sample.float().square().mean(dim=1)
+    total = torch.zeros(len(own), len(own), dtype=torch.float64, device=own.device)
+    for first, weight in enumerate(own):
+        importance = pair_importance((weight.expand_as(own), own), few[first] | few, recipe)
+        energy = torch.stack([importance[0] * variance[first], importance[1] * variance])
+        shared = 2.0**-bits * energy.prod(dim=0).sqrt()
+        alone = torch.where(energy >= energy.flip(0), 4.0**-bits * energy, energy)
+        error = torch.where(shared <= energy.amin(dim=0), shared, alone) / torch.stack(importance)
+        by_expert = error * torch.stack([squares[first].expand_as(squares), squares])
+        total[first] = sample.shape[1] * by_expert.sum(dim=(0, 2), dtype=torch.float64)
+    return total
+
+

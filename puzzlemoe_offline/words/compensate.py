@@ -18,12 +18,15 @@ from puzzlemoe_offline.words.nearest import (
     STEP_MULTIPLES,
     PackedMatrix,
     check_finite,
+    encode_matrix,
     fit_least_squares,
     fit_table,
     stored_steps,
+    typical_steps,
 )
 from puzzlemoe_vllm.errors import UserError
-from puzzlemoe_vllm.format.codes import PairCode, TableCode
+from puzzlemoe_vllm.format.codes import PairCode, TableCode, TrellisCode
+from puzzlemoe_vllm.format.codes.trellis import TILE_COLUMNS
 
 DAMPING = 0.1
 """Added to the moments' diagonal, relative to its mean.  GPTQ's usual 0.01 trusts the moments of a few thousand tokens
@@ -88,8 +91,11 @@ def inverse_factor(inputs: ProjectionInputs) -> Tensor:
     return factor
 
 
-def coder_of(code: PairCode, group: int | None, matrix: Tensor) -> Columns | ColumnsInKernel:
+def coder_of(code: PairCode, group: int | None, matrix: Tensor) -> Columns | ColumnsInKernel | Tiles:
     """What codes the columns of a matrix, float32 [2, K, N]."""
+    if isinstance(code, TrellisCode):
+        assert group is not None
+        return Tiles(code, group)
     if not isinstance(code, TableCode):
         return Columns(code)
     assert group is not None
@@ -204,7 +210,49 @@ class ColumnsInKernel:
         return packed_with_steps(self.table_code, words, self.steps)
 
 
-def packed_with_steps(code: TableCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:
+class Tiles:
+    """The same for trellis codes, a tile's width of columns at a time.
+
+    Such columns get their words together, and then their errors are pushed on.
+    """
+
+    def __init__(self, code: TrellisCode, group: int):
+        self.code, self.group = code, group
+        self.steps: list[Tensor] = []
+        """bf16 [N] of every group so far."""
+
+    def code_block(self, block: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `Columns`."""
+        block = block.clone()
+        words, errors = [], torch.empty_like(block)
+        for first in range(0, block.shape[1], TILE_COLUMNS):
+            here, later = slice(first, first + TILE_COLUMNS), slice(first + TILE_COLUMNS, None)
+            if first % self.group == 0:
+                self._begin_group(block[:, first : first + self.group], importance[:, first : first + self.group])
+            own = factor[:, here, here]
+            weighed = KNOB_METRIC(own) if KNOB_METRIC else importance[:, here]
+            stored = encode_matrix(self.code, block[:, here].permute(2, 1, 0), weighed.T, self.steps[-1][:, None])
+            decoded = [self.code.decode(stored, position, self.steps[-1][:, None]).float() for position in (0, 1)]
+            difference = block[:, here].mT - torch.stack(decoded)
+            errors[:, here] = torch.linalg.solve_triangular(own, difference, upper=True, left=False).mT
+            block[:, later].baddbmm_(factor[:, here, later].mT, errors[:, here], alpha=-1)
+            words.append(self.code.unpack(stored).T)
+        return torch.cat(words), errors
+
+    def _begin_group(self, block: Tensor, importance: Tensor) -> None:
+        step = typical_steps(block.permute(2, 1, 0), importance.T, self.group)[:, 0] * self.code.unit_step
+        self.steps.append(stored_steps(step * KNOB_STEP))
+
+    def packed(self, words: Tensor) -> PackedMatrix:
+        """As in `Columns`."""
+        return packed_with_steps(self.code, words, self.steps)
+
+
+KNOB_STEP = 1.0
+KNOB_METRIC = None
+
+
+def packed_with_steps(code: TableCode | TrellisCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:
     """Words [N, K], one a column, and the steps [N] of every group of columns, as they are stored.
 
     Raises UnencodableWeight as `stored_steps` does.

@@ -80,9 +80,13 @@ class TrellisCode(PairCode):
 
     def pack(self, word: Tensor) -> Tensor:
         """Stored words uint8 [..., N / 8, K * bits] of words [..., N, K], one an entry: streams, lowest bits first."""
-        eight = (places_of(word).long().unflatten(-1, (-1, 8)) << self.bits * self._counted(8, word)).sum(dim=-1)
-        stored: Tensor = eight[..., None] >> 8 * self._counted(self.bits, word) & 255
-        return stored.to(torch.uint8).flatten(-3)
+        return self.store(places_of(word)).flatten(-2)
+
+    def store(self, stream: Tensor) -> Tensor:
+        """uint8 [..., 32 * bits] of a tile's words [..., 256] in the order of its stream."""
+        eight = (stream.long().unflatten(-1, (-1, 8)) << self.bits * self._counted(8, stream)).sum(dim=-1)
+        stored: Tensor = eight[..., None] >> 8 * self._counted(self.bits, stream) & 255
+        return stored.to(torch.uint8).flatten(-2)
 
     def unpack(self, words: Tensor) -> Tensor:
         """Words uint8 [..., N, K], one an entry, of stored words [..., N / 8, K * bits]."""
