@@ -70,6 +70,7 @@ class TableCode(EntrywiseCode):
         self.name, self.packing, self.unit_step = name, packing, unit_step
         self.bits, self.decoder = packing.bits, packing.decoder
         self.values = torch.tensor([[minifloat(byte) for byte in row] for row in value_bytes])
+        self.largest_value = float(self.values.abs().max())
         words: dict[tuple[float, float], list[list[int]]] = {}
         for word, (value0, value1) in enumerate(self.values.T.tolist()):
             by_sign = words.setdefault((abs(value0), abs(value1)), [[0, 0], [0, 0]])

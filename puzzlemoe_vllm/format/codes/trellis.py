@@ -63,6 +63,8 @@ class TrellisCode(PairCode):
 
     dtype = torch.uint8
     has_steps = True
+    tile = (TILE_ROWS, TILE_COLUMNS)
+    largest_value = 62.0
 
     def __init__(self, bits: int, decoder: Decoder, unit_step: float):
         self.name, self.bits, self.decoder, self.unit_step = f"trellis{bits}", bits, decoder, unit_step
