@@ -3,6 +3,7 @@
 #include "kernels.cuh"
 #include "puzzlemoe.h"
 #include "routing.cuh"
+#include "trellis_encode.cuh"
 
 namespace {
 
@@ -129,4 +130,16 @@ int pm_fused_experts(const pm_layer* layer, void* stream_handle) {
     return 1;
   }
   return 0;
+}
+
+int64_t pm_trellis_scratch_bytes(int32_t bits, int64_t tiles) { return trellis_scratch_bytes(bits, tiles); }
+
+int pm_trellis_encode(int32_t bits, const float* targets, const float* weights, int64_t tiles, uint8_t* words,
+                      void* scratch, void* stream) {
+  if (tiles < 0 || tiles > INT32_MAX) return fail("more than 2^31 - 1 tiles");
+  if (tiles == 0) return 0;
+  const cudaError_t error =
+      trellis_encode(bits, reinterpret_cast<const float2*>(targets), reinterpret_cast<const float2*>(weights), tiles,
+                     words, scratch, static_cast<cudaStream_t>(stream));
+  return error ? fail(cudaGetErrorString(error)) : 0;
 }

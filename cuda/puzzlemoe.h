@@ -1,4 +1,5 @@
-/* C interface of the CUDA library: the routed experts of one MoE layer, from packed expert pairs.
+/* C interface of the CUDA library: the routed experts of one MoE layer, from packed expert pairs, and the encoder of
+ * trellis words.
  *
  * No function synchronises with the host or launches anything that depends on the routing, so every call can be
  * captured into a CUDA graph.  Pointers are device pointers of the current device; matrices are row-major and
@@ -6,7 +7,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PM_ABI_VERSION 4
+#define PM_ABI_VERSION 5
 #define PM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -55,6 +56,15 @@ PM_API int64_t pm_scratch_bytes(const pm_layer* layer);
 
 /* out[m] = sum over local experts of topk_weights[m, k] * down(SiLU(gate x[m]) * up x[m]).  0, or an error. */
 PM_API int pm_fused_experts(const pm_layer* layer, void* stream);
+
+/* Bytes of scratch that pm_trellis_encode needs on the current device; -1 for bits that no code has. */
+PM_API int64_t pm_trellis_scratch_bytes(int32_t bits, int64_t tiles);
+
+/* Words of `bits` bits (8, 6, 5, 4, 3) of the trellis code, uint8 [tiles, 32 bits] as stored, whose values at both
+ * positions are near the targets: little of the sum of weight * (value - target)^2.  targets, weights: [tiles, 256, 2]
+ * in the order of the places.  0, or an error. */
+PM_API int pm_trellis_encode(int32_t bits, const float* targets, const float* weights, int64_t tiles, uint8_t* words,
+                             void* scratch, void* stream);
 
 #ifdef __cplusplus
 }

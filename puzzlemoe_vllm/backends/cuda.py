@@ -21,7 +21,7 @@ from puzzlemoe_vllm.format.codes import CODES, Decoder, PairCode, get_code
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 READS_CHECKPOINT_ORDER = False
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
 DISPATCH = Path(__file__).with_name("cuda_dispatch.json")
@@ -67,6 +67,12 @@ def load_library() -> ctypes.CDLL:
     library.pm_scratch_bytes.argtypes = [ctypes.POINTER(_Layer)]
     library.pm_scratch_bytes.restype = ctypes.c_int64
     library.pm_fused_experts.argtypes = [ctypes.POINTER(_Layer), ctypes.c_void_p]
+    library.pm_trellis_scratch_bytes.argtypes = [ctypes.c_int32, ctypes.c_int64]
+    library.pm_trellis_scratch_bytes.restype = ctypes.c_int64
+    library.pm_trellis_encode.argtypes = [
+        *(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+    ]
     return library
 
 
