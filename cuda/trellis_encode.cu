@@ -2,8 +2,9 @@
 //
 // A state of L bits belongs to the group of its upper L - b bits.  A place's cost of a group is the least over its 2^b
 // states of the state's squared error and the cost of the group that the state's lower L - b bits name.  The inner loop
-// keeps that minimum and not where it is: costs go to memory, and the way back looks at the 2^b states of one group a
-// place.  Costs of two tiles are one half2.  Each place subtracts the least cost of the one before, so that the
+// keeps that minimum and not where it is: the costs before every place go to memory, and the way back looks at the 2^b
+// states of one group a place.  All 256 places are kept: near ties are so many that survivors may meet only a hundred
+// places back.  Costs of two tiles are one half2.  Each place subtracts the least cost of the one before, so that the
 // differences that decide have nearly all of fp16's eleven bits.
 //
 // A tile is a cycle.  A pass over the last and first kSeam places, free at both ends, fixes the group between them; a
@@ -18,9 +19,7 @@ namespace {
 
 constexpr int kPlaces = 256;
 constexpr int kSeam = 24;
-constexpr int kRing = 64;           // places whose costs are kept
-constexpr int kDepth = kRing / 2;   // places between a word that is written and the end of the path it is read from
-constexpr float kRootLimit = 90.5f; // of the largest cost of a place: five of them are no infinity in fp16
+constexpr float kRootLimit = 90.5f;  // of the largest cost of a place: five of them are no infinity in fp16
 constexpr uint32_t kMultiplier = 0x794298A3;
 constexpr uint32_t kInfinity = 0x7C00;
 
@@ -50,10 +49,11 @@ struct Trellis {
   // wrap within a word, the new costs replace the old.
   static constexpr bool kInPlace = Bits <= 4;
   static constexpr int kBuffers = kInPlace ? 1 : 2;
-  static constexpr int kThreads = kGroups <= 1024 ? 256 : 512;
+  static constexpr int kResidentThreads = Tiles == 16 ? 512 : 1024;  // of a multiprocessor: what registers allow
+  static constexpr int kThreads = kGroups <= 1024 ? kGroups < 512 ? kGroups : kResidentThreads / 2 : kResidentThreads;
   static constexpr int kRounds = kGroups / kThreads;
 
-  struct alignas(16) Costs {
+  struct alignas(Tiles == 4 ? 8 : 16) Costs {
     __half2 of[kPairs];
   };
   // Of a place: roots of the weights, and what makes a value the root of its cost.
@@ -67,14 +67,14 @@ struct Trellis {
     int seam[Tiles];           // the group between the last place and the first
     uint8_t words[Tiles][kPlaces];
   };
-  static constexpr int64_t kRingBytes = int64_t(kRing) * kGroups * sizeof(Costs);
+  static constexpr int64_t kHistoryBytes = int64_t(kPlaces) * kGroups * sizeof(Costs);
 
   __device__ static uint32_t rotated(uint32_t group, int by) {
     return (group << by | group >> (kGroupBits - by)) & (kGroups - 1);
   }
-  // Groups with the same predecessors are neighbours in the ring.
-  __device__ static uint32_t ring_index(uint32_t group) { return rotated(group, Bits % kGroupBits); }
-  __device__ static uint32_t ring_group(uint32_t index) { return rotated(index, kGroupBits - Bits); }
+  // Groups with the same predecessors are neighbours in the history, which has the costs before every step of a pass.
+  __device__ static uint32_t history_index(uint32_t group) { return rotated(group, Bits % kGroupBits); }
+  __device__ static uint32_t history_group(uint32_t index) { return rotated(index, kGroupBits - Bits); }
 };
 
 // The tiles' targets and weights [256, 2] as halves, each tile scaled so that its largest cost fits.
@@ -130,13 +130,13 @@ __device__ void reduce_least(__half2 (&best)[Pairs], uint32_t* least) {
 
 // Costs after place `place`, the step-th of a pass, of those before it.
 template <int Bits, int Tiles>
-__device__ void advance(typename Trellis<Bits, Tiles>::Shared& shared, typename Trellis<Bits, Tiles>::Costs* ring,
+__device__ void advance(typename Trellis<Bits, Tiles>::Shared& shared, typename Trellis<Bits, Tiles>::Costs* history,
                         int step, int place) {
   using T = Trellis<Bits, Tiles>;
   const typename T::Place at = shared.places[place];
   const typename T::Costs* before = shared.costs[T::kInPlace ? 0 : step % 2];
   typename T::Costs* after = shared.costs[T::kInPlace ? 0 : (step + 1) % 2];
-  typename T::Costs* kept = ring + (step + 1) % kRing * T::kGroups;
+  typename T::Costs* kept = history + (step + 1) % kPlaces * T::kGroups;
   const int turn = T::kInPlace ? step * Bits % T::kGroupBits : 0;
   const uint32_t* least = shared.least[step % 3];
   if (threadIdx.x < Tiles) shared.least[(step + 2) % 3][threadIdx.x] = kInfinity;
@@ -183,23 +183,23 @@ __device__ void advance(typename Trellis<Bits, Tiles>::Shared& shared, typename 
 
 // The group of least cost after a step; all lanes of a warp get it.
 template <int Bits, int Tiles>
-__device__ uint32_t best_group(const typename Trellis<Bits, Tiles>::Costs* ring, int step, int tile) {
+__device__ uint32_t best_group(const typename Trellis<Bits, Tiles>::Costs* history, int step, int tile) {
   using T = Trellis<Bits, Tiles>;
-  const __half* costs = reinterpret_cast<const __half*>(ring + (step + 1) % kRing * T::kGroups) + tile;
+  const __half* costs = reinterpret_cast<const __half*>(history + (step + 1) % kPlaces * T::kGroups) + tile;
   uint32_t least = ~0u;
 #pragma unroll 8
   for (uint32_t index = threadIdx.x % 32; index < T::kGroups; index += 32)
     least = min(least, uint32_t(__half_as_ushort(costs[index * Tiles])) << 16 | index);
-  return T::ring_group(__reduce_min_sync(~0u, least) & 0xFFFF);
+  return T::history_group(__reduce_min_sync(~0u, least) & 0xFFFF);
 }
 
 // The group before a step of the best path into `group` after it; all lanes of a warp get it.
 template <int Bits, int Tiles>
 __device__ uint32_t group_before(const typename Trellis<Bits, Tiles>::Shared& shared,
-                                 const typename Trellis<Bits, Tiles>::Costs* ring, int step, int place, int tile,
+                                 const typename Trellis<Bits, Tiles>::Costs* history, int step, int place, int tile,
                                  uint32_t group) {
   using T = Trellis<Bits, Tiles>;
-  const __half* costs = reinterpret_cast<const __half*>(ring + step % kRing * T::kGroups) + tile;
+  const __half* costs = reinterpret_cast<const __half*>(history + step * T::kGroups) + tile;
   const auto of_tile = [tile](const __half2* of) { return __half2float(reinterpret_cast<const __half*>(of)[tile]); };
   const typename T::Place& at = shared.places[place];
   const float root0 = of_tile(at.root[0]), shift0 = of_tile(at.shift[0]);
@@ -211,7 +211,7 @@ __device__ uint32_t group_before(const typename Trellis<Bits, Tiles>::Shared& sh
     const uint32_t state = group << Bits | branch % T::kBranches, before = state % T::kGroups;
     const Values v = values_of(state * kMultiplier);
     const float low = __low2float(v.low) * root0 + shift0, high = __low2float(v.high) * root1 + shift1;
-    const float cost = low * low + high * high + __half2float(costs[T::ring_index(before) * Tiles]);
+    const float cost = low * low + high * high + __half2float(costs[T::history_index(before) * Tiles]);
     if (__float_as_uint(cost) < least) least = __float_as_uint(cost), found = before;
   }
   const uint32_t winner = __ballot_sync(~0u, least == __reduce_min_sync(~0u, least));
@@ -244,14 +244,15 @@ __device__ void write_tiles(const typename Trellis<Bits, Tiles>::Shared& shared,
   }
 }
 
-// targets, weights: [tiles, 256, 2]; out: [tiles, 32 Bits]; rings: one of Trellis::kRingBytes for each block.
+// targets, weights: [tiles, 256, 2]; out: [tiles, 32 Bits]; histories: one of Trellis::kHistoryBytes for each block.
 template <int Bits, int Tiles>
-__global__ void __launch_bounds__(Trellis<Bits, Tiles>::kThreads, Trellis<Bits, Tiles>::kThreads == 256 ? 2 : 1)
-    trellis_encode_kernel(const float2* targets, const float2* weights, int tiles, uint8_t* out, uint8_t* rings) {
+__global__ void __launch_bounds__(Trellis<Bits, Tiles>::kThreads,
+                                  Trellis<Bits, Tiles>::kResidentThreads / Trellis<Bits, Tiles>::kThreads)
+    trellis_encode_kernel(const float2* targets, const float2* weights, int tiles, uint8_t* out, uint8_t* histories) {
   using T = Trellis<Bits, Tiles>;
   extern __shared__ __align__(16) uint8_t dynamic[];
   auto& shared = *reinterpret_cast<typename T::Shared*>(dynamic);
-  auto* ring = reinterpret_cast<typename T::Costs*>(rings + blockIdx.x * T::kRingBytes);
+  auto* history = reinterpret_cast<typename T::Costs*>(histories + blockIdx.x * T::kHistoryBytes);
   constexpr int kWarps = T::kThreads / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -260,31 +261,26 @@ __global__ void __launch_bounds__(Trellis<Bits, Tiles>::kThreads, Trellis<Bits, 
     read_tiles<Bits, Tiles>(shared, targets + first * kPlaces, weights + first * kPlaces, left);
     start<Bits, Tiles>(shared, false);
     for (int step = 0; step < 2 * kSeam; ++step)
-      advance<Bits, Tiles>(shared, ring, step, (step - kSeam) & (kPlaces - 1));
+      advance<Bits, Tiles>(shared, history, step, (step - kSeam) & (kPlaces - 1));
     for (int tile = warp; tile < Tiles; tile += kWarps) {
-      uint32_t group = best_group<Bits, Tiles>(ring, 2 * kSeam - 1, tile);
+      uint32_t group = best_group<Bits, Tiles>(history, 2 * kSeam - 1, tile);
       for (int step = 2 * kSeam - 1; step >= kSeam; --step)
-        group = group_before<Bits, Tiles>(shared, ring, step, step - kSeam, tile, group);
+        group = group_before<Bits, Tiles>(shared, history, step, step - kSeam, tile, group);
       if (lane == 0) shared.seam[tile] = group;
     }
     __syncthreads();
 
     start<Bits, Tiles>(shared, true);
-    for (int last = 0; last < kPlaces; ++last) {
-      advance<Bits, Tiles>(shared, ring, last, last);
-      if (last < kRing - 1 || (last + 1) % (kRing - kDepth)) continue;
-      const bool whole = last == kPlaces - 1;
-      for (int tile = warp; tile < Tiles; tile += kWarps) {
-        uint32_t group = whole ? shared.seam[tile] : best_group<Bits, Tiles>(ring, last, tile);
-        for (int place = last;; --place) {
-          if (lane == 0 && (whole || place <= last - kDepth))
-            shared.words[tile][place] = uint8_t(group >> (T::kGroupBits - Bits));
-          if (place == last - (kRing - 1)) break;
-          group = group_before<Bits, Tiles>(shared, ring, place, place, tile, group);
-        }
+    for (int place = 0; place < kPlaces; ++place) advance<Bits, Tiles>(shared, history, place, place);
+    for (int tile = warp; tile < Tiles; tile += kWarps) {
+      uint32_t group = shared.seam[tile];
+      for (int place = kPlaces - 1;; --place) {
+        if (lane == 0) shared.words[tile][place] = uint8_t(group >> (T::kGroupBits - Bits));
+        if (place == 0) break;
+        group = group_before<Bits, Tiles>(shared, history, place, place, tile, group);
       }
-      __syncthreads();
     }
+    __syncthreads();
     write_tiles<Bits, Tiles>(shared, out + first * 32 * Bits, left);
     __syncthreads();
   }
@@ -293,20 +289,21 @@ __global__ void __launch_bounds__(Trellis<Bits, Tiles>::kThreads, Trellis<Bits, 
 // A kernel for words of so many bits, so many tiles to a block.
 struct Encoder {
   int bits, tiles, threads, shared_bytes;
-  int64_t ring_bytes;
+  int64_t history_bytes;
   void (*kernel)(const float2*, const float2*, int, uint8_t*, uint8_t*);
 };
 
 template <int Bits, int Tiles>
 constexpr Encoder encoder() {
   using T = Trellis<Bits, Tiles>;
-  return {Bits, Tiles, T::kThreads, sizeof(typename T::Shared), T::kRingBytes, trellis_encode_kernel<Bits, Tiles>};
+  return {Bits, Tiles, T::kThreads, sizeof(typename T::Shared), T::kHistoryBytes, trellis_encode_kernel<Bits, Tiles>};
 }
 
+// With small words 16 tiles are hardly faster than 8, and their history takes 4 GB.
 constexpr Encoder kEncoders[] = {
-    encoder<8, 16>(), encoder<8, 8>(), encoder<8, 4>(), encoder<6, 16>(), encoder<6, 8>(),
-    encoder<6, 4>(),  encoder<5, 16>(), encoder<5, 8>(), encoder<5, 4>(),  encoder<4, 16>(),
-    encoder<4, 8>(),  encoder<4, 4>(),  encoder<3, 16>(), encoder<3, 8>(),  encoder<3, 4>(),
+    encoder<8, 16>(), encoder<8, 8>(), encoder<8, 4>(), encoder<6, 16>(), encoder<6, 8>(), encoder<6, 4>(),
+    encoder<5, 16>(), encoder<5, 8>(), encoder<5, 4>(), encoder<4, 8>(),  encoder<4, 4>(), encoder<3, 8>(),
+    encoder<3, 4>(),
 };
 std::atomic<int> resident[sizeof kEncoders / sizeof *kEncoders][kMaxDevices];
 
@@ -339,7 +336,7 @@ cudaError_t choose(int bits, int64_t tiles, Launch& chosen) {
 
 int64_t trellis_scratch_bytes(int bits, int64_t tiles) {
   Launch launch;
-  return choose(bits, tiles, launch) ? -1 : launch.blocks * launch.encoder->ring_bytes;
+  return choose(bits, tiles, launch) ? -1 : launch.blocks * launch.encoder->history_bytes;
 }
 
 cudaError_t trellis_encode(int bits, const float2* targets, const float2* weights, int64_t tiles, uint8_t* words,

@@ -98,7 +98,11 @@ GPU_REASONS = {"needs a GPU", "no GPU: test_under_the_interpreter runs it", "vLL
 GROUPS = (
     Group("a trained model", lambda test: "data" in test.fixtures, data_missing),
     Group("on a GPU", lambda test: bool(GPU_REASONS & test.reasons), gpu_missing),
-    Group("CUDA kernels", lambda test: test.path.endswith("backends/test_cuda_kernels.py"), library_missing),
+    Group(
+        "CUDA kernels",
+        lambda test: test.path.endswith(("backends/test_cuda_kernels.py", "words/test_trellis_kernels.py")),
+        library_missing,
+    ),
     Group("CUDA library", lambda test: "cuda_library" in test.fixtures, nvcc_missing),
     Group(
         "other vLLM releases",

@@ -18,8 +18,8 @@ ALL = pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
 ERRORS = {8: 0.00488, 6: 0.0181, 5: 0.0355, 4: 0.0697, 3: 0.1379}
 """Relative squared errors of normal weights with the best step."""
 
-SEAM = 64
-"""Places before and after the seam that the exact search looks at first."""
+SEAM = 24
+"""Places before and after the seam that both searches look at first."""
 
 
 def path_costs(code: TrellisCode, words: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -67,10 +67,11 @@ def normal(code: TrellisCode, tiles: int) -> tuple[Tensor, Tensor]:
 
 def assert_near_best(code: TrellisCode, targets: Tensor, weights: Tensor, tolerance: float = 0.005) -> None:
     search = Search(code, "cuda")
+    """In the mean; that of one tile may be more, where the choice of its seam is a near tie."""
     found = path_costs(code, encode(code, targets, weights), targets, weights)
     best = torch.tensor([search.cost(*tile) for tile in zip(targets, weights, strict=True)], device="cuda")
     assert (found.sum() / best.sum()).item() <= 1 + tolerance
-    assert (found / best).max().item() <= 1.03
+    assert (found / best).max().item() <= 1.05
 
 
 @ALL
@@ -83,18 +84,24 @@ def test_normal_pairs(code):
 
 
 @ALL
+def test_costs_are_nearly_the_least(code):
+    assert_near_best(code, *normal(code, 16), tolerance=0.002)
+
+
+@ALL
 @pytest.mark.parametrize("tiles", [1, 2, 3, 19])
-def test_costs_are_nearly_the_least(code, tiles):
-    assert_near_best(code, *normal(code, min(tiles, 4)))
+def test_numbers_of_tiles(code, tiles):
+    """A tile's words do not depend on those beside it, and are the same each time."""
     targets, weights = normal(code, tiles)
     words = encode(code, targets, weights)
-    assert torch.equal(words[:1], encode(code, targets[:1], weights[:1]))
     assert torch.equal(words, encode(code, targets, weights))
+    alone = [encode(code, targets[i : i + 1], weights[i : i + 1]) for i in range(tiles)]
+    assert torch.equal(words, torch.cat(alone))
 
 
 @ALL
 def test_uneven_weights(code):
-    targets, weights = normal(code, 4)
+    targets, weights = normal(code, 8)
     weights *= 10 ** (6 * torch.rand_like(weights) - 3)
     assert_near_best(code, targets, weights)
     weights[:, :, 0] *= 0.01
@@ -103,7 +110,7 @@ def test_uneven_weights(code):
 
 @ALL
 def test_zeros_in_weights(code):
-    targets, weights = normal(code, 4)
+    targets, weights = normal(code, 8)
     weights *= torch.rand_like(weights) < 0.7
     weights[1, 50:150] = 0
     assert_near_best(code, targets, weights)
@@ -114,7 +121,7 @@ def test_zeros_in_weights(code):
 @ALL
 @pytest.mark.parametrize("factor", [4.0, 100.0, 1e6, 1e30])
 def test_huge_targets(code, factor):
-    targets, weights = normal(code, 4)
+    targets, weights = normal(code, 8)
     targets[0, 3], targets[1, 250:], targets[2] = factor * targets[0, 3], factor * targets[1, 250:], factor * targets[2]
     assert_near_best(code, targets, weights)
 
