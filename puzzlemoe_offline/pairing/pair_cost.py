@@ -129,5 +129,3 @@ def shared_bits_errors(sample: Tensor, own: Tensor, few: Tensor, squares: Tensor
         by_expert = error * torch.stack([squares[first].expand_as(squares), squares])
         total[first] = sample.shape[1] * by_expert.sum(dim=(0, 2), dtype=torch.float64)
     return total
-
-

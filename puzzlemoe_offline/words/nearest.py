@@ -46,8 +46,8 @@ SCORES = 1 << 20
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """Stored words of a pair of matrices [N, K] (`PairCode.words_shape`), bf16 steps [N, groups] where the code has them, and how many
-    entries were clamped to the code's smallest magnitude or to zero."""
+    """Stored words of a pair of matrices [N, K], bf16 steps [N, groups] where the code has them, and
+    how many entries were clamped to the code's smallest magnitude or to zero."""
 
     words: Tensor
     steps: Tensor | None = None
@@ -211,15 +211,16 @@ def fit_trellis(
 
 def typical_steps(pair: Tensor, importance: Tensor, group: int) -> Tensor:
     """The root of the weighted mean square of weights [N, K, 2] in each row's groups, float32 [N, groups]; importance:
-    [K, 2]."""
+    [K, 2] or [N, K, 2]."""
     energy = (pair.square() * importance).unflatten(1, (-1, group)).sum(dim=(2, 3))
-    return (energy / importance.unflatten(0, (-1, group)).sum(dim=(1, 2))).sqrt()
+    total = importance.expand_as(pair).unflatten(1, (-1, group)).sum(dim=(2, 3))
+    return (energy / total).sqrt()
 
 
 def encode_matrix(code: TrellisCode, pair: Tensor, importance: Tensor, steps: Tensor) -> Tensor:
     """Stored words of weights float32 [N, K, 2] with the least squared error.
 
-    importance: float32 [K, 2], of the errors; steps: bf16 [N, groups].
+    importance: float32 [K, 2] or [N, K, 2], of the errors; steps: bf16 [N, groups].
     """
     step = steps.float().repeat_interleave(pair.shape[1] // steps.shape[1], dim=1)[..., None]
     tiny = torch.finfo(torch.float32).tiny

@@ -46,8 +46,11 @@ def pack_matrix(
     group: int | None,
     losses: Losses,
     index: int,
+    importance_of_rows: Tensor | None = None,
 ) -> PackedMatrix:
     """Two matrices [N, K] as words, on their device; what they lose is added to `losses`.
+
+    importance_of_rows: as in `fit_compensated`.
 
     Raises UnencodableWeight for weights that the code cannot hold, MomentsError where compensation cannot be.
     """
@@ -55,7 +58,7 @@ def pack_matrix(
     rows = rows_at_once(weights[0])
     blocks = list(zip(weights[0].split(rows), weights[1].split(rows), strict=True))
     if recipe.compensate and inputs[0].moments is not None:
-        packed = fit_compensated(code, weights, inputs, group)
+        packed = fit_compensated(code, weights, inputs, group, importance_of_rows)
     else:
         importance = column_importance(inputs, recipe)
         packed = PackedMatrix.stack([fit(block, importance, recipe, group) for block in blocks])

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.format.codes import TrellisCode
-from puzzlemoe_vllm.format.codes.trellis import PLACES, values
+from puzzlemoe_vllm.format.codes.trellis import values
 
-SEAM = 16
+SEAM = 32
 """Places before and after the last one of a tile that choose its state."""
 
 TILES = {"cpu": 4, "cuda": 256}
@@ -54,7 +54,7 @@ def _encode(code: TrellisCode, targets: Tensor, weights: Tensor) -> Tensor:
 class _Trellis:
     """The states of a code, in an order in which those of one group are a stride apart: by the bits that leave next.
 
-    states: int64 [S], by place in that order.  features: float32 [4, S], the values of both positions and their squares.
+    states: int64 [S], by place in that order.  features: float32 [4, S], both values and their squares.
     shape: of costs by leaving bits and what is left.  spread: the shape in which costs of groups are added to them.
     group: place of each group by its number, a state without the bits that leave; before: place of the group before
     each state, in the shape of `spread`.
@@ -70,7 +70,7 @@ class _Trellis:
 
     def path(self, targets: Tensor, weights: Tensor, seam: Tensor | None = None) -> Tensor:
         """int64 [tiles, places], the states of the cheapest path from state `seam` back to it, or from any to any."""
-        tiles, places, _ = targets.shape
+        places = targets.shape[1]
         history, last = self._forward(targets, weights, seam)
         state = self.states[last.argmin(dim=1)] if seam is None else seam
         found = [state]
