@@ -67,7 +67,8 @@ def compress_command(
     bits: Annotated[
         Bits | None,
         typer.Option(
-            help="Bits per weight of experts, steps aside, by the code that loses least at that.", show_default="4"
+            help="Bits per weight of experts, steps aside, by the code that loses least at that.",
+            show_default="the recipe's",
         ),
     ] = None,
     *,

@@ -67,6 +67,7 @@ def merge_errors(
     The merged weights are those of the recipe's code and rule, without compensation, on evenly spaced rows: `ROWS`, or
     so many that the search fits no more weights than merging the pool does.  Many pairs are fitted at once, side by
     side as columns of one matrix.
+    Of trellis codes' words, which take too long to find, it is what theory says (`shared_bits_errors`).
     Infinite for two of which one would be lost (`LOST`) in any projection; but not by the paper's rule, which merges
     whatever it meets.
     Raises UnencodableWeight naming the experts and the projection.
@@ -91,7 +92,9 @@ def merge_errors(
         few = torch.tensor([[seen.tokens < FEW_TOKENS] for seen in inputs], device=device)
         most = LOST**2 * sample.double().square().sum(dim=(1, 2))
         if isinstance(code, TrellisCode):
-            errors += shared_bits_errors(sample, own, few, squares, recipe) / (energy or 1.0)
+            total, gone = shared_bits_errors(sample, own, few, squares, recipe)
+            errors += total / (energy or 1.0)
+            lost |= gone
             continue
         trial = _Sample(sample, own, few, pool, projection)
         at_once = max(1, ENTRIES[device.type] // (sampled * columns))
@@ -111,21 +114,28 @@ def merge_errors(
     return (errors.triu(1) + errors.triu(1).T).cpu()
 
 
-def shared_bits_errors(sample: Tensor, own: Tensor, few: Tensor, squares: Tensor, recipe: PairRecipe) -> Tensor:
-    """float64 [n, n]: the errors of any two experts whose words share their bits as rate-distortion theory has it.
+def shared_bits_errors(
+    sample: Tensor, own: Tensor, few: Tensor, squares: Tensor, recipe: PairRecipe
+) -> tuple[Tensor, Tensor]:
+    """Errors of any two experts whose words share their bits as rate-distortion theory has it, float64 [n, n], and
+    whether that loses one, bool [n, n].
 
     An entry's two weighted errors are equal, 2^-bits of their variances' geometric mean, unless the smaller variance is
-    below that and gets no bits.  sample: [n, rows, K]; own, squares: [n, K], own and true weights of squared errors.
+    below that and gets no bits.  sample: [n, rows, K]; own, squares: [n, K], own and true weights of squared errors;
+    few: bool [n, 1].
     """
     bits = get_code(recipe.code).bits
     variance = sample.float().square().mean(dim=1)
     total = torch.zeros(len(own), len(own), dtype=torch.float64, device=own.device)
-    for first, weight in enumerate(own):
-        importance = pair_importance((weight.expand_as(own), own), few[first] | few, recipe)
-        energy = torch.stack([importance[0] * variance[first], importance[1] * variance])
+    lost = torch.zeros_like(total, dtype=torch.bool)
+    for first in range(len(own)):
+        importance = torch.stack(pair_importance((own[first].expand_as(own), own), few[first] | few, recipe))
+        both = torch.stack([variance[first].expand_as(variance), variance])
+        energy = importance * both
         shared = 2.0**-bits * energy.prod(dim=0).sqrt()
         alone = torch.where(energy >= energy.flip(0), 4.0**-bits * energy, energy)
-        error = torch.where(shared <= energy.amin(dim=0), shared, alone) / torch.stack(importance)
+        error = torch.where(shared <= energy.amin(dim=0), shared, alone) / importance
         by_expert = error * torch.stack([squares[first].expand_as(squares), squares])
         total[first] = sample.shape[1] * by_expert.sum(dim=(0, 2), dtype=torch.float64)
-    return total
+        lost[first] = (error.sum(dim=2) > LOST**2 * both.sum(dim=2)).any(dim=0)
+    return total, lost
