@@ -22,6 +22,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from puzzlemoe_offline.calibration.text import load_calibration, text_tokens
+from puzzlemoe_offline.methods.base import LayerMethod
+from puzzlemoe_offline.methods.gptq import Gptq
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
@@ -31,9 +33,12 @@ from puzzlemoe_offline.run.runner import run
 from puzzlemoe_offline.score.compare import machine
 from puzzlemoe_offline.score.perplexity import perplexity, spread, windows_of
 
-RECIPES = {
+RECIPES: dict[str, PairRecipe | LayerMethod] = {
     "paper, 50%": PairRecipe(),
-    "angle8, compensated": PairRecipe(code="angle8", compensate=True, pairing="search"),
+    **{
+        f"{code}, compensated": PairRecipe(code=code, compensate=True, pairing="search")
+        for code in ("trellis8", "trellis6", "trellis5", "trellis4", "trellis3", "angle8")
+    },
     "angle8": PairRecipe(code="angle8", pairing="search"),
     "least squares": PairRecipe(rule="least-squares", pairing="search"),
     "angle16": PairRecipe(code="angle16", pairing="search"),
@@ -46,6 +51,7 @@ RECIPES = {
     "least squares, random pairing": PairRecipe(rule="least-squares"),
     "angle8, compensated, random pairing": PairRecipe(code="angle8", compensate=True),
     "angle8, compensated, coactivation": PairRecipe(code="angle8", compensate=True, pairing="coactivation"),
+    **{f"GPTQ int{bits}": Gptq(bits) for bits in (4, 3, 2)},
 }
 """What is compared; partners are searched for but where the title says otherwise, or is the paper's."""
 
@@ -88,22 +94,28 @@ def main() -> None:
         for title in arguments.recipe:
             if (title, seed) in done:
                 continue
-            recipe = RECIPES[title].model_copy(update={"seed": seed})
-            data = calibration if recipe.calibrated else None
+            chosen = RECIPES[title]
+            method = PairMethod(chosen.model_copy(update={"seed": seed})) if isinstance(chosen, PairRecipe) else chosen
+            data = calibration if method.passes else None
             with tempfile.TemporaryDirectory() as out:
                 tokens = data.tokens.numel() if data else 0
-                job = Job(model, PairMethod(recipe), arguments.model.name, tokens=tokens)
+                job = Job(model, method, arguments.model.name, tokens=tokens)
                 began = time.perf_counter()
                 report = run(job, data, Path(out))
                 row = {
                     "recipe": title,
                     "seed": seed,
-                    "choices": recipe.model_dump(exclude_none=True),
-                    "expert_bytes": report.bytes.experts_after,
-                    "bytes_per_token": report.bytes_per_token,
+                    "choices": method.choices(model.checkpoint),
+                    "expert_bytes": report.bytes.experts_after if method.packs else stored_bytes(method, model),
+                    "bytes_per_token": report.bytes_per_token if method.packs else None,
                     "seconds": time.perf_counter() - began,
                 }
                 score(LayerwiseModel(Checkpoint(Path(out)), arguments.device), row)
+
+
+def stored_bytes(method: LayerMethod, model: LayerwiseModel) -> int:
+    """What a method's own storage would take of the experts that it writes in bf16."""
+    return round(model.checkpoint.routed_bytes / 16 * method.bits_per_weight(model.checkpoint))
 
 
 def started(arguments: argparse.Namespace, texts: dict[str, Tensor]) -> dict[str, Any]:

@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int kPlaces = 256;
-constexpr int kSeam = 24;
+constexpr int kSeam = 48;
 constexpr float kRootLimit = 90.5f;  // of the largest cost of a place: five of them are no infinity in fp16
 constexpr uint32_t kMultiplier = 0x794298A3;
 constexpr uint32_t kInfinity = 0x7C00;

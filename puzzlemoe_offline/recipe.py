@@ -35,7 +35,7 @@ class PairRecipe(BaseModel):
     method: Literal["puzzlemoe"] = "puzzlemoe"
     code: str = Field(
         default="mask16",
-        description="Bits of a pair's word, and how two weights share a magnitude: by masks (the paper) or directions.",
+        description="Bits of a pair's word, and how two weights share them: masks (the paper), directions, a trellis.",
     )
     rule: Rule | None = Field(
         default=None, description="mask16: the paper's threshold and saliency, or least squares as in the other codes."
@@ -45,7 +45,7 @@ class PairRecipe(BaseModel):
     )
     group_size: int | None = Field(
         default=None,
-        description="8- and 6-bit codes: input columns per step, 128, 64 or 32; the largest that fits if not given.",
+        description="Codes with steps: input columns per step, 128, 64 or 32; the largest that fits if not given.",
     )
     sparsity: float = Field(
         default=0.5, description="0.5 merges all experts of a layer, 0.25 the half that calibration uses less."
@@ -131,12 +131,33 @@ class ClusterRecipe(BaseModel):
 Recipe = Annotated[PairRecipe | ClusterRecipe, Field(discriminator="method")]
 MethodName = Literal["puzzlemoe", "mergemoe"]
 RecipeName = Literal["default", "paper"]
+Bits = Literal["1.5", "2", "2.5", "3", "4", "8"]
+
+CODE_OF_BITS: dict[Bits, str] = {
+    "1.5": "trellis3",
+    "2": "trellis4",
+    "2.5": "trellis5",
+    "3": "trellis6",
+    "4": "trellis8",
+    "8": "angle16",
+}
+"""The code that loses least at so many bits per weight, steps aside."""
 
 NAMED: dict[RecipeName, dict[str, Any]] = {
     "default": {"code": "angle8", "rule": "least-squares", "compensate": True, "pairing": "search"},
     "paper": {},
 }
 """Fields in which a recipe for pairs differs from the paper's."""
+
+
+def code_of_bits(bits: Bits, code: str | None) -> str:
+    """The code of so many bits per weight: `code` if one was named, or else the best.
+
+    Raises RecipeError for a code of other bits.
+    """
+    if code is not None and get_code(code).bits != 2 * float(bits):
+        raise RecipeError(f"--bits {bits} and --code {code}, of {get_code(code).bits / 2:g} bits: drop one of them")
+    return code or CODE_OF_BITS[bits]
 
 
 def named_recipe(name: RecipeName, **changes: Any) -> PairRecipe:

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodB
 
 from puzzlemoe_vllm.backends import ExpertWeights
 from puzzlemoe_vllm.clusters import choose_clusters
-from puzzlemoe_vllm.format.codes import CODES, Decoder, TableCode, get_code
+from puzzlemoe_vllm.format.codes import CODES, Decoder, get_code
 from puzzlemoe_vllm.format.layout import LayoutError
 from puzzlemoe_vllm.ops import backend_for, check_backend, fused_experts
 from puzzlemoe_vllm.rank_share import rank_share
@@ -241,6 +241,11 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         if name == "w2_puzzle_grid":
             shard, whole = self.share.cut(loaded_weight), loaded_weight.shape[1] * (self.group_size or 0)
             fits = whole == self.share.columns * size
+        elif name == "w2_puzzle":
+            first, _, columns = self.share.tiles(self.code.tile[1])
+            begin, end = self._stored(name, first, first + columns)
+            shard = loaded_weight[:, begin:end]
+            fits = loaded_weight.shape[1] == self._stored(name, self.share.columns * size)[0]
         else:
             shard = loaded_weight.narrow(dim, part * self.moe.tp_rank, part)
             shard = self.share.repeat(shard) if name == "w13_puzzle_grid" else shard
@@ -260,15 +265,26 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
 
     def _target(self, name: str, row: Tensor, shard_id: str) -> Tensor:
         """Where a projection of one row's expert goes."""
+        share = self.share
         if shard_id != "w2":
-            return row.chunk(2, dim=0)[shard_id == "w3"].narrow(0, self.share.front, self.share.columns)
+            return row.chunk(2, dim=0)[shard_id == "w3"].narrow(0, *self._stored(name, share.front, share.columns))
         if name == "w2_puzzle_grid":
             return row
-        return row.narrow(1, *self._stored(name, self.share.front, self.share.columns))
+        return row.narrow(1, *self._stored(name, *self._of_w2(name)))
 
-    def _stored(self, name: str, *columns: int) -> tuple[int, ...]:
-        """Numbers of columns as numbers of stored elements."""
-        return tuple(self.code.words_shape(1, count)[1] for count in columns) if name == "w2_puzzle" else columns
+    def _of_w2(self, name: str) -> tuple[int, int]:
+        """Where in the rank's down projection what it loads begins, and its columns."""
+        share = self.share
+        return share.tiles(self.code.tile[1])[1:] if name == "w2_puzzle" else (share.front, share.columns)
+
+    def _stored(self, name: str, *counts: int) -> tuple[int, ...]:
+        """Numbers of the intermediate size's columns (of w2) or rows (of w13) as numbers of stored ones."""
+        if not name.endswith("_puzzle"):
+            return counts
+        tile = self.code.tile
+        if name == "w2_puzzle":
+            return tuple(self.code.words_shape(tile[0], columns)[1] for columns in counts)
+        return tuple(self.code.words_shape(rows, tile[1])[0] for rows in counts)
 
     def _clear_padding(self, layer: Any) -> None:
         """Zeros beside this rank's columns: steps of zero make whatever their words are a weight of zero."""
@@ -277,11 +293,12 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             return
         for name, parameter in layer.named_parameters(recurse=False):
             if name.startswith("w13"):
-                for half in parameter.data.chunk(2, dim=1):
-                    half[:, : share.front] = 0
-                    half[:, share.front + share.columns :] = 0
-            elif name in ("w2_puzzle", "w2_weight"):
                 front, columns = self._stored(name, share.front, share.columns)
+                for half in parameter.data.chunk(2, dim=1):
+                    half[:, :front] = 0
+                    half[:, front + columns :] = 0
+            elif name in ("w2_puzzle", "w2_weight"):
+                front, columns = self._stored(name, *self._of_w2(name))
                 parameter.data[:, :, :front] = 0
                 parameter.data[:, :, front + columns :] = 0
 
@@ -316,7 +333,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
     def _check_finite(self, layer: Any) -> None:
         """Raises LayoutError naming an expert whose dense weights, or whose weights by their steps, are not finite."""
         largest = torch.finfo(torch.bfloat16).max
-        step_limit = largest / float(self.code.values.abs().max()) if isinstance(self.code, TableCode) else largest
+        step_limit = largest / self.code.largest_value
         for name, rows in self._rows.items():
             if name.endswith("_puzzle"):
                 continue

@@ -31,6 +31,13 @@ class RankShare:
         """Columns of the rank's parameters."""
         return self.front + self.columns + self.back
 
+    def tiles(self, width: int) -> tuple[int, int, int]:
+        """The tiles of so many columns that hold the rank's: where they begin in the model, and in the rank's
+        parameters, and their columns.  What else is in the outermost meets hidden values of zero, which the zeros
+        beside the rank's rows of gate and up projection make."""
+        first = self.start // width * width
+        return first, first - (self.start - self.front), -(-(self.start + self.columns) // width) * width - first
+
     def repeat(self, steps: Tensor) -> Tensor:
         """Steps [N, groups] of columns that are not shared out, one for each of the rank's smaller groups."""
         return steps if self.repeats == 1 else steps.repeat_interleave(self.repeats, dim=1)

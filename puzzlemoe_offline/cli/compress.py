@@ -36,7 +36,16 @@ from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.fp8_layers import fp8_weights
 from puzzlemoe_offline.model.hub import open_by_headers
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
-from puzzlemoe_offline.recipe import ClusterRecipe, MethodName, RecipeError, RecipeName, named_recipe, reason
+from puzzlemoe_offline.recipe import (
+    Bits,
+    ClusterRecipe,
+    MethodName,
+    RecipeError,
+    RecipeName,
+    code_of_bits,
+    named_recipe,
+    reason,
+)
 from puzzlemoe_offline.run.card import serve_command
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.plan import make_plan
@@ -64,6 +73,13 @@ def compress_command(
             show_default="default",
         ),
     ] = None,
+    bits: Annotated[
+        Bits | None,
+        typer.Option(
+            help="Bits per weight of experts, steps aside, by the code that loses least at that.",
+            show_default="the recipe's",
+        ),
+    ] = None,
     *,
     recipe_fields: dict[str, Any],
     calibration: CalibrationOption = None,
@@ -84,7 +100,7 @@ def compress_command(
     resume: ResumeOption = False,
 ) -> None:
     """Merge a model's experts and write a packed model that vLLM serves."""
-    chosen = chosen_method(method, recipe, recipe_fields)
+    chosen = chosen_method(method, recipe, bits, recipe_fields)
     planned, commit = open_by_headers(source, revision)
     seed = recipe_fields.get("seed", 0)
     text = CalibrationText.checked(planned, calibration, column, samples, sequence_length, seed)
@@ -109,20 +125,23 @@ def compress_command(
     console.print(f"packed model written to {out}; serve it with: {serve}", markup=False, soft_wrap=True)
 
 
-def chosen_method(method: MethodName, recipe: RecipeName | None, fields: dict[str, Any]) -> LayerMethod:
+def chosen_method(
+    method: MethodName, recipe: RecipeName | None, bits: Bits | None, fields: dict[str, Any]
+) -> LayerMethod:
     """The method with its recipe.  Raises OptionError for a field of the other method, RecipeError for a contradiction.
 
     fields: of either method's recipe, those that were given.
     """
     other = CLUSTER_FIELDS if method == "puzzlemoe" else PAIR_FIELDS
     foreign = [name for name in fields if name in other]
-    if method == "mergemoe" and recipe:
-        foreign.append("recipe")
+    if method == "mergemoe":
+        foreign += [name for name, value in (("recipe", recipe), ("bits", bits)) if value]
     if foreign:
         owner = "mergemoe" if method == "puzzlemoe" else "puzzlemoe"
         raise OptionError(f"--{foreign[0].replace('_', '-')} is for --method {owner}: drop it, or choose that")
     if method == "puzzlemoe":
-        return PairMethod(named_recipe(recipe or "default", **fields))
+        chosen = {"code": code_of_bits(bits, fields.get("code"))} if bits else {}
+        return PairMethod(named_recipe(recipe or "default", **(fields | chosen)))
     if "clusters" not in fields:
         raise OptionError("--method mergemoe needs --clusters, the number of experts left in every layer")
     try:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.sampled_tokens import OutputErrors, SampledTokens
-from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics, few_tokens, projection_inputs
+from puzzlemoe_offline.calibration.statistics import (
+    FEW_TOKENS,
+    ExpertStatistics,
+    ProjectionInputs,
+    few_tokens,
+    projection_inputs,
+)
 from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, SourceLayer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
@@ -31,8 +37,15 @@ from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.relative_error import relative_error
 from puzzlemoe_offline.words.compensate import MomentsError
 from puzzlemoe_offline.words.nearest import PackedMatrix
+from puzzlemoe_offline.words.neurons import (
+    facing_orders,
+    neuron_energies,
+    reordered,
+    reordered_inputs,
+    row_importance,
+)
 from puzzlemoe_offline.words.pack import Losses, pack_matrix
-from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, PairCode, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, PairCode, TrellisCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.layout import PuzzleConfig, steps_name, words_name
 from puzzlemoe_vllm.format.shards import shard_metadata
 
@@ -54,16 +67,45 @@ def pack_pair(
     codes that have steps.
     Raises UnencodableWeight or MomentsError naming the experts and the projection.
     """
+    seen = [_inputs(statistics, expert, number) for expert, number in zip(experts, ids, strict=True)]
+    rows: list[Tensor | None] = [None] * len(PROJECTIONS)
+    if isinstance(get_code(recipe.code), TrellisCode):
+        experts, rows = _face(experts, seen)
     packed = []
     for index, projection in enumerate(PROJECTIONS):
         weights = getattr(experts[0], projection), getattr(experts[1], projection)
-        columns, device = weights[0].shape[1], weights[0].device
-        first, second = (projection_inputs(statistics, expert, index, columns, device) for expert in ids)
         try:
-            packed.append(pack_matrix(weights, (first, second), recipe, group, losses, index))
+            packed.append(
+                pack_matrix(weights, (seen[0][index], seen[1][index]), recipe, group, losses, index, rows[index])
+            )
         except (UnencodableWeight, MomentsError) as error:
             raise type(error)(f"experts {ids[0]} and {ids[1]}, {projection} projection: {error}") from None
     return packed[0], packed[1], packed[2]
+
+
+def _inputs(statistics: ExpertStatistics | None, expert: Expert, number: int) -> list[ProjectionInputs]:
+    """What an expert's projections saw; its id in `statistics`."""
+    return [
+        projection_inputs(statistics, number, index, matrix.shape[1], matrix.device)
+        for index, matrix in enumerate(expert.matrices)
+    ]
+
+
+def _face(
+    experts: tuple[Expert, Expert], seen: list[list[ProjectionInputs]]
+) -> tuple[tuple[Expert, Expert], list[Tensor | None]]:
+    """Two experts with their neurons facing each other, and how much the rows of their projections count in pairs.
+
+    seen: what the projections of both saw, of which the down projections' are put into the new order.
+    """
+    energies = [neuron_energies(expert, inputs[2]) for expert, inputs in zip(experts, seen, strict=True)]
+    orders = facing_orders((energies[0], energies[1]))
+    first, second = (reordered(expert, order) for expert, order in zip(experts, orders, strict=True))
+    by_expert = []
+    for expert, inputs, energy, order in zip((first, second), seen, energies, orders, strict=True):
+        inputs[2] = reordered_inputs(inputs[2], order)
+        by_expert.append([row_importance(expert.matrices[index], inputs[index], energy[order]) for index in (0, 1)])
+    return (first, second), [*(torch.stack(both, dim=1) for both in zip(*by_expert, strict=True)), None]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.pairing.lost import LOST
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.nearest import PackedMatrix, fit, own_importance, pair_importance
-from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import TrellisCode, UnencodableWeight, get_code
 
 ROWS = 128
 """Most rows of a projection that are sampled."""
@@ -67,6 +67,7 @@ def merge_errors(
     The merged weights are those of the recipe's code and rule, without compensation, on evenly spaced rows: `ROWS`, or
     so many that the search fits no more weights than merging the pool does.  Many pairs are fitted at once, side by
     side as columns of one matrix.
+    Of trellis codes' words, which take too long to find, it is what theory says (`shared_bits_errors`).
     Infinite for two of which one would be lost (`LOST`) in any projection; but not by the paper's rule, which merges
     whatever it meets.
     Raises UnencodableWeight naming the experts and the projection.
@@ -90,6 +91,11 @@ def merge_errors(
         own = torch.stack([own_importance(seen, recipe) for seen in inputs])
         few = torch.tensor([[seen.tokens < FEW_TOKENS] for seen in inputs], device=device)
         most = LOST**2 * sample.double().square().sum(dim=(1, 2))
+        if isinstance(code, TrellisCode):
+            total, gone = shared_bits_errors(sample, own, few, squares, recipe)
+            errors += total / (energy or 1.0)
+            lost |= gone
+            continue
         trial = _Sample(sample, own, few, pool, projection)
         at_once = max(1, ENTRIES[device.type] // (sampled * columns))
         for pairs in zip(first.to(device).split(at_once), second.to(device).split(at_once), strict=True):
@@ -105,4 +111,31 @@ def merge_errors(
             errors[a, b] += cost.double() / energy if energy else 0.0
     if not recipe.is_paper:
         errors.masked_fill_(lost, torch.inf)
-    return (errors + errors.T).cpu()
+    return (errors.triu(1) + errors.triu(1).T).cpu()
+
+
+def shared_bits_errors(
+    sample: Tensor, own: Tensor, few: Tensor, squares: Tensor, recipe: PairRecipe
+) -> tuple[Tensor, Tensor]:
+    """Errors of any two experts whose words share their bits as rate-distortion theory has it, float64 [n, n], and
+    whether that loses one, bool [n, n].
+
+    An entry's two weighted errors are equal, 2^-bits of their variances' geometric mean, unless the smaller variance is
+    below that and gets no bits.  sample: [n, rows, K]; own, squares: [n, K], own and true weights of squared errors;
+    few: bool [n, 1].
+    """
+    bits = get_code(recipe.code).bits
+    variance = sample.float().square().mean(dim=1)
+    total = torch.zeros(len(own), len(own), dtype=torch.float64, device=own.device)
+    lost = torch.zeros_like(total, dtype=torch.bool)
+    for first in range(len(own)):
+        importance = torch.stack(pair_importance((own[first].expand_as(own), own), few[first] | few, recipe))
+        both = torch.stack([variance[first].expand_as(variance), variance])
+        energy = importance * both
+        shared = 2.0**-bits * energy.prod(dim=0).sqrt()
+        alone = torch.where(energy >= energy.flip(0), 4.0**-bits * energy, energy)
+        error = torch.where(shared <= energy.amin(dim=0), shared, alone) / importance
+        by_expert = error * torch.stack([squares[first].expand_as(squares), squares])
+        total[first] = sample.shape[1] * by_expert.sum(dim=(0, 2), dtype=torch.float64)
+        lost[first] = (error.sum(dim=2) > LOST**2 * both.sum(dim=2)).any(dim=0)
+    return total, lost

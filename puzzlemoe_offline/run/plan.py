@@ -20,6 +20,7 @@ from puzzlemoe_offline.model.layerwise import activation_dtype
 from puzzlemoe_offline.run.job import Job, Sizes
 from puzzlemoe_offline.words.nearest import SCORES
 from puzzlemoe_offline.words.pack import ENTRIES, Losses, pack_matrix
+from puzzlemoe_vllm.format.codes import TrellisCode
 
 SCRATCH_BYTES_PER_ENTRY = 100
 """float32 tensors of a block of rows that fitting holds at once, and its words."""
@@ -102,8 +103,9 @@ def _seconds(job: Job) -> float:
                 chosen = job.tokens * checkpoint.experts_per_token * len(checkpoint.moe_layers)
                 moments = 2 * chosen * sum(size**2 for size in checkpoint.expert_sizes)
                 seconds += moments / _moments_rate(job.device)
-            # Trial merges of a search are bounded by the layer's weights.
-            merged = checkpoint.routed_bytes / 2 * (2 if recipe.pairing == "search" else 1)
+            # Trial merges of a search are bounded by the layer's weights; trellises have none.
+            trials = recipe.pairing == "search" and not isinstance(method.code, TrellisCode)
+            merged = checkpoint.routed_bytes / 2 * (2 if trials else 1)
             return seconds + merged / _merge_rate(job, method)
     raise AssertionError(f"no plan for {job.method}")
 
@@ -156,7 +158,10 @@ def _rate(product: Callable[[], Tensor]) -> float:
 def _merge_rate(job: Job, method: PairMethod) -> float:
     """Measured weights per second of merging and packing."""
     # Compensation goes column by column: what a column takes depends little on its rows, if they are few.
-    rows = min(*job.checkpoint.expert_sizes, ENTRIES[torch.device(job.device).type] // 1024)
+    device = torch.device(job.device).type
+    rows = min(*job.checkpoint.expert_sizes, ENTRIES[device] // 1024)
+    if isinstance(method.code, TrellisCode) and device == "cpu":
+        rows = 16  # whose time is the same in every tile
     weights = torch.randn(2, rows, 1024, dtype=torch.bfloat16, device=job.device)
     seen = ProjectionInputs.unknown(1024, job.device)
     if method.recipe.compensate:
@@ -170,4 +175,4 @@ def _merge_rate(job: Job, method: PairMethod) -> float:
     pack(16)  # compiles and loads what the first use does; strides of fewer rows would be compiled as constants
     began = time.perf_counter()
     pack(rows)
-    return weights.numel() / (time.perf_counter() - began)
+    return weights[:, :rows].numel() / (time.perf_counter() - began)

@@ -25,13 +25,13 @@ from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
-from puzzlemoe_offline.recipe import ClusterRecipe, PairRecipe, named_recipe
+from puzzlemoe_offline.recipe import ClusterRecipe, Pairing, PairRecipe, named_recipe
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.runner import run
 from puzzlemoe_offline.score.perplexity import perplexity
 from puzzlemoe_offline.version import VERSION
 from puzzlemoe_vllm.errors import UserError
-from puzzlemoe_vllm.format.codes import CODES
+from puzzlemoe_vllm.format.codes import CODES, TrellisCode
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,15 @@ def _baseline(method: LayerMethod) -> Contender:
 
 
 def _codes() -> dict[str, Contender]:
-    """Every code but the paper's, as it is and, where the words have steps, compensated."""
+    """Every code but the paper's, as it is and, where the words have steps, compensated; trellises, which are slow to
+    find and live on partners that share bits, compensated and searched only."""
     found = {}
     for name, code in CODES.items():
-        if not code.rules:
+        if not code.rules and not isinstance(code, TrellisCode):
             found[name] = _pairs(PairRecipe(code=name))
         if code.has_steps:
-            found[f"{name}-compensated"] = _pairs(PairRecipe(code=name, compensate=True))
+            pairing: Pairing = "search" if isinstance(code, TrellisCode) else "random"
+            found[f"{name}-compensated"] = _pairs(PairRecipe(code=name, compensate=True, pairing=pairing))
     return found
 
 
@@ -82,7 +84,7 @@ CONTENDERS: dict[str, Contender] = {
     "paper-3": Contender(lambda checkpoint, seed: MergeThree(seed=seed), random=True),
 }
 """What `puzzlemoe compare` runs, by the name that the table shows and --only takes; partners are random in all recipes
-but `default`.  The number after mergemoe, drop and hc-smoe is the percentage of experts that goes."""
+but `default` and the trellises.  The number after mergemoe, drop and hc-smoe is the percentage of experts that goes."""
 
 TAU_SWEEP = {tenth / 10: _pairs(named_recipe("paper", tau=tenth / 10)) for tenth in range(11)}
 """The paper's rule from sharing only equal magnitudes to sharing all (Fig. 5), by threshold."""

@@ -18,12 +18,15 @@ from puzzlemoe_offline.words.nearest import (
     STEP_MULTIPLES,
     PackedMatrix,
     check_finite,
+    encode_matrix,
     fit_least_squares,
     fit_table,
     stored_steps,
+    typical_steps,
 )
 from puzzlemoe_vllm.errors import UserError
-from puzzlemoe_vllm.format.codes import PairCode, TableCode
+from puzzlemoe_vllm.format.codes import PairCode, TableCode, TrellisCode
+from puzzlemoe_vllm.format.codes.trellis import TILE_COLUMNS, values
 
 DAMPING = 0.1
 """Added to the moments' diagonal, relative to its mean.  GPTQ's usual 0.01 trusts the moments of a few thousand tokens
@@ -42,9 +45,12 @@ def fit_compensated(
     weights: tuple[Tensor, Tensor],
     inputs: tuple[ProjectionInputs, ProjectionInputs],
     group: int | None,
+    rows: Tensor | None = None,
 ) -> PackedMatrix:
     """The words of two matrices [N, K] whose inputs have moments.
 
+    rows: float32 [N, 2], how much the squared errors of rows count in trellis codes, where rows share bits; the same if
+    None.
     Raises UnencodableWeight for a weight that the code cannot hold, MomentsError as `inverse_factor` does.
     """
     check_finite(weights)
@@ -53,7 +59,7 @@ def fit_compensated(
     importance /= importance.mean()
     # Columns are the outer dimension from here on, so that each is contiguous.
     left = torch.stack([weight.float().T for weight in weights])
-    coder = coder_of(code, group, left)
+    coder = coder_of(code, group, left, rows)
     words = []
     for start in range(0, left.shape[1], BLOCK):
         block, weighed = left[:, start : start + BLOCK], importance[:, start : start + BLOCK]
@@ -88,8 +94,13 @@ def inverse_factor(inputs: ProjectionInputs) -> Tensor:
     return factor
 
 
-def coder_of(code: PairCode, group: int | None, matrix: Tensor) -> Columns | ColumnsInKernel:
-    """What codes the columns of a matrix, float32 [2, K, N]."""
+def coder_of(
+    code: PairCode, group: int | None, matrix: Tensor, rows: Tensor | None
+) -> Columns | ColumnsInKernel | Tiles:
+    """What codes the columns of a matrix, float32 [2, K, N]; rows: as in `fit_compensated`."""
+    if isinstance(code, TrellisCode):
+        assert group is not None
+        return Tiles(code, group, matrix.new_ones(matrix.shape[2], 2) if rows is None else rows)
     if not isinstance(code, TableCode):
         return Columns(code)
     assert group is not None
@@ -204,7 +215,66 @@ class ColumnsInKernel:
         return packed_with_steps(self.table_code, words, self.steps)
 
 
-def packed_with_steps(code: TableCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:
+class Tiles:
+    """The same for trellis codes, a tile's width of columns at a time.
+
+    Such columns get their words together, and then their errors are pushed on.  When a group of columns has its words,
+    its steps are fitted to them anew, by the errors that are left once later columns have made up for what they can.
+    """
+
+    def __init__(self, code: TrellisCode, group: int, rows: Tensor):
+        """rows: float32 [N, 2], how much the squared errors of rows count."""
+        self.code, self.group, self.rows = code, group, rows
+        self.steps: list[Tensor] = []
+        """bf16 [N] of every group so far."""
+
+    def code_block(self, block: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `Columns`."""
+        left = block.clone()
+        words, errors = [], torch.empty_like(block)
+        for first in range(0, block.shape[1], self.group):
+            here, later = slice(first, first + self.group), slice(first + self.group, None)
+            coded, errors[:, here] = self._code_group(left[:, here], importance[:, here], factor[:, here, here])
+            left[:, later].baddbmm_(factor[:, here, later].mT, errors[:, here], alpha=-1)
+            words.append(coded)
+        return torch.cat(words), errors
+
+    def _code_group(self, group: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        weighed = self.rows[:, None] * importance.T
+        steps = stored_steps(typical_steps(group.permute(2, 1, 0), weighed, self.group) * self.code.unit_step)
+        left, stored = group.clone(), []
+        for first in range(0, self.group, TILE_COLUMNS):
+            here, later = slice(first, first + TILE_COLUMNS), slice(first + TILE_COLUMNS, None)
+            stored.append(encode_matrix(self.code, left[:, here].permute(2, 1, 0), weighed[:, here], steps))
+            errors = self._errors(left[:, here], stored[-1], steps, factor[:, here, here])
+            left[:, later].baddbmm_(factor[:, here, later].mT, errors, alpha=-1)
+        words = torch.cat(stored, dim=1)
+        steps = self._refitted(group, words, steps, factor)
+        self.steps.append(steps[:, 0])
+        return self.code.unpack(words).T, self._errors(group, words, steps, factor)
+
+    def _errors(self, exact: Tensor, words: Tensor, steps: Tensor, factor: Tensor) -> Tensor:
+        """Errors [2, columns, N] of stored words in place of columns, over the factor, [2, columns, columns]: each over
+        its diagonal element, with what the earlier ones push into it."""
+        decoded = torch.stack([self.code.decode(words, position, steps).float() for position in (0, 1)])
+        return torch.linalg.solve_triangular(factor, exact.mT - decoded, upper=True, left=False).mT
+
+    def _refitted(self, exact: Tensor, words: Tensor, steps: Tensor, factor: Tensor) -> Tensor:
+        """bf16 steps [N, 1] with the least squares of such errors."""
+        value = torch.stack(values(self.code.states(words)))
+        over, wanted = (
+            torch.linalg.solve_triangular(factor, each, upper=True, left=False) for each in (value, exact.mT)
+        )
+        weighed = self.rows.T[..., None] * over
+        product, square = ((weighed * each).sum(dim=(0, 2))[:, None] for each in (wanted, over))
+        return stored_steps((product / square).where(square > 0, steps.float()))
+
+    def packed(self, words: Tensor) -> PackedMatrix:
+        """As in `Columns`."""
+        return packed_with_steps(self.code, words, self.steps)
+
+
+def packed_with_steps(code: TableCode | TrellisCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:
     """Words [N, K], one a column, and the steps [N] of every group of columns, as they are stored.
 
     Raises UnencodableWeight as `stored_steps` does.

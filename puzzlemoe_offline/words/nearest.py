@@ -18,10 +18,12 @@ from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.least_squares import merge_least_squares
 from puzzlemoe_offline.words.merged_pair import MergedPair
 from puzzlemoe_offline.words.paper_rule import merge_pair
-from puzzlemoe_vllm.format.codes import PairCode, TableCode, UnencodableWeight, get_code
+from puzzlemoe_offline.words.trellis import encode
+from puzzlemoe_vllm.format.codes import PairCode, TableCode, TrellisCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.codes.angle16 import Angle16
 from puzzlemoe_vllm.format.codes.base import LARGEST
 from puzzlemoe_vllm.format.codes.mask16 import SMALLEST, Mask16
+from puzzlemoe_vllm.format.codes.trellis import places_of, values
 
 UNSEEN = 1e-4
 """Importance, relative to the mean, of an input column that no calibration token touched."""
@@ -34,14 +36,18 @@ STEP_MULTIPLES = (0.85, 0.95, 1.05, 1.15)
 """A group's step is the best of these multiples of the best step for normally distributed weights, then fitted to the
 words that it gave.  Trying more multiples lowers the error more than fitting words and step by turns does."""
 
+MOST_TARGET = 2.0**14
+"""Weights over their step, which are near a trellis's values, that squares and their sums can hold whatever their
+importance is."""
+
 SCORES = 1 << 20
 """Floats of scores of candidate words in memory at once: the cache of a CPU.  A GPU's kernel keeps none."""
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """Stored words [N, K words] of a pair of matrices, bf16 steps [N, groups] where the code has them, and how many
-    entries were clamped to the code's smallest magnitude or to zero."""
+    """Stored words of a pair of matrices [N, K], bf16 steps [N, groups] where the code has them, and
+    how many entries were clamped to the code's smallest magnitude or to zero."""
 
     words: Tensor
     steps: Tensor | None = None
@@ -184,6 +190,47 @@ def fit_table(
     return PackedMatrix(words, stored_steps(product / square))
 
 
+def fit_trellis(
+    code: TrellisCode, weights: tuple[Tensor, Tensor], importance: tuple[Tensor, Tensor], group: int | None
+) -> PackedMatrix:
+    """Words of a trellis, and steps for groups of `group` columns: those that suit normal weights, replaced by the
+    least-squares steps of the words that they gave."""
+    assert group is not None
+    check_finite(weights)
+    pair = torch.stack([weight.float() for weight in weights], dim=-1)
+    by_column = torch.stack(importance, dim=-1).float()
+    step = typical_steps(pair, by_column, group) * code.unit_step
+    words = encode_matrix(code, pair, by_column, stored_steps(step))
+    product, square = torch.zeros_like(step), torch.zeros_like(step)
+    for position, value in enumerate(values(code.states(words))):
+        weighted = by_column[:, position] * value
+        product += (weighted * pair[..., position]).unflatten(1, (-1, group)).sum(dim=2)
+        square += (weighted * value).unflatten(1, (-1, group)).sum(dim=2)
+    return PackedMatrix(words, stored_steps((product / square).where(square > 0, step)))
+
+
+def typical_steps(pair: Tensor, importance: Tensor, group: int) -> Tensor:
+    """The root of the weighted mean square of weights [N, K, 2] in each row's groups, float32 [N, groups]; importance:
+    [K, 2] or [N, K, 2]."""
+    energy = (pair.square() * importance).unflatten(1, (-1, group)).sum(dim=(2, 3))
+    total = importance.expand_as(pair).unflatten(1, (-1, group)).sum(dim=(2, 3))
+    return (energy / total).sqrt()
+
+
+def encode_matrix(code: TrellisCode, pair: Tensor, importance: Tensor, steps: Tensor) -> Tensor:
+    """Stored words of weights float32 [N, K, 2] with the least squared error.
+
+    importance: float32 [K, 2] or [N, K, 2], of the errors; steps: bf16 [N, groups].
+    """
+    step = steps.float().repeat_interleave(pair.shape[1] // steps.shape[1], dim=1)[..., None]
+    tiny = torch.finfo(torch.float32).tiny
+    targets = (pair / step.clamp(min=tiny)).clamp(-MOST_TARGET, MOST_TARGET)
+    weights = importance * (step / step.amax().clamp(min=tiny)).square()
+    rows, columns, _ = pair.shape
+    tiles = [places_of(part.movedim(-1, 0)).movedim(0, -1).flatten(0, 1) for part in (targets, weights)]
+    return encode(code, *tiles).view(code.words_shape(rows, columns))
+
+
 def stored_steps(steps: Tensor) -> Tensor:
     """Steps in bf16, as they are stored.
 
@@ -200,6 +247,7 @@ FITS: dict[type[PairCode], Callable[..., PackedMatrix]] = {
     Mask16: fit_mask16,
     Angle16: fit_angle16,
     TableCode: fit_table,
+    TrellisCode: fit_trellis,
 }
 """The least-squares fit of every kind of code."""
 

@@ -13,6 +13,7 @@ from puzzlemoe_offline.relative_error import relative_error
 from puzzlemoe_offline.words.compensate import fit_compensated
 from puzzlemoe_offline.words.nearest import PackedMatrix, column_importance, fit
 from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes.trellis import TILE_ROWS
 
 ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}
 """Entries merged at a time: bounds the float32 scratch memory, lets it stay in a CPU's cache, and keeps a GPU busy."""
@@ -34,8 +35,8 @@ class Losses:
 
 
 def rows_at_once(weight: Tensor) -> int:
-    """Rows of a matrix [N, K] that `ENTRIES` allows."""
-    return max(1, ENTRIES[weight.device.type] // weight.shape[1])
+    """Rows of a matrix [N, K] that `ENTRIES` allows, whole tiles of them."""
+    return max(1, ENTRIES[weight.device.type] // weight.shape[1] // TILE_ROWS) * TILE_ROWS
 
 
 def pack_matrix(
@@ -45,8 +46,11 @@ def pack_matrix(
     group: int | None,
     losses: Losses,
     index: int,
+    importance_of_rows: Tensor | None = None,
 ) -> PackedMatrix:
     """Two matrices [N, K] as words, on their device; what they lose is added to `losses`.
+
+    importance_of_rows: as in `fit_compensated`.
 
     Raises UnencodableWeight for weights that the code cannot hold, MomentsError where compensation cannot be.
     """
@@ -54,14 +58,15 @@ def pack_matrix(
     rows = rows_at_once(weights[0])
     blocks = list(zip(weights[0].split(rows), weights[1].split(rows), strict=True))
     if recipe.compensate and inputs[0].moments is not None:
-        packed = fit_compensated(code, weights, inputs, group)
+        packed = fit_compensated(code, weights, inputs, group, importance_of_rows)
     else:
         importance = column_importance(inputs, recipe)
         packed = PackedMatrix.stack([fit(block, importance, recipe, group) for block in blocks])
     steps = [None] * len(blocks) if packed.steps is None else packed.steps.split(rows)
     # Squares of the smallest and largest weights fit only into float64.
     sums = torch.zeros(2, 2, dtype=torch.float64, device=weights[0].device)
-    for block, words, step in zip(blocks, packed.words.split(rows), steps, strict=True):
+    stored_rows, _ = code.words_shape(rows, weights[0].shape[1])
+    for block, words, step in zip(blocks, packed.words.split(stored_rows), steps, strict=True):
         for position, weight in enumerate(block):
             exact = weight.double()
             sums[0, position] += (exact - code.decode(words, position, step)).square().sum()

@@ -122,6 +122,9 @@ A, B = "model.layers.0.mlp.experts.2.up_proj", "model.layers.0.mlp.experts.5.dow
         ("mask16", lambda t: t.update({f"{A}.puzzle": t[f"{A}.puzzle"].flatten()}), "does not fit"),
         ("angle8", lambda t: t.update({f"{A}.puzzle_grid": t[f"{A}.puzzle_grid"][:, :1].clone()}), "does not fit"),
         ("angle8", lambda t: t.update({f"{B}.weight": t[f"{B}.weight"][:, 1:].clone()}), "does not fit"),
+        ("trellis6", lambda t: t.update({f"{A}.puzzle": t[f"{A}.puzzle"][:, 1:].clone()}), "does not fit"),
+        ("trellis6", lambda t: t.update({f"{A}.puzzle": t[f"{A}.puzzle"][:, 96:].clone()}), "does not fit"),
+        ("trellis6", lambda t: t.update({f"{A}.puzzle": t[f"{A}.puzzle"][:3].clone()}), "does not fit"),
     ],
 )  # fmt: skip
 def test_experts_that_are_not_what_the_config_says(tmp_path, kind, change, message):

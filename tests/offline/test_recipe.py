@@ -1,8 +1,11 @@
 """Named recipes, what may be changed about them, and what contradicts itself."""
 
+from typing import get_args
+
 import pytest
 
-from puzzlemoe_offline.recipe import PairRecipe, RecipeError, named_recipe
+from puzzlemoe_offline.recipe import CODE_OF_BITS, Bits, PairRecipe, RecipeError, code_of_bits, named_recipe
+from puzzlemoe_vllm.format.codes import get_code
 
 
 def test_the_paper_is_one_name_away():
@@ -52,3 +55,16 @@ def test_what_is_recorded_is_what_was_done():
     for other in (named_recipe("paper", code="angle8"), named_recipe("default", code="mask16")):
         assert "tau" not in other.model_dump(exclude_none=True)
     assert "rule" not in named_recipe("paper", code="angle8").model_dump(exclude_none=True)
+
+
+@pytest.mark.parametrize("bits", get_args(Bits))
+def test_bits_name_a_code_of_that_size(bits):
+    code = code_of_bits(bits, None)
+    assert code == CODE_OF_BITS[bits] and get_code(code).bits == 2 * float(bits)
+    assert named_recipe("default", code=code).compensate
+
+
+def test_a_code_of_other_bits_is_refused():
+    assert code_of_bits("3", "angle6") == "angle6"
+    with pytest.raises(RecipeError, match=r"--bits 3 and --code angle8, of 4 bits: drop one of them"):
+        code_of_bits("3", "angle8")

@@ -213,7 +213,7 @@ def test_sum_over_ranks(ranks, merged):
     check_sum_over_ranks(ranks, random_layer(merged))
 
 
-@pytest.mark.parametrize("code", ["angle16", "angle8", "angle6", "mask6"])
+@pytest.mark.parametrize("code", ["angle16", "angle8", "angle6", "mask6", "trellis8", "trellis3"])
 @pytest.mark.parametrize("ranks", [Ranks(2), Ranks(2, expert_parallel=True)], ids=str)
 def test_sum_over_ranks_with_other_codes(ranks, code):
     check_sum_over_ranks(ranks, random_layer(4, code))
@@ -270,7 +270,7 @@ def test_steps_are_split_with_the_columns():
 
 
 # Ranks of 32 columns have groups of 32; ranks of 16 are widened by zeros, on one side or the other.
-@pytest.mark.parametrize("code", ["angle8", "angle6"])
+@pytest.mark.parametrize("code", ["angle8", "angle6", "trellis6", "trellis5"])
 @pytest.mark.parametrize("ranks", [Ranks(2), Ranks(4), Ranks(4, expert_parallel=True)], ids=str)
 def test_sum_over_ranks_that_cut_a_group(ranks, code):
     check_sum_over_ranks(ranks, random_layer(4, code, group=64))
@@ -281,7 +281,7 @@ def test_sum_over_ranks_that_cut_a_group(ranks, code):
     ("intermediate", "count", "group"),
     [(1408, 1, 128), (1408, 2, 64), (1408, 4, 32), (1408, 8, 32), (768, 2, 128), (768, 4, 64), (768, 8, 32)],
 )
-@pytest.mark.parametrize("code", ["angle8", "angle6"])
+@pytest.mark.parametrize("code", ["angle8", "angle6", "trellis6", "trellis5"])
 def test_a_rank_that_cuts_groups_has_the_same_weights(code, intermediate, count, group):
     layer = random_layer(4, code, group=128, hidden=2048, intermediate=intermediate)
     whole = [[layer.weight(expert, name).bfloat16() for name in PROJECTIONS] for expert in range(EXPERTS)]
@@ -370,6 +370,8 @@ LAYERS = {
     "pairs only": lambda: random_layer(6),
     "steps": lambda: random_layer(4, "angle8"),
     "cut steps": lambda: random_layer(2, "angle6", group=64),
+    "tiles": lambda: random_layer(4, "trellis4"),
+    "cut tiles": lambda: random_layer(2, "trellis6", group=64),
     "clusters": lambda: clustered_layer((0, 4, 0, 0, 4, 4)),
 }
 

@@ -41,6 +41,11 @@ def test_tensor_parallel_whose_share_is_no_whole_number_of_the_smallest_groups(c
     check({"tensor_parallel_size": 2}, sparsity="0.25", code="angle6", intermediate_size=160)
 
 
+def test_tensor_parallel_that_cuts_tiles(check):
+    # A rank has 80 columns, two and a half tiles of a trellis.
+    check({"tensor_parallel_size": 2}, sparsity="0.25", code="trellis4", intermediate_size=160)
+
+
 def test_pair_that_straddles_expert_parallel_ranks(check):
     check(EXPERT_PARALLEL, num_local_experts=6)
 

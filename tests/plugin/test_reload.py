@@ -17,6 +17,7 @@ MODELS = {
     "16-bit words and dense experts": {"family": "mixtral", "sparsity": "0.25"},
     "8-bit words": {"family": "qwen3_moe", "code": "angle8"},
     "6-bit words": {"family": "deepseek_v2", "code": "mask6"},
+    "tiles": {"family": "qwen3_moe", "code": "trellis6"},
     "clusters": {"family": "mixtral", "clusters": 3},
 }
 

@@ -58,7 +58,7 @@ def test_a_quarter_of_the_memory_saved(family, engine, models):
     assert_same_generation(expected, engine.generate(both.packed, **options))
 
 
-@pytest.mark.parametrize("code", ["angle16", "angle8", "angle6", "mask6"])
+@pytest.mark.parametrize("code", ["angle16", "angle8", "angle6", "mask6", "trellis8", "trellis3"])
 def test_every_code(code, engine, models):
     both = models("qwen3_moe", sparsity="0.25", code=code)
     expected = engine.generate(both.unpacked, enforce_eager=True)

@@ -80,7 +80,7 @@ def test_equals_the_unpacked_model(family, recipe, models):
 
 
 @needs_no_vllm
-@pytest.mark.parametrize("code", ["angle16", "angle6", "mask6"])
+@pytest.mark.parametrize("code", ["angle16", "angle6", "mask6", "trellis5"])
 def test_every_code(code, models):
     both = models("qwen3_moe", sparsity="0.25", code=code)
     assert_equal(load(both.packed), load(both.unpacked))

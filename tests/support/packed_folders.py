@@ -61,6 +61,10 @@ KINDS: dict[str, tuple[dict[str, Any], list[tuple[str | None, int, set[int]]]]] 
         {"code": "mask6", "group_size": GROUP, "merged_experts": {"1": 2}},
         [(None, 0, set(range(6))), ("mask6", 2, {2, 3, 4, 5})],
     ),
+    "trellis6": (
+        {"code": "trellis6", "group_size": GROUP, "merged_experts": {"0": 4}},
+        [("trellis6", 4, {4, 5}), (None, 0, set(range(6)))],
+    ),
     "clusters": ({"clusters": {"0": [0, 0, 2, 2, 0, 2], "1": [5] * 6}}, [(None, 0, {0, 2}), (None, 0, {5})]),
 }
 

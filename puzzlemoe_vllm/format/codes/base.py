@@ -44,6 +44,8 @@ class PairCode(ABC):
 
     name: as config.json spells it.  bits: size of a word.  dtype: of the stored words.  decoder: what decodes them.
     has_steps: whether a bf16 step per row and group of input columns comes with the words.
+    largest_value: of the magnitudes that words are, over their step.
+    tile: rows and columns of a matrix that are stored together, so that nothing can be cut out of them.
     rules: the rules by which words may be chosen, for a code that can be chosen by more than one; where there are none,
     it is least squares.
     """
@@ -53,6 +55,8 @@ class PairCode(ABC):
     dtype: torch.dtype
     decoder: Decoder
     has_steps = False
+    largest_value = LARGEST
+    tile: tuple[int, int] = (1, 16)
     rules: tuple[str, ...] = ()
 
     def check_group_size(self, group_size: int | None) -> None:

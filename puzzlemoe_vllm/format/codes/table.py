@@ -108,6 +108,7 @@ class TableCode(EntrywiseCode):
         self._value_bytes = value_bytes
         self.bits, self.decoder = packing.bits, packing.decoder
         self.values = torch.tensor([[minifloat(byte) for byte in row] for row in value_bytes])
+        self.largest_value = float(self.values.abs().max())
         words: dict[tuple[float, float], list[list[int]]] = {}
         for word, (value0, value1) in enumerate(self.values.T.tolist()):
             by_sign = words.setdefault((abs(value0), abs(value1)), [[0, 0], [0, 0]])

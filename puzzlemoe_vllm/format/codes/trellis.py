@@ -46,8 +46,8 @@ def matrix_of(places: Tensor) -> Tensor:
 
 
 def values(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of both positions, float32, of int64 states of any shape."""
-    x = state * MULTIPLIER
+    """Values of both positions, float32, of int32 or int64 states of any shape."""
+    x = state * MULTIPLIER  # of int32, what is above 2^32 falls off
     low = (x & 31) + (x >> 8 & 31) + (x >> 16 & 31) + (x >> 24 & 31) - 62
     high = (x >> 3 & 31) - (x >> 11 & 31) + (x >> 19 & 31) - (x >> 27 & 31)
     return low.float(), high.float()
@@ -63,6 +63,8 @@ class TrellisCode(PairCode):
 
     dtype = torch.uint8
     has_steps = True
+    tile = (TILE_ROWS, TILE_COLUMNS)
+    largest_value = 62.0
 
     def __init__(self, bits: int, decoder: Decoder, unit_step: float):
         self.name, self.bits, self.decoder, self.unit_step = f"trellis{bits}", bits, decoder, unit_step
@@ -80,16 +82,20 @@ class TrellisCode(PairCode):
 
     def pack(self, word: Tensor) -> Tensor:
         """Stored words uint8 [..., N / 8, K * bits] of words [..., N, K], one an entry: streams, lowest bits first."""
-        eight = (places_of(word).long().unflatten(-1, (-1, 8)) << self.bits * self._counted(8, word)).sum(dim=-1)
-        stored: Tensor = eight[..., None] >> 8 * self._counted(self.bits, word) & 255
-        return stored.to(torch.uint8).flatten(-3)
+        return self.store(places_of(word)).flatten(-2)
+
+    def store(self, stream: Tensor) -> Tensor:
+        """uint8 [..., 32 * bits] of a tile's words [..., 256] in the order of its stream."""
+        eight = (stream.long().unflatten(-1, (-1, 8)) << self.bits * self._counted(8, stream)).sum(dim=-1)
+        stored: Tensor = eight[..., None] >> 8 * self._counted(self.bits, stream) & 255
+        return stored.to(torch.uint8).flatten(-2)
 
     def unpack(self, words: Tensor) -> Tensor:
         """Words uint8 [..., N, K], one an entry, of stored words [..., N / 8, K * bits]."""
         return matrix_of(self._words(words)).to(torch.uint8)
 
     def states(self, words: Tensor) -> Tensor:
-        """int64 states [..., N, K] of stored words [..., N / 8, K * bits]."""
+        """int32 states [..., N, K] of stored words [..., N / 8, K * bits]."""
         word = self._words(words)
         state = word << self.state_bits - self.bits
         for back in range(1, -(-self.state_bits // self.bits)):
@@ -108,11 +114,11 @@ class TrellisCode(PairCode):
         return (grouped * steps.float()[..., None]).flatten(-2).to(torch.bfloat16)
 
     def _words(self, words: Tensor) -> Tensor:
-        """int64 [..., N / 8, K / 32, 256] of stored words, in the order of the streams."""
+        """int32 [..., N / 8, K / 32, 256] of stored words, in the order of the streams."""
         stored = words.unflatten(-1, (-1, TILE_COLUMNS, self.bits)).long()
         eight = (stored << 8 * self._counted(self.bits, words)).sum(dim=-1)
         word: Tensor = eight[..., None] >> self.bits * self._counted(8, words) & 2**self.bits - 1
-        return word.flatten(-2)
+        return word.int().flatten(-2)
 
     @staticmethod
     def _counted(count: int, like: Tensor) -> Tensor:

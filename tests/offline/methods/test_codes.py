@@ -16,11 +16,11 @@ from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.run.plan import make_plan
 from puzzlemoe_vllm.backends import ExpertWeights, reference
 from puzzlemoe_vllm.errors import UserError
-from puzzlemoe_vllm.format.codes import CODES, get_code
+from puzzlemoe_vllm.format.codes import get_code
 from puzzlemoe_vllm.format.layout import LayoutError
 from puzzlemoe_vllm.format.shards import INDEX, index_with_records, save_shard, shard_metadata
 
-BITS = {"mask16": 16, "angle16": 16, "angle8": 8.5, "angle6": 6.5, "mask6": 6.5}
+BITS = {"mask16": 16, "angle16": 16, "angle8": 8.5, "angle6": 6.5, "mask6": 6.5, "trellis6": 6.5, "trellis3": 3.5}
 """Per pair, steps of 32 columns included."""
 
 
@@ -34,7 +34,7 @@ def pack(source, out, **recipe) -> dict:
 
 
 @pytest.mark.parametrize("compensate", [False, True])
-@pytest.mark.parametrize("name", list(CODES))
+@pytest.mark.parametrize("name", BITS)
 def test_written_unpacked_and_served_weights_agree(name, compensate, tmp_path):
     source = build("mixtral", tmp_path / "source")
     report = pack(source, tmp_path / "packed", code=name, compensate=compensate, **least_squares(name))

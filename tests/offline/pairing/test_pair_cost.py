@@ -10,14 +10,19 @@ from support.runs import compress_pairs, sentences
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics, projection_inputs
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
-from puzzlemoe_offline.pairing.pair_cost import merge_errors
+from puzzlemoe_offline.pairing.pair_cost import merge_errors, shared_bits_errors
 from puzzlemoe_offline.pairing.partners import pair_experts
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.words.nearest import column_importance, fit
-from puzzlemoe_vllm.format.codes import CODES, get_code
+from puzzlemoe_offline.words.nearest import column_importance, fit, pair_importance
+from puzzlemoe_vllm.format.codes import CODES, TrellisCode, get_code
 
 CPU = torch.device("cpu")
-RECIPES = [{"code": name, "rule": rule} for name, code in CODES.items() for rule in code.rules or (None,)]
+RECIPES = [
+    {"code": name, "rule": rule}
+    for name, code in CODES.items()
+    if not isinstance(code, TrellisCode)
+    for rule in code.rules or (None,)
+]
 
 
 def layer(experts: int, seed: int = 0) -> tuple[list[Expert], ExpertStatistics]:
@@ -57,6 +62,31 @@ def test_they_are_the_weighted_errors_of_merging_on_the_sampled_rows(options, ca
                 )
                 expected += float((lost * inputs[expert].norms).square().sum()) / energy
         assert float(found[a, b]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["trellis8", "trellis4"])
+@pytest.mark.parametrize("ratio", [1.0, 30.0, 1e6])
+def test_what_theory_says_of_shared_bits_is_nearly_what_words_lose(name, ratio):
+    torch.manual_seed(5)
+    sample, recipe = torch.randn(2, 16, 64).bfloat16(), PairRecipe(code=name)
+    own = torch.rand(2, 64) * torch.tensor([[ratio], [1.0]])
+    few = torch.zeros(2, 1, dtype=torch.bool)
+    found, lost = shared_bits_errors(sample, own, few, own, recipe)
+    importance = pair_importance((own[0], own[1]), few[0], recipe)
+    packed = fit((sample[0], sample[1]), importance, recipe, 32)
+    decoded = [get_code(name).decode(packed.words, position, packed.steps).float() for position in (0, 1)]
+    measured = sum(float(((sample[e].float() - decoded[e]).square() * own[e]).sum()) for e in (0, 1))
+    assert 1 < measured / float(found[0, 1]) < 2
+    assert bool(lost[0, 1]) == (ratio == 1e6) and float(found[0, 1]) == pytest.approx(float(found[1, 0]))
+
+
+def test_partners_for_shared_bits_keep_busy_experts_apart():
+    experts, statistics = layer(6)
+    recipe = PairRecipe(code="trellis4")
+    costs = merge_errors(list(range(6)), experts.__getitem__, statistics, recipe, 16, CPU)
+    assert torch.equal(costs, costs.T) and not costs.diagonal().any()
+    pairing = pair_experts(6, 0.5, 1, statistics.tokens, 0, lambda pool: costs)
+    assert all(len({0, 1, 2} & set(pair)) == 1 for pair in pairing.pairs)
 
 
 def test_busy_experts_are_kept_apart_and_twins_are_brought_together():

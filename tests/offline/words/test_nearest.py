@@ -17,7 +17,7 @@ from puzzlemoe_offline.words.nearest import (
     nearest,
     stored_steps,
 )
-from puzzlemoe_vllm.format.codes import CODES, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import CODES, TableCode, UnencodableWeight, get_code
 
 LEAST_SQUARES = PairRecipe(rule="least-squares")
 
@@ -27,7 +27,7 @@ def least_squares(name: str) -> PairRecipe:
     return PairRecipe(code=name, rule="least-squares" if get_code(name).rules else None)
 
 
-TABLE_CODES = [name for name, code in CODES.items() if code.has_steps]
+TABLE_CODES = [name for name, code in CODES.items() if isinstance(code, TableCode)]
 weight = st.floats(-4, 4, width=32).map(lambda value: torch.tensor(value).bfloat16().item())
 importance_of = st.floats(2.0**-10, 2.0**10, width=32)
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
 from puzzlemoe_offline.words import compensate
 from puzzlemoe_offline.words.nearest import STEP_MULTIPLES, PackedMatrix, fit_table, stored_steps
-from puzzlemoe_vllm.format.codes import CODES, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import CODES, TableCode, UnencodableWeight, get_code
 
 pytest.importorskip("triton")
-TABLE_CODES = [name for name, code in CODES.items() if code.has_steps]
+TABLE_CODES = [name for name, code in CODES.items() if isinstance(code, TableCode)]
 
 
 @starts_the_interpreter

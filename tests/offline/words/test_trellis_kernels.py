@@ -18,7 +18,7 @@ ALL = pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
 ERRORS = {8: 0.00488, 6: 0.0181, 5: 0.0355, 4: 0.0697, 3: 0.1379}
 """Relative squared errors of normal weights with the best step."""
 
-SEAM = 24
+SEAM = 48
 """Places before and after the seam that both searches look at first."""
 
 

@@ -1,0 +1,53 @@
+"""The neurons of a pair's experts: which stand side by side, and how much their rows count.
+
+Neuron i is row i of gate and up and column i of down, and the order is free: an expert whose neurons change places is
+the same expert.  Words of a trellis share a pair's bits by need, which saves most where a weight that matters stands
+beside one that does not.  So the neurons of one expert are put in falling order of what they matter, and its partner's
+in rising order; and the rows of gate and up count by that as well.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from puzzlemoe_offline.calibration.statistics import ProjectionInputs
+from puzzlemoe_offline.model.expert import Expert
+
+POWER = 0.5
+"""Of a row's importance: what a neuron's error does to the output is known roughly."""
+
+LEAST = 0.01
+"""Importance, relative to the mean, of a row that no calibration token needs."""
+
+
+def neuron_energies(expert: Expert, seen: ProjectionInputs) -> Tensor:
+    """Energy of what each neuron adds to an expert's output, float32 [I]; seen: what the down projection saw."""
+    return seen.norms.square() * expert.down.float().square().sum(dim=0)
+
+
+def facing_orders(energies: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Orders of two experts' neurons, int64 [I]: the strongest of one beside the weakest of the other."""
+    return energies[0].argsort(descending=True, stable=True), energies[1].argsort(stable=True)
+
+
+def reordered(expert: Expert, order: Tensor) -> Expert:
+    """The same expert with its neurons in another order."""
+    return Expert(expert.gate[order], expert.up[order], expert.down[:, order])
+
+
+def reordered_inputs(seen: ProjectionInputs, order: Tensor) -> ProjectionInputs:
+    """What its down projection sees."""
+    moments = None if seen.moments is None else seen.moments[order][:, order]
+    return ProjectionInputs(seen.norms[order], seen.tokens, moments)
+
+
+def row_importance(matrix: Tensor, seen: ProjectionInputs, energies: Tensor) -> Tensor:
+    """How much the squared errors of the rows of a gate or up projection count, float32 [I], 1 on average.
+
+    That is the energy of a row's neuron over that of the row's own output.  matrix: bf16 [I, H]; seen: its inputs.
+    """
+    rows = matrix.float()
+    moments = seen.norms.square().diag() if seen.moments is None else seen.moments
+    own = ((rows @ moments) * rows).sum(dim=1)
+    relative = (energies / own).nan_to_num(0.0, 0.0, 0.0).clamp(min=0) ** POWER
+    return (relative / relative.mean()).nan_to_num(1.0).clamp(min=LEAST)
