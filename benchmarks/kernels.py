@@ -323,7 +323,7 @@ def main() -> None:
         table = json.loads(cuda.DISPATCH.read_text())
         table["kernels"][capability] = {
             cuda.kind_of(get_code(code)): tune(arguments.models, arguments.tokens, kernels, code)
-            for code in ("mask16", "angle8")  # they stand for the other codes of their kind
+            for code in ("mask16", "angle8", "trellis6")  # they stand for the other codes of their kind
         }
         table.setdefault("measured", {})[capability] = machine()
         text = json.dumps(table, indent=2) + "\n"
