@@ -361,7 +361,7 @@ def main() -> None:
         table = json.loads(cuda.DISPATCH.read_text())
         table["kernels"][capability()] = {
             cuda.kind_of(get_code(code)): rows_of(time_kernels(arguments.models, arguments.tokens, kernels, code))
-            for code in ("mask16", "angle8")  # they stand for the other codes of their kind
+            for code in ("mask16", "angle8", "trellis6")  # they stand for the other codes of their kind
         }
         for kernel in cuda.runnable_kernels(torch.device("cuda"), fp8=True):
             many = [tokens for tokens in arguments.tokens if tokens >= 512]  # few would leave it too far behind
