@@ -95,7 +95,8 @@ class _Trellis:
 
     def _group_before(self, state: Tensor) -> Tensor:
         """Number of the group of states that may come before states."""
-        return state & 2 ** (self.code.state_bits - self.code.bits) - 1
+        group: Tensor = state & 2 ** (self.code.state_bits - self.code.bits) - 1
+        return group
 
     def _forward(self, targets: Tensor, weights: Tensor, seam: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Least costs of the groups before each place, float32 [tiles, groups], and those of the last place's states,
