@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,14 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from puzzlemoe_vllm.format.layout import EXPERT_COUNTS, QUANT_METHOD, LayoutError, PuzzleConfig, parse_config
+from puzzlemoe_vllm.format.layout import (
+    EXPERT_COUNTS,
+    QUANT_METHOD,
+    LayoutError,
+    PuzzleConfig,
+    decoder_layer,
+    parse_config,
+)
 from puzzlemoe_vllm.format.shards import read_json_object
 from puzzlemoe_vllm.served_files import ServedFiles, wants_digests
 
@@ -22,6 +28,8 @@ logger = init_logger(__name__)
 
 ROUTING = (
     "num_experts_per_tok",
+    "moe_k",
+    "moe_topk",
     "norm_topk_prob",
     "scoring_func",
     "routed_scaling_factor",
@@ -96,8 +104,8 @@ class PuzzleMoEConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         if not isinstance(layer, RoutedExperts):
             return None
-        match = re.search(r"(?:^|\.)layers\.(\d+)\.", prefix)
-        index = int(match[1]) if match else -1
+        if (index := decoder_layer(prefix)) is None:
+            return None  # layers for multi-token prediction are dense
         merged, centres = self.layout.merged_experts.get(index, 0), self.layout.clusters.get(index)
         if not merged and centres is None:
             return None

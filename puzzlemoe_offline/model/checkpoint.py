@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from puzzlemoe_offline.model.expert import Expert
-from puzzlemoe_offline.model.families import Family, family_of
+from puzzlemoe_offline.model.families import MTP, Family, family_of
 from puzzlemoe_offline.model.other_formats import check_not_quantized, check_tensor_names, no_config_reason
 from puzzlemoe_offline.model.weight_files import CheckpointError, read_headers
 from puzzlemoe_vllm.errors import shown
@@ -39,16 +40,11 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 LARGEST_CONFIG = 10_000_000
 """Bytes of a config.json."""
 
-FLOAT32 = (".e_score_correction_bias", ".rotary_emb.inv_freq")
-"""What names of tensors end with that are not cast to bf16: in it, such a router's bias changes most choices."""
+RECOMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+"""What names of tensors end with that old checkpoints hold and no loader reads."""
 
 SIZE_KEYS = ("_dim", "_rank", "_heads", "_experts", "hidden_size", "intermediate_size", "vocab_size")
 """What keys of config.json end with that hold the size of some tensor."""
-
-
-def kept_in_float32(name: str) -> bool:
-    """Whether a tensor is written as it is stored; any other is written in bf16, as vLLM would cast it."""
-    return name.endswith(FLOAT32)
 
 
 @dataclass(frozen=True)
@@ -80,16 +76,17 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json_object(folder / "config.json", LARGEST_CONFIG)
         check_not_quantized(folder, self.config)
         self.family: Family = family_of(self.config)
+        self.text = self.family.text(self.config)
         self.quantization = self._quantization()
         self.has_weights = headers is None
         if headers is None:
             headers = check_headers(folder, self.quantization) if self.quantization else read_headers(folder)
         self._headers = headers
         self._where = {name: file for file, header in headers.items() for name in header.tensors}
-        check_tensor_names(folder, self._where)
+        check_tensor_names(folder, self._where, self.family.prefix)
         self._check_sizes()
         self.layers = self._size("num_hidden_layers")
-        key = self.family.experts_key(self.config)
+        key = self.family.experts_key(self.text)
         self.experts = self._size(key)
         if self.experts < 2:
             raise CheckpointError(f"{self._config_path}: {key} is {self.experts}, nothing to merge")
@@ -98,7 +95,7 @@ class Checkpoint:
                 f"{self._config_path}: a token chooses {self.experts_per_token} of {self.experts} experts: copy it "
                 "again"
             )
-        self._layers, self.outside = self._by_layer()
+        self._layers, self.outside, self.copied = self._by_layer()
         if not self.moe_layers:
             raise CheckpointError(
                 f"{shown(folder, 200)}: no expert tensors found for model_type {self.config['model_type']!r}"
@@ -117,7 +114,7 @@ class Checkpoint:
         """No size in config.json is larger than every tensor: memory for such a model is not asked for."""
         shapes = [info.shape for header in self._headers.values() for info in header.tensors.values()]
         largest = max((max(shape) for shape in shapes if shape), default=0)
-        for key, size in self.config.items():
+        for key, size in self.text.items():
             if key.endswith(SIZE_KEYS) and isinstance(size, int | float) and size > largest:
                 raise CheckpointError(
                     f"{self._config_path}: {shown(key, 40)} is {shown(size, 40)}, but no tensor is larger than "
@@ -125,17 +122,21 @@ class Checkpoint:
                 )
 
     def _size(self, key: str) -> int:
-        """A size that config.json holds."""
-        size = self.config.get(key)
+        """A size that the language model's config holds, or a list of one for each layer, which must be equal."""
+        size = self.text.get(key)
+        if isinstance(size, list) and size and all(one == size[0] for one in size):
+            size = size[0]
         if type(size) is not int or size < 1:
             raise CheckpointError(
                 f"{self._config_path}: {key} is {shown(repr(size), 60)}, expected a positive number: copy it again"
             )
         return size
 
-    def _by_layer(self) -> tuple[list[LayerTensors], tuple[str, ...]]:
-        """Tensor names by decoder layer, and those outside layers: embedding, final norm and head."""
-        places = {name: re.match(r"(model\.layers\.([0-9]{1,9})\.(\w+))\.(experts\.)?", name) for name in self._where}
+    def _by_layer(self) -> tuple[list[LayerTensors], tuple[str, ...], dict[str, str]]:
+        """Tensor names by decoder layer; those outside layers: embedding, final norm and head; and those of parts that
+        are copied as they are, with the part's name."""
+        pattern = re.compile(rf"({re.escape(self.family.prefix)}layers\.([0-9]{{1,9}})\.(\w+))\.(.*)")
+        places = {name: pattern.match(name) for name in self._where}
         found = len({match[2] for match in places.values() if match})
         if self.layers > found:
             raise CheckpointError(
@@ -146,13 +147,17 @@ class Checkpoint:
         plain: list[list[str]] = [[] for _ in range(self.layers)]
         blocks: dict[int, str] = {}
         outside = []
+        copied = {}
         for name, match in sorted(places.items()):
             layer = int(match[2]) if match else self.layers
             if not match or layer >= self.layers:
-                outside.append(name)
-            elif match[4]:
+                if part := self._copied_part(name, layer if match else None):
+                    copied[name] = part
+                else:
+                    outside.append(name)
+            elif match[4].startswith("experts.") or match[4] in self.family.fused:
                 experts[layer].append(name)
-                if match[3] in (self.family.block, "mlp"):
+                if match[3] in (self.family.block, self.family.module):
                     blocks[layer] = match[1]
             else:
                 plain[layer].append(name)
@@ -161,7 +166,18 @@ class Checkpoint:
             LayerTensors(tuple(routed), tuple(other), blocks.get(layer))
             for layer, (routed, other) in enumerate(tensors)
         ]
-        return layers, tuple(outside)
+        return layers, tuple(outside), copied
+
+    def _copied_part(self, name: str, layer: int | None) -> str | None:
+        """The part that a tensor outside the decoder belongs to, where it is copied as it is.
+
+        layer: of a name of a decoder layer, beyond the last.
+        """
+        if layer is not None:
+            key = self.family.mtp_layers
+            more = self.text.get(key) if key else None
+            return MTP if isinstance(more, int) and layer < self.layers + more else None
+        return next((part for start, part in self.family.copied.items() if name.startswith(start)), None)
 
     @property
     def names(self) -> list[str]:
@@ -269,7 +285,7 @@ class Checkpoint:
             words = self.pair_words(layer, expert & ~1, projection).to(device)
             steps = self.pair_steps(layer, expert & ~1, projection)
             return self.code.decode(words, expert & 1, None if steps is None else steps.to(device))
-        fused = f"{experts}." + ("down_proj" if index == 2 else "gate_up_proj")
+        fused = f"{self.block(layer)}.{self.family.fused[index == 2]}"
         stored = fused if fused in self._where else weight_name(experts, self.centre(layer, expert), projection)
         self._require(stored)
         self._check_dtype(stored)
@@ -335,7 +351,12 @@ class Checkpoint:
         for layer, tensors in enumerate(self._layers):
             known = set()
             if tensors.block:
-                self.check_tensor(f"{tensors.block}.gate.weight", (self.experts, self.expert_sizes[0]))
+                router = [f"{tensors.block}.{name}" for name in self.family.router]
+                self.check_tensor(router[0], (self.experts, self.expert_sizes[0]))
+                for name in router[1:]:
+                    self._require(name)
+                    if self.experts not in self.shape(name):
+                        self.check_tensor(name, (self.experts,))
                 for name, shape in self._expert_shapes(layer):
                     self.check_tensor(name, shape)
                     known.add(name)
@@ -346,16 +367,17 @@ class Checkpoint:
                     "model, or the model is no plain one"
                 )
         for name in self._where:
-            if not name.endswith((f".{WORDS}", f".{STEPS}")):
+            if not name.endswith((f".{WORDS}", f".{STEPS}")) and name not in self.copied:
                 self._check_dtype(name)
 
     def _expert_shapes(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the tensors that the layer's routed experts are stored in."""
         experts, merged = f"{self.block(layer)}.experts", self.merged(layer)
         hidden, intermediate = self.expert_sizes
-        if f"{experts}.gate_up_proj" in self._where:
-            yield f"{experts}.gate_up_proj", (self.experts, 2 * intermediate, hidden)
-            yield f"{experts}.down_proj", (self.experts, hidden, intermediate)
+        gate_up, down = (f"{self.block(layer)}.{name}" for name in self.family.fused)
+        if gate_up in self._where:
+            yield gate_up, (self.experts, 2 * intermediate, hidden)
+            yield down, (self.experts, hidden, intermediate)
             return
         for index, projection in enumerate(self.family.projections):
             for expert in range(self.experts):
@@ -402,23 +424,32 @@ class Checkpoint:
     def other_bytes(self) -> int:
         """Bytes of everything but routed experts, as it is written: see `tensors.as_written`."""
         plain = [name for layer in self._layers for name in layer.plain]
-        return sum(self.written_bytes(name) for name in [*plain, *self.outside])
+        return sum(self.written_bytes(name) for name in [*plain, *self.outside, *self.copied])
+
+    @property
+    def copied_bytes(self) -> dict[str, int]:
+        """Bytes of each part that is copied as it is."""
+        sizes: Counter[str] = Counter()
+        for name, part in self.copied.items():
+            sizes[part] += self.nbytes(name)
+        return dict(sizes)
 
     def written_bytes(self, name: str) -> int:
         """Bytes of a tensor of no routed expert once it is written."""
-        entries = math.prod(self.shape(name))
-        return entries * (4 if kept_in_float32(name) and self._info(name).dtype == "F32" else 2)
+        if name in self.copied or self.family.kept_in_float32(name):
+            return self.nbytes(name)
+        return math.prod(self.shape(name)) * 2
 
     @property
     def positions(self) -> int | None:
         """Longest sequence that the model was made for; None where config.json does not say."""
-        positions = self.config.get("max_position_embeddings")
+        positions = self.text.get("max_position_embeddings")
         return positions if isinstance(positions, int) and positions > 0 else None
 
     @property
     def experts_per_token(self) -> int:
         """Routed experts that the router chooses for a token."""
-        return self._size("num_experts_per_tok")
+        return self._size(self.family.top_k)
 
     def fingerprint(self) -> str:
         """Digest of config.json and of every file's name, size and tensor table; weights are not read."""

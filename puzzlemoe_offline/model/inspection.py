@@ -33,7 +33,8 @@ def inspect(checkpoint: Checkpoint, quick: bool = False) -> dict[str, Any]:
         for name in tensors.experts:
             sizes[_expert_part(checkpoint, index, name)] += checkpoint.nbytes(name)
         for name in tensors.plain:
-            sizes[_plain_part(tensors, name)] += checkpoint.nbytes(name)
+            sizes[_plain_part(checkpoint, tensors, name)] += checkpoint.nbytes(name)
+    sizes.update(checkpoint.copied_bytes)
     packed = checkpoint.quantization
     return {
         "model_type": checkpoint.config["model_type"],
@@ -61,6 +62,8 @@ def _read_everything(checkpoint: Checkpoint) -> None:
                 checkpoint.expert(index, expert)
     for name in checkpoint.outside:
         checkpoint.plain_tensor(name)
+    for name in checkpoint.copied:
+        checkpoint.tensor(name)
 
 
 def _expert_part(checkpoint: Checkpoint, layer: int, name: str) -> str:
@@ -70,11 +73,14 @@ def _expert_part(checkpoint: Checkpoint, layer: int, name: str) -> str:
     return "experts, in clusters" if clustered else "experts, dense"
 
 
-def _plain_part(layer: LayerTensors, name: str) -> str:
-    if "self_attn" in name:
+ATTENTION = (".self_attn.", ".linear_attn.", ".conv.")
+"""What names of tensors contain that mix tokens."""
+
+
+def _plain_part(checkpoint: Checkpoint, layer: LayerTensors, name: str) -> str:
+    if any(mixer in name for mixer in ATTENTION):
         return "attention"
-    if ".shared_expert" in name:
+    below = name.removeprefix(f"{layer.block}.")
+    if checkpoint.family.shared and below.startswith(checkpoint.family.shared):
         return "shared experts"
-    if layer.block and name.startswith(f"{layer.block}.gate."):
-        return "routers"
-    return "dense MLPs and norms"
+    return "routers" if below in checkpoint.family.router else "dense MLPs and norms"

@@ -40,8 +40,8 @@ class Job:
 
     @property
     def shards(self) -> int:
-        """Files that are written: one a layer, and one for what is outside layers."""
-        return self.checkpoint.layers + 1
+        """Files that are written: one a layer, one for what is outside layers, and one for what is copied, if any."""
+        return self.checkpoint.layers + 1 + bool(self.checkpoint.copied)
 
     @property
     def experts_after(self) -> int:

@@ -29,12 +29,14 @@ class Sizes(BaseModel):
     """Bytes of routed experts, as source and method store them, and of everything else.
 
     experts_after: of the tensors that were written, or, of a method whose results are written in bf16, of what its own
-    storage would take.
+    storage would take.  copied: of `other`, those of parts that are copied as they are, e.g. layers for multi-token
+    prediction, by the part's name.
     """
 
     experts_before: int
     experts_after: int
     other: int
+    copied: dict[str, int] = {}
 
 
 class Report(BaseModel):
@@ -86,6 +88,7 @@ def build_report(job: Job, calibration: Calibration | None, records: list[LayerR
             if job.method.packs
             else job.experts_after,
             other=job.checkpoint.other_bytes,
+            copied=job.checkpoint.copied_bytes,
         ),
         bytes_per_token=_loaded(job, calibration, records) if calibration else None,
         seconds={stage: sum(record.seconds.get(stage, 0.0) for record in records) for stage in stages},
@@ -141,6 +144,7 @@ def summary(report: Report) -> Group:
     lines = [
         f"expert weights  {decimal(sizes.experts_before)} -> {decimal(sizes.experts_after)}",
         f"other weights   {decimal(sizes.other)}, unchanged",
+        *(f"copied as it is {decimal(size)} of these, {part}" for part, size in sizes.copied.items()),
         "seconds         " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items()),
     ]
     if loaded := report.bytes_per_token:

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from support import models as tiny_models
 from support.comparison import assert_same_generation
 from support.engine import Engine, Step
+from support.model_configs import CONFIGS
 from support.packed_models import Models
 from support.runs import compress_pairs, unpack
 
 from puzzlemoe_offline.model import families
 from puzzlemoe_vllm.format.shards import save_shard
 
-FAMILIES = list(tiny_models.CONFIGS)
+FAMILIES = list(CONFIGS)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

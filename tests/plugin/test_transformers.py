@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import models as tiny_models
 from support.engine import PROMPTS
+from support.model_configs import CONFIGS
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from puzzlemoe_vllm.format.layout import QUANT_METHOD, LayoutError
 from puzzlemoe_vllm.transformers import logger  # the import registers the quantizer
 
-FAMILIES = [family for family in tiny_models.CONFIGS if family != "deepseek"]
+FAMILIES = [family for family in CONFIGS if family != "deepseek"]
 
 needs_no_vllm = pytest.mark.without_vllm
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
-from support.models import CONFIGS, build
+from support.model_configs import CONFIGS
+from support.models import build
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from typer.testing import CliRunner
 
