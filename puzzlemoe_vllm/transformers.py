@@ -162,7 +162,7 @@ class CastToParameter(ConversionOps):
     ) -> dict[str, Tensor]:
         """input_dict: one tensor."""
         ((tensor,),) = input_dict.values()
-        return {full_layer_name: tensor.to(model.get_parameter(full_layer_name).dtype)}
+        return {full_layer_name: tensor.to(model.get_parameter_or_buffer(full_layer_name).dtype)}
 
 
 @register_quantizer(QUANT_METHOD)

@@ -88,14 +88,12 @@ class Family:
         for key, known in {**VALUES, **self.values}.items():
             if key in text and text[key] not in known:
                 raise UnsupportedModel(
-                    f"{key} is {shown(repr(text[key]), 60)} in config.json, which is not supported: {self.title} has "
-                    f"{' or '.join(map(repr, known))} here"
+                    f"{key} {shown(repr(text[key]), 60)} in config.json is not supported: {self.title} is known with "
+                    f"{' or '.join(map(repr, known))}"
                 )
         for key, reason in FEATURES.items():
             if text.get(key):
-                raise UnsupportedModel(
-                    f"{key} is {shown(repr(text[key]), 60)} in config.json, which is not supported: {reason}"
-                )
+                raise UnsupportedModel(f"{key} {shown(repr(text[key]), 60)} in config.json is not supported: {reason}")
 
 
 VALUES: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish"), "scoring_func": ("softmax",)}

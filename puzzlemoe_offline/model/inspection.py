@@ -12,7 +12,7 @@ from puzzlemoe_vllm.format.shards import check_digests, has_digests
 
 
 def inspect(checkpoint: Checkpoint, quick: bool = False) -> dict[str, Any]:
-    """Sizes in bytes per part, pairs or clusters, and the recipe.
+    """Sizes in bytes per part, which parts are copied as they are, pairs or clusters, and the recipe.
 
     Reads every tensor, and compares every shard with its digest where the index has digests; `quick` leaves it at
     headers.  `checked` says which it was: headers, values, or digests (and values).
@@ -44,6 +44,7 @@ def inspect(checkpoint: Checkpoint, quick: bool = False) -> dict[str, Any]:
         "experts_per_token": checkpoint.experts_per_token,
         "pairs": sum(packed.merged_experts.values()) // 2 if packed else 0,
         "clusters": sum(len(set(centres)) for centres in packed.clusters.values()) if packed else 0,
+        "copied": sorted(checkpoint.copied_bytes),
         "bytes": dict(sorted(sizes.items())),
         "checked": "headers" if quick else "digests" if digests else "values",
         "total_bytes": sum(sizes.values()),

@@ -192,7 +192,7 @@ def _mlp_shapes(
 def _mtp_shapes(family: str, text: dict[str, Any]) -> Shapes:
     """One layer for multi-token prediction, where the hub's checkpoints have one."""
     hidden, layers = text["hidden_size"], text["num_hidden_layers"]
-    if family in ("glm4_moe", "glm4_moe_lite", "deepseek_v3"):
+    if text.get("num_nextn_predict_layers") and family != "ernie4_5_moe":
         shapes = layer_shapes(family, text, layers) | {
             "eh_proj.weight": (hidden, 2 * hidden),
             "enorm.weight": (hidden,),

@@ -95,7 +95,8 @@ def _random(family: str, name: str, shape: tuple[int, ...], experts: int, genera
     if name == "lm_head.weight":
         weight *= 2
     if kind in ("o_proj", "out_proj", "down_proj", "w2"):
-        weight *= 1 if kind in ("o_proj", "out_proj") else 3
+        # Of Phi's router both experts get weights near 1.
+        weight *= 1 if kind in ("o_proj", "out_proj") else 1.5 if family == "phimoe" else 3
         weight[:experts] = 0
     return weight.bfloat16()
 

@@ -3,6 +3,7 @@
 import json
 import random
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,15 @@ from support.models import FUSED, build
 from support.runs import compress_pairs, unpack
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from puzzlemoe_offline.calibration.text import load_calibration
+from puzzlemoe_offline.cli.main import app
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import FAMILIES
 from puzzlemoe_offline.model.layerwise import LayerExperts, LayerwiseModel
 from puzzlemoe_offline.model.tokenizer import tokenizer_of
+from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.score.perplexity import perplexity
 from puzzlemoe_offline.words.paper_rule import merge_pair
 
@@ -234,3 +238,66 @@ def test_an_expert_that_saw_few_tokens_is_counted_and_merged_by_magnitude(tmp_pa
 def test_the_report_is_json(tmp_path):
     report = pack(build("olmoe", tmp_path / "source"), tmp_path / "packed")
     assert json.loads((tmp_path / "packed" / "puzzlemoe_report.json").read_text()) == json.loads(json.dumps(report))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_row_through_the_command(family, tmp_path):
+    """compress, inspect, unpack, inspect, on a tiny model as the hub has it."""
+    source, packed, unpacked = build(family, tmp_path / "source"), tmp_path / "packed", tmp_path / "unpacked"
+    (tmp_path / "text").write_text(VARIED)
+    calibration = ["--calibration", str(tmp_path / "text"), "--samples", "4", "--sequence-length", "64"]
+    facts = {}
+    for command in (
+        ["compress", source, packed, *calibration, "--code", "angle8", "--device", "cpu"],
+        ["inspect", packed, "--json"],
+        ["unpack", packed, unpacked],
+        ["inspect", unpacked, "--json"],
+    ):
+        done = CliRunner().invoke(app, list(map(str, command)))
+        assert done.exit_code == 0, (command, done.output)
+        if "--json" in command:
+            facts[command[1]] = json.loads(done.stdout)
+    before, after = Checkpoint(source), Checkpoint(unpacked)
+    assert set(after.names) >= set(before.outside) | set(before.copied)
+    for name in before.copied:
+        assert torch.equal(before.tensor(name), after.tensor(name)) and after.shape(name) == before.shape(name)
+    for layer in range(before.layers):
+        for name in before.layer(layer).plain:
+            assert before.tensor(name).dtype == after.tensor(name).dtype, name
+    report = json.loads((packed / "puzzlemoe_report.json").read_text())
+    assert report["bytes"]["copied"] == before.copied_bytes
+    assert facts[packed]["copied"] == sorted(before.copied_bytes)
+    sizes, row = facts[packed]["bytes"], before.family
+    assert sizes["routers"] and sizes["attention"] and bool(row.shared) == ("shared experts" in sizes)
+    # What it names is there: each of these is nothing more than a string in the table.
+    names = [name for layer in range(before.layers) for name in before.layer(layer).plain]
+    for end in (*row.float32, *row.router):
+        assert any(name.endswith(f".{end}") for name in names), end
+    assert set(row.copied.values()) <= set(before.copied_bytes)
+    assert facts[unpacked]["total_bytes"] == sum(map(after.nbytes, after.names))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"module": "moe"}, "moe"),
+        ({"norm": "last_norm"}, "last_norm"),
+        ({"rotary": "rope"}, "rope"),
+        ({"shared": "shared_mlp"}, "shared_mlp"),
+        ({"router": {"gate.weight": "gate.weight"}}, "mlp.gate.e_score_correction_bias"),
+        ({"router": {"gate.weight": "router.weight"}}, "mlp.gate.e_score_correction_bias"),
+    ],
+)
+def test_a_row_that_names_what_its_model_does_not_have_is_an_error_at_first_use(changes, named, tmp_path, monkeypatch):
+    source = build("glm4_moe", tmp_path)
+    monkeypatch.setitem(FAMILIES, "glm4_moe", replace(FAMILIES["glm4_moe"], **changes))
+    with pytest.raises(CheckpointError, match=f"table of families differ in {named}: install another release"):
+        LayerwiseModel(Checkpoint(source), "cpu")
+
+
+def test_a_row_that_names_what_is_not_on_the_disk_is_an_error_at_first_use(tmp_path, monkeypatch):
+    source = build("glm4_moe", tmp_path)
+    router = {"gate.weight": "gate.weight", "gate.bias": "gate.e_score_correction_bias"}
+    monkeypatch.setitem(FAMILIES, "glm4_moe", replace(FAMILIES["glm4_moe"], router=router))
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.1\.mlp\.gate\.bias is missing"):
+        LayerwiseModel(Checkpoint(source), "cpu")
