@@ -111,9 +111,9 @@ FEATURES = {
 }
 """Keys of config.json for what no family here has, when they are set, and what that is."""
 
-MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+MIXTRAL: dict[str, Any] = {"gate": "w1", "up": "w3", "down": "w2"}
 BIAS = "gate.e_score_correction_bias"
-SIGMOID = {
+SIGMOID: dict[str, Any] = {
     "router": {"gate.weight": "gate.weight", BIAS: BIAS},
     "float32": ("gate.weight", BIAS),
     "values": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
