@@ -434,9 +434,13 @@ class Checkpoint:
             sizes[part] += self.nbytes(name)
         return dict(sizes)
 
+    def kept_in_float32(self, name: str) -> bool:
+        """Whether a tensor is written as it is stored; any other is written in bf16, as vLLM would cast it."""
+        return name.endswith((*(f".{end}" for end in self.family.float32), *RECOMPUTED))
+
     def written_bytes(self, name: str) -> int:
         """Bytes of a tensor of no routed expert once it is written."""
-        if name in self.copied or self.family.kept_in_float32(name):
+        if name in self.copied or self.kept_in_float32(name):
             return self.nbytes(name)
         return math.prod(self.shape(name)) * 2
 

@@ -79,10 +79,6 @@ class Family:
         """The key that holds the expert count in a language model's config; the family's own when none does."""
         return next((key for key in self.experts if key in text), self.experts[0])
 
-    def kept_in_float32(self, name: str) -> bool:
-        """Whether a tensor is written as it is stored; any other is written in bf16, as vLLM would cast it."""
-        return any(name.endswith(f".{end}") for end in self.float32)
-
     def check(self, text: dict[str, Any]) -> None:
         """Raises UnsupportedModel for routing or an activation that is not that of transformers' and vLLM's class."""
         for key, known in {**VALUES, **self.values}.items():
@@ -241,9 +237,8 @@ def family_of(config: dict[str, Any]) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         if isinstance(model_type, str) and (reason := REFUSED.get(model_type.removesuffix("_text"))):
             raise UnsupportedModel(f"model_type {model_type!r} is not supported: {reason}")
-        known = ", ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
         raise UnsupportedModel(
-            f"model_type {shown(repr(model_type), 60)} is not supported; supported families: {known}"
+            f"model_type {shown(repr(model_type), 60)} is not supported; these are: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[model_type]
     family.check(family.text(config))

@@ -311,7 +311,7 @@ class LayerwiseModel:
                 on_disk = self._on_disk(f"{prefix}.{name}")
                 value = self.checkpoint.plain_tensor(on_disk)
                 # What transformers computes in float32 whatever the model's dtype, e.g. a router's bias, or vLLM does.
-                dtype = torch.float32 if self.family.kept_in_float32(on_disk) else held.dtype
+                dtype = torch.float32 if self.checkpoint.kept_in_float32(on_disk) else held.dtype
                 set_module_tensor_to_device(module, name, self.device, value=value, dtype=dtype)
         empty = [name for name, buffer in module.named_buffers() if buffer.device.type == "meta" != self.device.type]
         if empty:

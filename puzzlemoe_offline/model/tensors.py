@@ -62,7 +62,7 @@ def as_written(checkpoint: Checkpoint, name: str) -> Tensor:
     Raises CheckpointError as `Checkpoint.plain_tensor` does, and for a value that bf16 cannot hold.
     """
     stored = checkpoint.plain_tensor(name)
-    if checkpoint.family.kept_in_float32(name):
+    if checkpoint.kept_in_float32(name):
         return stored
     tensor = stored.to(torch.bfloat16)
     if not bool(torch.isfinite(tensor).all()):

@@ -24,7 +24,7 @@ NOT_ON_A_CPU = {
     "qwen3_5_moe": "its qwen3_5.py needs torchvision, through transformers, which the CPU build does not bring",
 }
 """Families that vLLM 0.32's CPU build does not run, packed or not.  The plugin's part is that of Mixtral, whose names
-and loader MiniMax-M2 has, and of Qwen3-Next, whose classes Qwen3.5's are made of; contract.py has prefixes of layers."""
+and loader MiniMax-M2 has, and of Qwen3-Next, whose classes Qwen3.5 has; contract.py has prefixes of layers."""
 
 FAMILIES = list(CONFIGS)
 
