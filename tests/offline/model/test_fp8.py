@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,17 +12,22 @@ from safetensors.torch import load_file, save_file
 from support.command import puzzlemoe
 from support.fp8 import FORMS, WEIGHTS, write_bf16, write_fp8
 from support.models import build
-from support.runs import compress_pairs, run_method, sentences, unpack
+from support.runs import compress_pairs, job_of, run_method, sentences, unpack
 from torch import Tensor
 
+from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.methods.rounding import RoundToNearest
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.fp8 import Fp8Error, form_of
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
+from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.score.perplexity import perplexity
 from puzzlemoe_vllm.errors import UserError
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v2")
+BY_BLOCKS = ("deepseek_v3", "glm4_moe", "minimax_m2", "qwen3_next", "qwen3_5_moe")
+"""Families whose hub has them in FP8 by blocks, with routers' biases, layers for multi-token prediction, or a tower."""
+
 PROJECTION = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 
@@ -49,8 +55,13 @@ def test_every_tensor_is_that_of_the_bf16_model(tmp_path, form):
         assert all(a.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form", ["deepseek", "FP8_DYNAMIC", "FP8"])
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        *((family, form) for family in FAMILIES for form in ("deepseek", "FP8_DYNAMIC", "FP8")),
+        *((family, "deepseek") for family in BY_BLOCKS),
+    ],
+)
 def test_every_command_writes_what_it_writes_of_the_bf16_model(tmp_path, family, form):
     quantized, bf16 = models(tmp_path, family, form)
     calibration = sentences(bf16, 4, 64)
@@ -70,6 +81,33 @@ def test_every_command_writes_what_it_writes_of_the_bf16_model(tmp_path, family,
     assert scores[0] == scores[1]
 
 
+@pytest.mark.parametrize("family", BY_BLOCKS)
+def test_what_is_copied_becomes_bf16_and_float32_stays(tmp_path, family):
+    source = build(family, tmp_path / "original")
+    quantized = Checkpoint(write_fp8(source, tmp_path / "fp8", "deepseek", more=("mtp.fc.weight", "linear_fc1.weight")))
+    planned = job_of(quantized.folder, PairMethod(PairRecipe(saliency="magnitude"))).sizes
+    report = compress_pairs(quantized.folder, tmp_path / "packed")
+    packed, bf16 = Checkpoint(tmp_path / "packed"), Checkpoint(source)
+    assert packed.copied == quantized.copied == bf16.copied
+    if packed.copied:
+        assert any(quantized.stored(name).dtype == torch.float8_e4m3fn for name in packed.copied)
+    for name in packed.copied:
+        assert packed.stored(name).dtype == bf16.stored(name).dtype
+        assert torch.equal(packed.stored(name), quantized.tensor(name))
+    for layer in packed.moe_layers:
+        for name in packed.router(layer):
+            assert packed.stored(name).dtype == bf16.stored(name).dtype
+    assert report["bytes"]["copied"] == packed.copied_bytes == planned.copied == bf16.copied_bytes
+    assert report["bytes"]["other"] == packed.stored_bytes(routed=False) == planned.other == bf16.other_bytes
+    assert report["bytes"]["other_before"] == quantized.stored_bytes(routed=False) < planned.other
+
+
+def test_copied_tensors_in_fp8_without_scales_are_refused(tmp_path):
+    source = build("qwen3_next", tmp_path / "source")
+    edited(source, lambda tensors: tensors.update({"mtp.fc.weight": tensors["mtp.fc.weight"].to(torch.float8_e4m3fn)}))
+    assert "mtp.fc.weight in model.safetensors: dtype F8_E4M3 is not bf16" in refusal(source)
+
+
 def test_inspect_and_a_dry_run(tmp_path, capsys):
     quantized, bf16 = models(tmp_path, "qwen3_moe", "deepseek")
     assert puzzlemoe("inspect", quantized) == 0
@@ -81,8 +119,10 @@ def test_inspect_and_a_dry_run(tmp_path, capsys):
         options = "--calibration", text, "--samples", 2, "--sequence-length", 64, "--device", "cpu", "--dry-run"
         assert puzzlemoe("compress", source, tmp_path / "out", *options) == 0
         said = capsys.readouterr().out.splitlines()
-        plans.append([line for line in said if "weights" in line or "disk" in line])
-    assert plans[0] == plans[1]
+        plans.append(
+            [re.sub(r"[\d.]+ .B -> |, unchanged| +", "", line) for line in said if "weigh" in line or "disk" in line]
+        )
+    assert len(plans[0]) == 3 and plans[0] == plans[1]
 
 
 def test_plan_holds_what_is_read(tmp_path):
