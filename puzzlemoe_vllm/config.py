@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,14 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from puzzlemoe_vllm.format.fp8 import FP8_BLOCK
-from puzzlemoe_vllm.format.layout import EXPERT_COUNTS, QUANT_METHOD, LayoutError, PuzzleConfig, parse_config
+from puzzlemoe_vllm.format.layout import (
+    EXPERT_COUNTS,
+    QUANT_METHOD,
+    LayoutError,
+    PuzzleConfig,
+    decoder_layer,
+    parse_config,
+)
 from puzzlemoe_vllm.format.shards import read_json_object
 from puzzlemoe_vllm.served_files import ServedFiles, wants_digests
 
@@ -31,6 +37,8 @@ FUSED = {
 
 ROUTING = (
     "num_experts_per_tok",
+    "moe_k",
+    "moe_topk",
     "norm_topk_prob",
     "scoring_func",
     "routed_scaling_factor",
@@ -109,8 +117,8 @@ class PuzzleMoEConfig(QuantizationConfig):
             return self.fp8.get_quant_method(layer, prefix) if self._in_fp8(prefix) else UnquantizedLinearMethod()
         if not isinstance(layer, RoutedExperts):
             return None
-        match = re.search(r"(?:^|\.)layers\.(\d+)\.", prefix)
-        index = int(match[1]) if match else -1
+        if (index := decoder_layer(prefix)) is None:
+            return None  # layers for multi-token prediction are dense
         merged, centres = self.layout.merged_experts.get(index, 0), self.layout.clusters.get(index)
         if not merged and centres is None:
             return None

@@ -24,7 +24,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from puzzlemoe_vllm.format.codes import get_code
 from puzzlemoe_vllm.format.fp8 import FP8_BLOCK, FP8_SCALE, dequantize, scale_shape, scales_name
-from puzzlemoe_vllm.format.layout import QUANT_METHOD, STEPS, WORDS, LayoutError, PuzzleConfig, parse_config
+from puzzlemoe_vllm.format.layout import (
+    QUANT_METHOD,
+    STEPS,
+    WORDS,
+    LayoutError,
+    PuzzleConfig,
+    decoder_layer,
+    parse_config,
+)
 
 logger = logging.get_logger("transformers.puzzlemoe")
 
@@ -90,9 +98,16 @@ class StoredExperts:
 
 def layer_of(parameter: str) -> int:
     """The decoder layer of `model.layers.3.mlp.experts.down_proj`."""
-    found = re.search(r"(?:^|\.)layers\.(\d+)\.", parameter)
-    assert found, parameter
-    return int(found[1])
+    layer = decoder_layer(parameter)
+    assert layer is not None, parameter
+    return layer
+
+
+def is_copied(model: Any, stored: str) -> bool:
+    """Whether a stored tensor is of a part that the class does not have: layers for multi-token prediction, a tower."""
+    layer, layers = decoder_layer(stored), model.config.get_text_config().num_hidden_layers
+    unread = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    return (layer is not None and layer >= layers) or any(re.search(pattern, stored) for pattern in unread)
 
 
 def stored_patterns(weight: str) -> list[str]:
@@ -154,7 +169,7 @@ class CastToParameter(ConversionOps):
     ) -> dict[str, Tensor]:
         """input_dict: one tensor."""
         ((tensor,),) = input_dict.values()
-        return {full_layer_name: tensor.to(model.get_parameter(full_layer_name).dtype)}
+        return {full_layer_name: tensor.to(model.get_parameter_or_buffer(full_layer_name).dtype)}
 
 
 class DequantizeLinear(ConversionOps):
@@ -270,6 +285,8 @@ def check_files(model: Any, files: list[str], layout: PuzzleConfig) -> tuple[lis
             for stored in tensors.keys():  # noqa: SIM118  (an open file is no mapping)
                 name = rename_source_key(stored, renamings, [])[0]
                 if name not in expected:
+                    if is_copied(model, stored):
+                        continue
                     raise LayoutError(f"{file}: {stored} belongs to no parameter of {type(model).__name__}")
                 if name in found:
                     raise LayoutError(f"{file}: {stored} is in {found[name]}, too")

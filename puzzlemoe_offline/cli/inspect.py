@@ -62,6 +62,8 @@ def inspect_command(
         + (f", {facts['clusters']} clusters" if facts["clusters"] else "")
         + (f", code {facts['code']}" if facts["code"] else "")
     )
+    for part in facts["copied"]:
+        console.print(f"{part}: as the source has it, {decimal(facts['bytes'][part])}")
     if facts["provenance"]:
         console.print(facts["provenance"])
     if changed := facts["changed_files"]:

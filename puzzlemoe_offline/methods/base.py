@@ -15,7 +15,7 @@ from puzzlemoe_offline.calibration.statistics import ExpertStatistics
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.layerwise import LayerExperts
-from puzzlemoe_offline.model.tensors import dense_tensors
+from puzzlemoe_offline.model.tensors import dense_layer_tensors
 from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.layout import PuzzleConfig
 
@@ -162,7 +162,5 @@ class LayerMethod(ABC):
 
 def dense_layer(layer: SourceLayer, experts: list[Expert], record: LayerRecord | None = None) -> NewLayer:
     """Experts in bf16, in the order of their ids."""
-    tensors: dict[str, Tensor] = {}
-    for number, expert in enumerate(experts):
-        tensors |= dense_tensors(layer.checkpoint, layer.index, number, expert)
+    tensors = dense_layer_tensors(layer.checkpoint, layer.index, experts)
     return NewLayer(tensors, record or LayerRecord(layer=layer.index))

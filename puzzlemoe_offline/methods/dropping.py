@@ -32,7 +32,7 @@ class DropExperts(LayerMethod):
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises MethodError when fewer experts than a token needs would stay, or the router picks from groups."""
         super().check(checkpoint)
-        if (groups := expert_groups(checkpoint.config)) > 1:
+        if (groups := expert_groups(checkpoint.text)) > 1:
             raise MethodError(
                 f"{checkpoint.folder}: its router picks from {groups} groups of experts, which dropping would leave "
                 "uneven; use --method hc-smoe-50 or hc-smoe-25, which keep the router"

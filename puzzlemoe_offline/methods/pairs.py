@@ -212,7 +212,7 @@ class PairMethod(LayerMethod):
         for routing groups that cannot be paired."""
         super().check(checkpoint)
         self.group_size(checkpoint)
-        check_groups(checkpoint.experts, expert_groups(checkpoint.config))
+        check_groups(checkpoint.experts, expert_groups(checkpoint.text))
         if self.recipe.sparsity == 0.25 and checkpoint.experts < 4:
             raise MethodError(
                 f"--sparsity 0.25: half of the {checkpoint.experts} experts per layer of {checkpoint.folder} are no "
@@ -222,7 +222,7 @@ class PairMethod(LayerMethod):
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:
         """Half a word's and its step's of experts that merge, bf16 of the others; if no more stay dense than the recipe
         says."""
-        merged = merged_count(checkpoint.experts, self.recipe.sparsity, expert_groups(checkpoint.config))
+        merged = merged_count(checkpoint.experts, self.recipe.sparsity, expert_groups(checkpoint.text))
         share = merged / checkpoint.experts
         return share * self.code.bits_per_pair(self.group_size(checkpoint)) / 2 + (1 - share) * 16
 
@@ -255,7 +255,7 @@ class PairMethod(LayerMethod):
         if layer.passes:
             statistics = layer.statistics(moments=self.recipe.compensate, record=sample.record)
             self._check_inputs(layer, statistics)
-        record, groups = LayerRecord(layer=layer.index), expert_groups(layer.checkpoint.config)
+        record, groups = LayerRecord(layer=layer.index), expert_groups(layer.checkpoint.text)
         began = time.perf_counter()
         pairing = self._pair(layer, statistics)
         record.seconds["pair"] = time.perf_counter() - began
@@ -298,7 +298,7 @@ class PairMethod(LayerMethod):
         return pair_experts(
             layer.checkpoint.experts,
             self.recipe.sparsity,
-            expert_groups(layer.checkpoint.config),
+            expert_groups(layer.checkpoint.text),
             statistics.tokens if statistics else None,
             self.recipe.seed * 100_003 + layer.index,
             self._costs(layer, statistics),

@@ -29,11 +29,10 @@ class Wanda(LayerMethod):
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises MethodError when the experts' sizes are not multiples of four."""
         super().check(checkpoint)
-        for key in ("hidden_size", checkpoint.family.intermediate):
-            if int(checkpoint.config[key]) % 4:
+        for key, size in zip(("hidden_size", checkpoint.family.intermediate), checkpoint.expert_sizes, strict=True):
+            if size % 4:
                 raise MethodError(
-                    f"{checkpoint.folder}: {key} is {checkpoint.config[key]}, not a multiple of four, which wanda-2:4 "
-                    "needs"
+                    f"{checkpoint.folder}: {key} is {size}, not a multiple of four, which wanda-2:4 needs"
                 )
 
     def bits_per_weight(self, checkpoint: Checkpoint) -> float:

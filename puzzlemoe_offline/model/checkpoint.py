@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from puzzlemoe_offline.model.expert import Expert
-from puzzlemoe_offline.model.families import Family, family_of
+from puzzlemoe_offline.model.families import MTP, Family, family_of
 from puzzlemoe_offline.model.fp8 import ACTIVATIONS, BLOCKS, Fp8Form, check_scale, find_scales, form_of
 from puzzlemoe_offline.model.other_formats import (
     ORIGINAL,
@@ -38,7 +39,14 @@ from puzzlemoe_vllm.format.layout import (
     weight_name,
     words_name,
 )
-from puzzlemoe_vllm.format.shards import DTYPE_BITS, ShardHeader, TensorInfo, check_headers, read_json_object
+from puzzlemoe_vllm.format.shards import (
+    DTYPE_BITS,
+    FP8_DTYPES,
+    ShardHeader,
+    TensorInfo,
+    check_headers,
+    read_json_object,
+)
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """dtypes that weights may have, by their names in headers."""
@@ -46,16 +54,11 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 LARGEST_CONFIG = 10_000_000
 """Bytes of a config.json."""
 
-FLOAT32 = (".e_score_correction_bias", ".rotary_emb.inv_freq")
-"""What names of tensors end with that are not cast to bf16: in it, such a router's bias changes most choices."""
+RECOMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+"""What names of tensors end with that old checkpoints hold and no loader reads."""
 
 SIZE_KEYS = ("_dim", "_rank", "_heads", "_experts", "hidden_size", "intermediate_size", "vocab_size")
 """What keys of config.json end with that hold the size of some tensor."""
-
-
-def kept_in_float32(name: str) -> bool:
-    """Whether a tensor is written as it is stored; any other is written in bf16, as vLLM would cast it."""
-    return name.endswith(FLOAT32)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json_object(folder / "config.json", LARGEST_CONFIG)
         check_not_quantized(folder, self.config)
         self.family: Family = family_of(self.config)
+        self.text = self.family.text(self.config)
         self.quantization = self._quantization()
         self.has_weights = headers is None
         if self.quantization:
@@ -97,10 +101,10 @@ class Checkpoint:
         self._where = {name: file for file, header in headers.items() for name in header.tensors}
         self.fp8 = self._fp8_form()
         self._scales = self._find_scales() if self.fp8 else {}
-        check_tensor_names(folder, self.names)
+        check_tensor_names(folder, self.names, self.family.prefix)
         self._check_sizes()
         self.layers = self._size("num_hidden_layers")
-        key = self.family.experts_key(self.config)
+        key = self.family.experts_key(self.text)
         self.experts = self._size(key)
         if self.experts < 2:
             raise CheckpointError(f"{self._config_path}: {key} is {self.experts}, nothing to merge")
@@ -109,7 +113,7 @@ class Checkpoint:
                 f"{self._config_path}: a token chooses {self.experts_per_token} of {self.experts} experts: copy it "
                 "again"
             )
-        self._layers, self.outside = self._by_layer()
+        self._layers, self.outside, self.copied = self._by_layer()
         if not self.moe_layers:
             raise CheckpointError(
                 f"{shown(folder, 200)}: no expert tensors found for model_type {self.config['model_type']!r}"
@@ -143,7 +147,7 @@ class Checkpoint:
         """No size in config.json is larger than every tensor: memory for such a model is not asked for."""
         shapes = [info.shape for header in self._headers.values() for info in header.tensors.values()]
         largest = max((max(shape) for shape in shapes if shape), default=0)
-        for key, size in self.config.items():
+        for key, size in self.text.items():
             if key.endswith(SIZE_KEYS) and isinstance(size, int | float) and size > largest:
                 raise CheckpointError(
                     f"{self._config_path}: {shown(key, 40)} is {shown(size, 40)}, but no tensor is larger than "
@@ -151,17 +155,21 @@ class Checkpoint:
                 )
 
     def _size(self, key: str) -> int:
-        """A size that config.json holds."""
-        size = self.config.get(key)
+        """A size that the language model's config holds, or a list of one for each layer, which must be equal."""
+        size = self.text.get(key)
+        if isinstance(size, list) and size and all(one == size[0] for one in size):
+            size = size[0]
         if type(size) is not int or size < 1:
             raise CheckpointError(
                 f"{self._config_path}: {key} is {shown(repr(size), 60)}, expected a positive number: copy it again"
             )
         return size
 
-    def _by_layer(self) -> tuple[list[LayerTensors], tuple[str, ...]]:
-        """Tensor names by decoder layer, and those outside layers: embedding, final norm and head."""
-        places = {name: re.match(r"(model\.layers\.([0-9]{1,9})\.(\w+))\.(experts\.)?", name) for name in self.names}
+    def _by_layer(self) -> tuple[list[LayerTensors], tuple[str, ...], dict[str, str]]:
+        """Tensor names by decoder layer; those outside layers: embedding, final norm and head; and those of parts that
+        are copied, with the part's name."""
+        pattern = re.compile(rf"({re.escape(self.family.prefix)}layers\.([0-9]{{1,9}})\.(\w+))\.(.*)")
+        places = {name: pattern.match(name) for name in self.names}
         found = len({match[2] for match in places.values() if match})
         if self.layers > found:
             raise CheckpointError(
@@ -172,13 +180,17 @@ class Checkpoint:
         plain: list[list[str]] = [[] for _ in range(self.layers)]
         blocks: dict[int, str] = {}
         outside = []
+        copied = {}
         for name, match in sorted(places.items()):
             layer = int(match[2]) if match else self.layers
             if not match or layer >= self.layers:
-                outside.append(name)
-            elif match[4]:
+                if part := self._copied_part(name, layer if match else None):
+                    copied[name] = part
+                else:
+                    outside.append(name)
+            elif match[4].startswith("experts.") or match[4] in self.family.fused:
                 experts[layer].append(name)
-                if match[3] in (self.family.block, "mlp"):
+                if match[3] in (self.family.block, self.family.module):
                     blocks[layer] = match[1]
             else:
                 plain[layer].append(name)
@@ -187,7 +199,18 @@ class Checkpoint:
             LayerTensors(tuple(routed), tuple(other), blocks.get(layer))
             for layer, (routed, other) in enumerate(tensors)
         ]
-        return layers, tuple(outside)
+        return layers, tuple(outside), copied
+
+    def _copied_part(self, name: str, layer: int | None) -> str | None:
+        """The part that a tensor outside the decoder belongs to, where it is copied.
+
+        layer: of a name of a decoder layer, beyond the last.
+        """
+        if layer is not None:
+            key = self.family.mtp_layers
+            more = self.text.get(key) if key else None
+            return MTP if isinstance(more, int) and layer < self.layers + more else None
+        return next((part for start, part in self.family.copied.items() if name.startswith(start)), None)
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -209,6 +232,11 @@ class Checkpoint:
         block = self._layers[layer].block
         assert block
         return block
+
+    def router(self, layer: int) -> list[str]:
+        """Names on disk of the tensors of a layer's router, its weight first; none in a layer without experts."""
+        block = self._layers[layer].block
+        return [f"{block}.{name}" for name in self.family.router] if block else []
 
     @property
     def code(self) -> PairCode:
@@ -320,7 +348,7 @@ class Checkpoint:
             words = self.pair_words(layer, expert & ~1, projection).to(device)
             steps = self.pair_steps(layer, expert & ~1, projection)
             return self.code.decode(words, expert & 1, None if steps is None else steps.to(device))
-        fused = f"{experts}." + ("down_proj" if index == 2 else "gate_up_proj")
+        fused = f"{self.block(layer)}.{self.family.fused[index == 2]}"
         stored = fused if fused in self._where else weight_name(experts, self.centre(layer, expert), projection)
         self._require(stored)
         self._check_dtype(stored)
@@ -386,7 +414,12 @@ class Checkpoint:
         for layer, tensors in enumerate(self._layers):
             known = set()
             if tensors.block:
-                self.check_tensor(f"{tensors.block}.gate.weight", (self.experts, self.expert_sizes[0]))
+                weight, *more = self.router(layer)
+                self.check_tensor(weight, (self.experts, self.expert_sizes[0]))
+                for name in more:
+                    self._require(name)
+                    if self.experts not in self.shape(name):
+                        self.check_tensor(name, (self.experts,))
                 for name, shape in self._expert_shapes(layer):
                     self.check_tensor(name, shape)
                     known.add(name)
@@ -397,16 +430,17 @@ class Checkpoint:
                     "model, or the model is no plain one"
                 )
         for name in self.names:
-            if not name.endswith((f".{WORDS}", f".{STEPS}")):
+            if not name.endswith((f".{WORDS}", f".{STEPS}")) and not self._is_copied_as_it_is(name):
                 self._check_dtype(name)
 
     def _expert_shapes(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the tensors that the layer's routed experts are stored in."""
         experts, merged = f"{self.block(layer)}.experts", self.merged(layer)
         hidden, intermediate = self.expert_sizes
-        if f"{experts}.gate_up_proj" in self._where:
-            yield f"{experts}.gate_up_proj", (self.experts, 2 * intermediate, hidden)
-            yield f"{experts}.down_proj", (self.experts, hidden, intermediate)
+        gate_up, down = (f"{self.block(layer)}.{name}" for name in self.family.fused)
+        if gate_up in self._where:
+            yield gate_up, (self.experts, 2 * intermediate, hidden)
+            yield down, (self.experts, hidden, intermediate)
             return
         for index, projection in enumerate(self.family.projections):
             for expert in range(self.experts):
@@ -452,29 +486,46 @@ class Checkpoint:
     def stored_bytes(self, routed: bool) -> int:
         """Bytes of all routed experts, or of everything else, as they lie in the files."""
         names = [name for layer in self._layers for name in (layer.experts if routed else layer.plain)]
-        return sum(map(self.nbytes, names if routed else [*names, *self.outside]))
+        return sum(map(self.nbytes, names if routed else [*names, *self.outside, *self.copied]))
 
     @property
     def other_bytes(self) -> int:
-        """Bytes of everything but routed experts, as `tensors.as_written` gives it."""
+        """Bytes of everything but routed experts, as it is written where none is kept in FP8."""
         plain = [name for layer in self._layers for name in layer.plain]
-        return sum(self.written_bytes(name) for name in [*plain, *self.outside])
+        return sum(self.written_bytes(name) for name in [*plain, *self.outside, *self.copied])
+
+    @property
+    def copied_bytes(self) -> dict[str, int]:
+        """Bytes of each part that is copied, as it is written."""
+        sizes: Counter[str] = Counter()
+        for name, part in self.copied.items():
+            sizes[part] += self.written_bytes(name)
+        return dict(sizes)
+
+    def _is_copied_as_it_is(self, name: str) -> bool:
+        """Whether a tensor is copied byte for byte: any of a part that is copied, unless it is in FP8."""
+        return name in self.copied and self._info(name).dtype not in FP8_DTYPES
+
+    def kept_in_float32(self, name: str) -> bool:
+        """Whether a tensor is written as it is stored; any other is written in bf16, as vLLM would cast it."""
+        return name.endswith((*(f".{end}" for end in self.family.float32), *RECOMPUTED))
 
     def written_bytes(self, name: str) -> int:
-        """Bytes of a tensor of no routed expert, as `tensors.as_written` gives it."""
-        entries = math.prod(self.shape(name))
-        return entries * (4 if kept_in_float32(name) and self._info(name).dtype == "F32" else 2)
+        """Bytes of a tensor of no routed expert, as `tensors.as_written` and `tensors.copied_tensors` give it."""
+        if self._is_copied_as_it_is(name) or (self.kept_in_float32(name) and name not in self._scales):
+            return self.nbytes(name)
+        return math.prod(self.shape(name)) * 2
 
     @property
     def positions(self) -> int | None:
         """Longest sequence that the model was made for; None where config.json does not say."""
-        positions = self.config.get("max_position_embeddings")
+        positions = self.text.get("max_position_embeddings")
         return positions if isinstance(positions, int) and positions > 0 else None
 
     @property
     def experts_per_token(self) -> int:
         """Routed experts that the router chooses for a token."""
-        return self._size("num_experts_per_tok")
+        return self._size(self.family.top_k)
 
     def fingerprint(self) -> str:
         """Digest of config.json and of every file's name, size and tensor table; weights are not read."""

@@ -21,22 +21,24 @@ TOGETHER = (
     ("kv_b_proj",),
     ("gate_proj", "up_proj"),
     ("down_proj",),
+    ("in_proj_qkvz",),
+    ("in_proj_qkv", "in_proj_z"),
+    ("out_proj",),
 )
-"""Linear layers that are quantized here, by the names that families have for them; those of a row are one layer to
-vLLM, and are all in FP8 or none."""
+"""Linear layers that may be in FP8, by the names that families have for them; those of a row are one layer to vLLM,
+and are all in FP8 or none.  vLLM holds others in bf16 whatever config.json says, e.g. gates of shared experts."""
 
 
 def fp8_weights(checkpoint: Checkpoint) -> frozenset[str]:
-    """Names of the weights that are written in FP8: those that the source has in FP8 by blocks, and those of `TOGETHER`
-    whose rows and columns are whole blocks.  Routers, and all outside decoder layers, are not among them.
+    """Names of the weights that are written in FP8: those of `TOGETHER` that the source has in FP8 by blocks, or whose
+    rows and columns are whole blocks.  Routers, and all outside the decoder's layers, are not among them.
 
     Raises Fp8Error when there are none.
     """
     found: set[str] = set()
     for index in range(checkpoint.layers):
-        layer = checkpoint.layer(index)
-        router = f"{layer.block}.gate."
-        found |= _of_layer(checkpoint, [name for name in layer.plain if not name.startswith(router)])
+        router = checkpoint.router(index)
+        found |= _of_layer(checkpoint, [name for name in checkpoint.layer(index).plain if name not in router])
     if not found:
         raise Fp8Error(
             f"{shown(checkpoint.folder, 200)}: no linear layer outside experts has multiples of {FP8_BLOCK} as rows "
@@ -52,10 +54,9 @@ def _of_layer(checkpoint: Checkpoint, names: list[str]) -> set[str]:
             modules[match[1]][match[2]] = name
     found: set[str] = set()
     for weights in modules.values():
-        known = {layer for group in TOGETHER for layer in group}
-        for group in (*TOGETHER, *((layer,) for layer in weights if layer not in known)):
+        for group in TOGETHER:
             together = [weights[layer] for layer in group if layer in weights]
-            if all(checkpoint.in_blocks(name) or (group in TOGETHER and _fits(checkpoint, name)) for name in together):
+            if all(checkpoint.in_blocks(name) or _fits(checkpoint, name) for name in together):
                 found |= set(together)
     return found
 

@@ -12,7 +12,7 @@ from puzzlemoe_vllm.format.shards import changed_files, check_digests, has_diges
 
 
 def inspect(checkpoint: Checkpoint, quick: bool = False) -> dict[str, Any]:
-    """Sizes in bytes per part, pairs or clusters, and the recipe.
+    """Sizes in bytes per part, which parts are copied, pairs or clusters, and the recipe.
 
     Reads every tensor, and compares every shard with its digest where the index has digests; `quick` leaves it at
     headers.  `checked` says which it was: headers, values, or digests (and values).  `changed_files`: those beside the
@@ -34,7 +34,9 @@ def inspect(checkpoint: Checkpoint, quick: bool = False) -> dict[str, Any]:
         for name in tensors.experts:
             sizes[_expert_part(checkpoint, index, name)] += checkpoint.nbytes(name)
         for name in tensors.plain:
-            sizes[_plain_part(tensors, name)] += checkpoint.nbytes(name)
+            sizes[_plain_part(checkpoint, tensors, name)] += checkpoint.nbytes(name)
+    for name, part in checkpoint.copied.items():
+        sizes[part] += checkpoint.nbytes(name)
     packed = checkpoint.quantization
     return {
         "model_type": checkpoint.config["model_type"],
@@ -44,6 +46,7 @@ def inspect(checkpoint: Checkpoint, quick: bool = False) -> dict[str, Any]:
         "experts_per_token": checkpoint.experts_per_token,
         "pairs": sum(packed.merged_experts.values()) // 2 if packed else 0,
         "clusters": sum(len(set(centres)) for centres in packed.clusters.values()) if packed else 0,
+        "copied": sorted(set(checkpoint.copied.values())),
         "bytes": dict(sorted(sizes.items())),
         "checked": "headers" if quick else "digests" if digests else "values",
         "changed_files": changed_files(checkpoint.folder),
@@ -63,6 +66,8 @@ def _read_everything(checkpoint: Checkpoint) -> None:
                 checkpoint.expert(index, expert)
     for name in checkpoint.outside:
         checkpoint.plain_tensor(name)
+    for name in checkpoint.copied:
+        checkpoint.tensor(name)
 
 
 def _expert_part(checkpoint: Checkpoint, layer: int, name: str) -> str:
@@ -72,11 +77,14 @@ def _expert_part(checkpoint: Checkpoint, layer: int, name: str) -> str:
     return "experts, in clusters" if clustered else "experts, dense"
 
 
-def _plain_part(layer: LayerTensors, name: str) -> str:
-    if "self_attn" in name:
+ATTENTION = (".self_attn.", ".linear_attn.", ".conv.")
+"""What names of tensors contain that mix tokens."""
+
+
+def _plain_part(checkpoint: Checkpoint, layer: LayerTensors, name: str) -> str:
+    if any(mixer in name for mixer in ATTENTION):
         return "attention"
-    if ".shared_expert" in name:
+    below = name.removeprefix(f"{layer.block}.")
+    if checkpoint.family.shared and below.startswith(checkpoint.family.shared):
         return "shared experts"
-    if layer.block and name.startswith(f"{layer.block}.gate."):
-        return "routers"
-    return "dense MLPs and norms"
+    return "routers" if below in checkpoint.family.router else "dense MLPs and norms"

@@ -12,21 +12,19 @@ import torch.nn.functional as F
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.checkpoint import RECOMPUTED, Checkpoint
 from puzzlemoe_offline.model.deepseek_moe import DeepseekForCausalLM, deepseek_config
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.weight_files import CheckpointError
-from puzzlemoe_vllm.errors import shown
+from puzzlemoe_vllm.errors import UserError, shown
 
 BATCH_TOKENS = 8192
 """Tokens that go through a layer at once."""
 
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-RECOMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
-"""What names of tensors end with that old checkpoints hold and no loader reads."""
+HEAD = "lm_head.weight"
 
 
 class Observer(Protocol):
@@ -107,6 +105,17 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+class _Stub(nn.Module):
+    """Stands where a model without its head was, and hands out hidden states that went through it already."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, **arguments: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+
+
 class LayerwiseModel:
     """A transformers model without weights, whose layers are filled from a checkpoint one at a time.
 
@@ -119,21 +128,24 @@ class LayerwiseModel:
         """Raises CheckpointError when the checkpoint lacks a tensor of the model, has one more, or one of another shape
         or dtype, or when transformers does not know what config.json says."""
         checkpoint.check_complete()
-        self.checkpoint = checkpoint
+        self.checkpoint, self.family = checkpoint, checkpoint.family
         self.device = torch.device(device)
         self.dtype = activation_dtype(device)
         try:
             # On the meta device from the start: even for a moment, a layer's experts may be more than there is memory.
             with torch.device("meta"):
                 self.model = _build(checkpoint, self.dtype).eval()
-            self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=self.model.config)
+            self._check_row()
+            rotary = type(getattr(self.model.model, self.family.rotary))(config=self.model.config)
+        except UserError:
+            raise
         except Exception as error:  # transformers raises whatever its configurations and layers raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise CheckpointError(
                 f"{shown(checkpoint.folder / 'config.json', 150)}: transformers makes no model of it "
                 f"({shown(reason, 150)}): copy it again, or install a later transformers"
             ) from None
-        self.model.model.rotary_emb.to(self.device)
+        setattr(self.model.model, self.family.rotary, rotary.to(self.device))
         self._check_tensors()
         if checkpoint.has_weights:
             self._check_tied_head()
@@ -154,12 +166,14 @@ class LayerwiseModel:
         self._load(self.model.model.embed_tokens, "model.embed_tokens")
         layers = self.model.model.layers
         recorders = [_Recorder(layer) for layer in layers]
-        norm = self.model.model.norm
-        self.model.model.layers, self.model.model.norm = nn.ModuleList(recorders), nn.Identity()
+        norm = self._norm
+        self.model.model.layers = nn.ModuleList(recorders)
+        setattr(self.model.model, self.family.norm, nn.Identity())
         try:
             hidden: Tensor = self.model.model(input_ids=batch.to(self.device), use_cache=False).last_hidden_state
         finally:
-            self.model.model.layers, self.model.model.norm = layers, norm
+            self.model.model.layers = layers
+            setattr(self.model.model, self.family.norm, norm)
         self.arguments[len(batch)] = [recorder.arguments for recorder in recorders]
         return hidden
 
@@ -184,7 +198,7 @@ class LayerwiseModel:
             streamed = None
             if index in self.checkpoint.moe_layers:
                 streamed = StreamedExperts(partial(expert, index))
-                module.mlp.experts = streamed
+                getattr(module, self.family.module).experts = streamed
             self._load(module, f"model.layers.{index}")
             arguments = {size: by_layer[index] for size, by_layer in self.arguments.items()}
             yield index, DecoderLayer(module, arguments, streamed)
@@ -195,10 +209,21 @@ class LayerwiseModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [M, H] after the last layer -> float32 logits [M, vocabulary]."""
-        self._load(self.model.model.norm, "model.norm")
+        self._load(self._norm, f"model.{self.family.norm}")
         self._load(self.model.lm_head, "model.embed_tokens" if self._tied else "lm_head")
-        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden)).float()
+        # By the model's own forward: some scale their logits.
+        whole, self.model.model = self.model.model, _Stub(self._norm(hidden)[None])
+        try:
+            logits: Tensor = self.model(use_cache=False).logits[0].float()
+        finally:
+            self.model.model = whole
         return logits
+
+    @property
+    def _norm(self) -> nn.Module:
+        """The norm after the last layer."""
+        norm: nn.Module = getattr(self.model.model, self.family.norm)
+        return norm
 
     @property
     def _tied(self) -> bool:
@@ -209,26 +234,68 @@ class LayerwiseModel:
         """Releases of vLLM and transformers differ in whether they serve such a head or the embedding."""
         if not self._tied or HEAD not in self.checkpoint.outside:
             return
-        if not torch.equal(self.checkpoint.tensor(HEAD), self.checkpoint.tensor(EMBEDDING)):
+        embedding = self._on_disk("model.embed_tokens.weight")
+        if not torch.equal(self.checkpoint.tensor(HEAD), self.checkpoint.tensor(embedding)):
             raise CheckpointError(
                 f"{shown(self.checkpoint.folder, 200)}: config.json ties the head to the embedding, but {HEAD} is "
                 "another: set tie_word_embeddings to false, or drop that tensor, whichever the model was made with"
             )
 
+    def _check_row(self) -> None:
+        """The family's row names what transformers' class has, and all of a router's tensors.
+
+        Raises CheckpointError: a router's tensor that the row does not name would not follow its experts.
+        """
+        base = self.model.model
+        self._require_module(base, self.family.norm)
+        self._require_module(base, self.family.rotary)
+        layer = base.layers[self.checkpoint.moe_layers[0]]
+        self._require_module(layer, self.family.module)
+        block = getattr(layer, self.family.module)
+        if not hasattr(block, "experts"):
+            return  # `_check_tensors` says that the layer has none in config.json
+        if self.family.shared:
+            self._require_module(block, self.family.shared)
+        apart = ("experts.", *([self.family.shared] if self.family.shared else []))
+        held = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items() if not name.startswith(apart)}
+        experts = self.checkpoint.experts
+        per_expert = {name for name, shape in held.items() if shape[:1] == (experts,) or shape == (1, experts)}
+        if strange := sorted(per_expert ^ set(self.family.router.values())):
+            raise self._row_error(f"{self.family.module}.{strange[0]}")
+
+    def _require_module(self, parent: nn.Module, name: str) -> None:
+        if not hasattr(parent, name):
+            raise self._row_error(name)
+
+    def _row_error(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{type(self.model).__name__} of this release of transformers and puzzlemoe's table of families differ in "
+            f"{shown(name, 80)}: install another release of transformers, or the latest puzzlemoe-vllm"
+        )
+
     def _check_tensors(self) -> None:
         """Every tensor outside routed experts is there; `Checkpoint.check_complete` checks those."""
         for index, layer in enumerate(self.model.model.layers):
-            if hasattr(layer.mlp, "experts") and index not in self.checkpoint.moe_layers:
+            has_experts = hasattr(getattr(layer, self.family.module), "experts")
+            if has_experts != (index in self.checkpoint.moe_layers):
                 raise CheckpointError(
-                    f"{shown(self.checkpoint.folder, 200)}: layer {index} has no expert tensors, but "
-                    "config.json says that it has experts: the download or the copy is incomplete"
+                    f"{shown(self.checkpoint.folder, 200)}: layer {index} has "
+                    + (
+                        "no expert tensors, but config.json says that it has experts: the download or the copy is "
+                        "incomplete"
+                        if has_experts
+                        else "expert tensors, but config.json says that it has none: config.json belongs to another "
+                        "model"
+                    )
                 )
         expected = {name for index in self.checkpoint.moe_layers for name in self.checkpoint.layer(index).experts}
+        experts = f".{self.family.module}.experts."
         for name, parameter in self.model.state_dict().items():
-            if ".mlp.experts." in name or (name == HEAD and self._tied and HEAD not in self.checkpoint.outside):
+            if experts in name or (name == HEAD and self._tied and HEAD not in self.checkpoint.outside):
                 continue
             expected.add(on_disk := self._on_disk(name))
             self.checkpoint.check_tensor(on_disk, tuple(parameter.shape))
+        expected |= self.checkpoint.copied.keys()
         for name in self.checkpoint.names:
             if name not in expected and not name.endswith(RECOMPUTED):
                 raise CheckpointError(
@@ -238,17 +305,30 @@ class LayerwiseModel:
                 )
 
     def _load(self, module: nn.Module, prefix: str) -> None:
-        """Fills a module's parameters that have no weights yet from the tensors below `prefix`."""
-        for name, parameter in list(module.named_parameters()):
-            if parameter.device.type == "meta":
-                value = self.checkpoint.plain_tensor(self._on_disk(f"{prefix}.{name}"))
-                set_module_tensor_to_device(module, name, self.device, value=value, dtype=self.dtype)
+        """Fills a module's parameters and buffers that have no values yet from the tensors below `prefix`."""
+        for name, held in list(module.state_dict(keep_vars=True).items()):
+            if held.device.type == "meta":
+                on_disk = self._on_disk(f"{prefix}.{name}")
+                value = self.checkpoint.plain_tensor(on_disk)
+                # What transformers computes in float32 whatever the model's dtype, e.g. a router's bias, or vLLM does.
+                dtype = torch.float32 if self.checkpoint.kept_in_float32(on_disk) else held.dtype
+                set_module_tensor_to_device(module, name, self.device, value=value, dtype=dtype)
+        empty = [name for name, buffer in module.named_buffers() if buffer.device.type == "meta" != self.device.type]
+        if empty:
+            raise self._row_error(f"{prefix}.{empty[0]}")
 
     def _on_disk(self, name: str) -> str:
-        """Name on disk of a parameter, whose MoE block transformers calls `mlp` in every family."""
-        match = re.match(r"model\.layers\.(\d+)\.mlp\.", name)
-        block = self.checkpoint.layer(int(match[1])).block if match else None
-        return name.replace(match[0], f"{block}.", 1) if match and block else name
+        """Name on disk of a parameter or buffer of transformers' class."""
+        match = re.match(r"model\.(?:layers\.(\d+)\.)?", name)
+        if match is None:
+            return name
+        rest = name.removeprefix(match[0])
+        block = self.checkpoint.layer(int(match[1])).block if match[1] else None
+        if block and rest.startswith(f"{self.family.module}."):
+            below = rest.removeprefix(f"{self.family.module}.")
+            on_disk = {there: here for here, there in self.family.router.items()}
+            return f"{block}.{on_disk.get(below, below)}"
+        return self.family.prefix + name.removeprefix("model.")
 
 
 class DecoderLayer:
@@ -275,8 +355,9 @@ class DecoderLayer:
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """In `dtype` from the start, as transformers loads a model: casting it later would round its rotary frequencies."""
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in checkpoint.text.items() if key != "quantization_config"}
     if config["model_type"] == "deepseek":
         return DeepseekForCausalLM._from_config(deepseek_config(config), dtype=dtype)
-    native = CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    return AutoModelForCausalLM.from_config(native, dtype=dtype, attn_implementation="sdpa")
+    native = checkpoint.family.native or config["model_type"]
+    found = CONFIG_MAPPING[native].from_dict({**config, "model_type": native})
+    return AutoModelForCausalLM.from_config(found, dtype=dtype, attn_implementation="sdpa")

@@ -114,8 +114,11 @@ def _compressed_tensors(raw: dict[str, Any]) -> str:
     return shown(said, 100)
 
 
-def check_tensor_names(folder: Path, names: Iterable[str]) -> None:
-    """Raises ForeignFormat for tensors that only quantized models have, and for names with a wrapper's prefix."""
+def check_tensor_names(folder: Path, names: Iterable[str], own_prefix: str) -> None:
+    """Raises ForeignFormat for tensors that only quantized models have, and for names with a wrapper's prefix.
+
+    own_prefix: what names of the family's language model begin with.
+    """
     for name in names:
         if name.endswith(QUANTIZED_SUFFIXES) and ".puzzle" not in name:
             raise ForeignFormat(
@@ -123,7 +126,7 @@ def check_tensor_names(folder: Path, names: Iterable[str]) -> None:
                 f"{ORIGINAL}"
             )
         match = re.match(r"((?:\w+\.)*?)(?:model\.)?layers\.\d+\.", name)
-        if match and (prefix := match[1]) in PREFIXES:
+        if match and (prefix := match[1]) in PREFIXES and prefix != own_prefix:
             raise ForeignFormat(
                 f"{shown(folder, 200)}: tensor names begin with {prefix}: {PREFIXES[prefix]}, or rename the tensors"
             )

@@ -23,13 +23,14 @@ class Sizes(BaseModel):
     """Bytes of routed experts and of everything else, before as the source stores them.
 
     experts_after: as the method stores them; of one whose results are written in bf16, what its own storage would take.
-    other: as it is written.
+    other: as it is written.  copied: of these, parts that are copied, e.g. layers for multi-token prediction, by name.
     """
 
     experts_before: int
     experts_after: int
     other_before: int
     other: int
+    copied: dict[str, int] = {}
 
     @property
     def experts_text(self) -> str:
@@ -71,8 +72,8 @@ class Job:
 
     @property
     def shards(self) -> int:
-        """Files that are written: one a layer, and one for what is outside layers."""
-        return self.checkpoint.layers + 1
+        """Files that are written: one a layer, one for what is outside layers, and one for what is copied, if any."""
+        return self.checkpoint.layers + 1 + bool(self.checkpoint.copied)
 
     @property
     def experts_after(self) -> int:
@@ -87,6 +88,7 @@ class Job:
             experts_after=self.experts_after,
             other_before=self.checkpoint.stored_bytes(routed=False),
             other=self.other_after,
+            copied=self.checkpoint.copied_bytes,
         )
 
     @property

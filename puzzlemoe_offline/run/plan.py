@@ -55,12 +55,14 @@ def make_plan(job: Job) -> Plan:
     plain = [checkpoint.layer(layer).plain for layer in range(checkpoint.layers)]
     layer_other = max(sum(map(checkpoint.written_bytes, names)) for names in plain)
     embedding = max(map(checkpoint.written_bytes, checkpoint.outside))
+    copied = sum(checkpoint.copied_bytes.values())
     expert, moe_layers = checkpoint.expert_bytes, len(checkpoint.moe_layers)
     layer_experts, packed = expert * checkpoint.experts, job.experts_after // moe_layers
     on_device = layer_experts + packed + layer_other * width // 2 + expert * width // 2 + embedding * width // 2
     on_device += _scratch_bytes(job)
     # From a GPU the packed layer goes to pinned memory, whose blocks have powers of two as sizes.
     host = job.states_bytes + layer_other + (on_device if on_cpu else expert + 2 * packed)
+    host = max(host, copied)
     return Plan(
         sizes=job.sizes,
         disk=job.disk_bytes,

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Group
+from rich.filesize import decimal
 from rich.table import Table
 
 from puzzlemoe_offline.calibration.text import Calibration
@@ -124,6 +125,7 @@ def summary(report: Report) -> Group:
     lines = [
         f"expert weights  {sizes.experts_text}",
         f"other weights   {sizes.other_text}",
+        *(f"copied          {decimal(size)} of these, {part}" for part, size in sizes.copied.items()),
         "seconds         " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items()),
     ]
     if loaded := report.bytes_per_token:

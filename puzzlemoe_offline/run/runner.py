@@ -12,7 +12,7 @@ from puzzlemoe_offline.calibration.text import Calibration
 from puzzlemoe_offline.methods.base import LayerRecord, NewLayer, SourceLayer
 from puzzlemoe_offline.model.hub import small_files
 from puzzlemoe_offline.model.layerwise import LayerExperts, batch_size
-from puzzlemoe_offline.model.tensors import plain_tensors, tensors_outside_layers
+from puzzlemoe_offline.model.tensors import copied_tensors, plain_tensors, tensors_outside_layers
 from puzzlemoe_offline.model.tokenizer import mended_config
 from puzzlemoe_offline.run.card import model_card
 from puzzlemoe_offline.run.files import OutputError
@@ -80,8 +80,9 @@ def _write(
         del tensors
         records.append(record)
         on_layer(record)
-    if len(finished) < job.shards:
-        folder.write_shard(checkpoint.layers, tensors_outside_layers(checkpoint), None, None)
+    for number, tensors_of in enumerate((tensors_outside_layers, copied_tensors), checkpoint.layers):
+        if len(finished) <= number < job.shards:
+            folder.write_shard(number, tensors_of(checkpoint), None, None)
     report = build_report(job, calibration, records)
     files = {REPORT: report.text(), CARD: model_card(job, report)}
     folder.finish(_config(job, calibration, records), checkpoint.folder, files | tokenizer)
@@ -94,8 +95,12 @@ def _config(job: Job, calibration: Calibration | None, records: list[LayerRecord
     dropped = ("quantization_config", "transformers_weights")
     config = {key: value for key, value in checkpoint.config.items() if key not in dropped}
     # The second is the only one that transformers before 4.56 knows, and without it loads float32.
-    config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
-    config[checkpoint.family.experts_key(checkpoint.config)] = job.method.experts_left(checkpoint)
+    dtype = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    text = checkpoint.text | dtype
+    key = checkpoint.family.experts_key(text)
+    if (left := job.method.experts_left(checkpoint)) != checkpoint.experts:
+        text[key] = left
+    config |= dtype | ({"text_config": text} if checkpoint.family.nested else {key: text[key]})
     if quantization := job.method.quantization(checkpoint, records):
         update = {"provenance": provenance(job, calibration), "fp8": job.fp8_layers}
         known = quantization.model_copy(update=update)

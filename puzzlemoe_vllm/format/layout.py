@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,7 +16,7 @@ QUANT_METHOD = "puzzlemoe"
 FORMAT_VERSION = 2
 """Version 1 had no digests of the shards."""
 
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Keys of a model's config.json that hold its number of routed experts."""
 
 WORDS = "puzzle"
@@ -156,6 +157,15 @@ def layout_digest(config: PuzzleConfig) -> str:
     read = {"code", "group_size", "merged_experts", "clusters"}
     fields = config.model_dump(mode="json", include=read | ({"fp8"} if config.fp8 else set()))
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def decoder_layer(name: str) -> int | None:
+    """The decoder layer of a tensor or module, e.g. 3 of `model.language_model.layers.3.mlp.experts`; None elsewhere.
+
+    Anchored: layers for multi-token prediction (`mtp.layers.0`) and of a vision tower have numbers of their own.
+    """
+    match = re.match(r"(?:(?:model|language_model)\.)*layers\.(\d{1,9})\.", name)
+    return int(match[1]) if match else None
 
 
 def words_name(experts: str, leader: int, projection: str) -> str:

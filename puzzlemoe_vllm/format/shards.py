@@ -33,6 +33,7 @@ from puzzlemoe_vllm.format.layout import (
     WORDS,
     LayoutError,
     PuzzleConfig,
+    decoder_layer,
     layout_digest,
 )
 
@@ -448,11 +449,10 @@ def _check_experts(folder: Path, headers: dict[str, ShardHeader], config: Puzzle
     projections: set[str] = set()
     for file, header in headers.items():
         for name, info in header.tensors.items():
-            match = re.search(r"(?:^|\.)layers\.(\d{1,9})\.(?:.*\.)?experts\.(.*)$", name)
-            if match is None:
+            layer, (_, found, below) = decoder_layer(name), name.partition(".experts.")
+            if layer is None or not found:
                 continue
-            part = re.fullmatch(r"(\d{1,9})\.(\w+)\.(\w+)", match[2])
-            layer = int(match[1])
+            part = re.fullmatch(r"(\d{1,9})\.(\w+)\.(\w+)", below)
             if part is None or part[3] not in (WORDS, STEPS, "weight"):
                 if layer in config.merged_experts or layer in config.clusters:
                     raise _fault(folder / file, f"{shown(name)} is no tensor of a packed layer: compress again")

@@ -242,6 +242,28 @@ def test_clusters_of_another_model_are_refused():
     config.maybe_update_config("model", SimpleNamespace(num_experts=3, num_hidden_layers=2))
 
 
+@pytest.mark.parametrize(
+    ("prefix", "packed"),
+    [
+        ("model.layers.0.mlp.experts", True),
+        ("layers.0.mlp.experts", True),
+        ("language_model.model.layers.0.mlp.experts", True),
+        ("model.language_model.layers.0.feed_forward.experts", True),
+        ("model.layers.1.mlp.experts", False),
+        ("mtp.layers.0.mlp.experts", False),
+        ("model.mtp.layers.0.mlp.experts", False),
+        ("model.mtp_block.layers.0.mlp.experts", False),
+        ("language_model.mtp.layers.0.mlp.experts", False),
+        ("visual.layers.0.mlp.experts", False),
+    ],
+)
+def test_only_layers_of_the_decoder_are_packed(prefix, packed):
+    """Layers for multi-token prediction and of towers have numbers of their own, and are dense."""
+    module = routed_experts(Ranks(1).parallel_config(0), random_layer(4))
+    config = PuzzleMoEConfig.from_config({"code": "mask16", "merged_experts": {"0": 4}})
+    assert (config.get_quant_method(module, prefix) is not None) == packed
+
+
 def check_sum_over_ranks(ranks: Ranks, layer: Layer) -> None:
     x, routing, ids = batch()
     modules = [loaded(ranks.parallel_config(rank), layer) for rank in range(ranks.count)]

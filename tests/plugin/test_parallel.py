@@ -17,14 +17,14 @@ EXPERT_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 
 @pytest.fixture(scope="module")
 def check(engine, parallel_engine, models):
-    """check(options, **model): a Mixtral on two ranks generates what its unpacked form generates on one."""
+    """check(options, family, **model): a model on two ranks generates what its unpacked form generates on one."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         pytest.skip("the two ranks need vLLM's CPU build")
 
-    def run(options, **model):
-        both = models("mixtral", **model)
+    def run(options, family="mixtral", **model):
+        both = models(family, **model)
         expected = engine.generate(both.unpacked, enforce_eager=True)
         assert_same_generation(expected, parallel_engine.generate(both.packed, **({"enforce_eager": True} | options)))
 
@@ -48,6 +48,13 @@ def test_tensor_parallel_that_cuts_tiles(check):
 
 def test_pair_that_straddles_expert_parallel_ranks(check):
     check(EXPERT_PARALLEL, num_local_experts=6)
+
+
+# A sigmoid router with a bias and shared experts; linear attention, and shared experts with a gate.
+@pytest.mark.parametrize("family", ["glm4_moe", "qwen3_next"])
+@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, EXPERT_PARALLEL], ids=["tensor", "expert"])
+def test_other_routers_and_attention(check, family, options):
+    check(options, family)
 
 
 def test_clusters_with_members_on_another_rank(check):

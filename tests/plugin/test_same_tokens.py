@@ -12,17 +12,29 @@ from safetensors.torch import load_file
 from support import models as tiny_models
 from support.comparison import assert_same_generation
 from support.engine import Engine, Step
+from support.model_configs import CONFIGS
 from support.packed_models import Models
 from support.runs import compress_pairs, unpack
 
 from puzzlemoe_offline.model import families
 from puzzlemoe_vllm.format.shards import save_shard
 
-FAMILIES = list(tiny_models.CONFIGS)
+NOT_ON_A_CPU = {
+    "minimax_m2": "its CPU router asserts softmax scores where experts are in no groups (cpu_router.py)",
+    "qwen3_5_moe": "its qwen3_5.py needs torchvision, through transformers, which the CPU build does not bring",
+}
+"""Families that vLLM 0.32's CPU build does not run, packed or not.  The plugin's part is that of Mixtral, whose names
+and loader MiniMax-M2 has, and of Qwen3-Next, whose classes Qwen3.5 has; contract.py has prefixes of layers."""
+
+FAMILIES = list(CONFIGS)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and (reason := NOT_ON_A_CPU.get(request.param)):
+        pytest.skip(reason)
     return request.param
 
 
@@ -51,6 +63,7 @@ def test_compiled(family, compiling_engine, models, expected):
     assert_same_generation(expected, compiling_engine.generate(models(family).packed, **options))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "glm4_moe", "lfm2_moe"], indirect=True)
 def test_a_quarter_of_the_memory_saved(family, engine, models):
     both = models(family, sparsity="0.25")
     options = {"enforce_eager": True, "trust_remote_code": trust(family)}

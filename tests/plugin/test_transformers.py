@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import models as tiny_models
 from support.engine import PROMPTS
 from support.fp8 import write_fp8
+from support.model_configs import CONFIGS
+from support.models import build
 from support.runs import run_method, unpack
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -21,7 +22,9 @@ from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_vllm.format.layout import QUANT_METHOD, LayoutError
 from puzzlemoe_vllm.transformers import logger  # the import registers the quantizer
 
-FAMILIES = [family for family in tiny_models.CONFIGS if family != "deepseek"]
+FAMILIES = [family for family, config in CONFIGS.items() if "auto_map" not in config and family != "granitemoe"]
+
+QUARTER = {"sparsity": "0.25", "code": "angle8"}
 
 needs_no_vllm = pytest.mark.without_vllm
 
@@ -72,11 +75,16 @@ def edit_tensors(folder: Path, edit) -> None:
 
 
 @needs_no_vllm
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("recipe", [{}, {"sparsity": "0.25", "code": "angle8"}], ids=["half", "quarter-angle8"])
+@pytest.mark.parametrize(("family", "recipe"), [*((family, {}) for family in FAMILIES), ("deepseek_v3", QUARTER)])
 def test_equals_the_unpacked_model(family, recipe, models):
     both = models(family, **recipe)
     assert_equal(load(both.packed), load(both.unpacked))
+
+
+@needs_no_vllm
+def test_a_family_whose_experts_are_stored_as_one_tensor_is_refused(models):
+    with pytest.raises(LayoutError, match="layer 0, where GraniteMoeForCausalLM has none that transformers loads"):
+        load(models("granitemoe").packed)
 
 
 @needs_no_vllm
@@ -95,11 +103,12 @@ def test_clusters(family, models):
 
 @pytest.fixture
 def in_fp8(tmp_path):
-    """A tiny model with linear layers in FP8, packed, and unpacked; of DeepSeek with blocks that are not whole."""
+    """A tiny model with linear layers in FP8, packed, and unpacked; of DeepSeek and Qwen3-Next from an FP8 source, with
+    blocks that are not whole."""
 
     def make(family: str) -> tuple[Path, Path]:
-        source = tiny_models.build(family, tmp_path / "source", hidden_size=256)
-        if family == "deepseek_v2":
+        source = build(family, tmp_path / "source", hidden_size=256)
+        if family not in ("mixtral", "qwen3_moe"):
             source = write_fp8(source, tmp_path / "fp8", "deepseek")
         run_method(source, tmp_path / "packed", PairMethod(PairRecipe(saliency="magnitude")), dense="fp8")
         unpack(tmp_path / "packed", tmp_path / "unpacked")
@@ -109,7 +118,7 @@ def in_fp8(tmp_path):
 
 
 @needs_no_vllm
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "qwen3_next", "qwen3_5_moe"])
 def test_linear_layers_in_fp8(family, in_fp8):
     packed, unpacked = in_fp8(family)
     assert json.loads((packed / "config.json").read_text())["quantization_config"]["fp8"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,13 @@ FORMS: dict[str, dict[str, Any]] = {
 """`quantization_config` by form: named after who writes it, or llm-compressor's scheme."""
 
 
-def write_fp8(source: Path, folder: Path, form: str) -> Path:
-    """Writes the FP8 version of a bf16 model; returns its folder."""
+def write_fp8(source: Path, folder: Path, form: str, more: tuple[str, ...] = ()) -> Path:
+    """Writes the FP8 version of a bf16 model; returns its folder.  more: ends of names that are in FP8, too."""
     shutil.copytree(source, folder)
     quantization = FORMS[form]
     tensors: dict[str, Tensor] = {}
     for name, tensor in load_file(source / WEIGHTS).items():
-        if not _is_quantized(name, tensor):
+        if not (is_quantized(name, tensor.shape) or name.endswith(more)):
             tensors[name] = tensor
             continue
         tensors[name], scale = _quantize(tensor, form)
@@ -94,10 +95,11 @@ def write_bf16(quantized: Path, folder: Path) -> Path:
     return folder
 
 
-def _is_quantized(name: str, tensor: Tensor) -> bool:
-    """Linear layers, but for the head and routers."""
+def is_quantized(name: str, shape: Sequence[int]) -> bool:
+    """Linear layers, but for the head, routers and what else the hub's models have in bf16."""
     linear = "_proj" in name or name.endswith((".w1.weight", ".w2.weight", ".w3.weight"))
-    return linear and tensor.dim() > 1
+    kept = name.endswith(("eh_proj.weight", "in_proj_ba.weight", "in_proj_b.weight", "in_proj_a.weight"))
+    return linear and len(shape) > 1 and not kept
 
 
 def _quantize(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:

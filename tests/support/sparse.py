@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+from support.fp8 import is_quantized
+
 BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
 
@@ -30,10 +32,12 @@ def write_sparse(folder: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], 
 
 
 def fp8(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """A model's tensors with its projections in FP8 by blocks, as DeepSeek-V3's hub model has them."""
+    """A model's tensors with its linear layers in FP8 by blocks, as DeepSeek-V3's hub model has them."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
-        tensors[name] = ("F8_E4M3" if "_proj" in name else "BF16", shape)
-        if "_proj" in name:
+        if is_quantized(name, shape):
+            tensors[name] = ("F8_E4M3", shape)
             tensors[f"{name}_scale_inv"] = ("F32", tuple(-(-size // 128) for size in shape))
+        else:
+            tensors[name] = ("F32" if name.endswith("e_score_correction_bias") else "BF16", shape)
     return tensors

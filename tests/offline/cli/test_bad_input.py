@@ -191,14 +191,80 @@ def test_a_quantized_source(source):
 
 def test_an_unknown_family_lists_the_known_ones(source):
     edit_config(source, model_type="llama")
-    with pytest.raises(UnsupportedModel, match=r"'llama' is not supported.*Mixtral.*Qwen3-MoE.*DeepSeek-V2.*OLMoE"):
+    with pytest.raises(UnsupportedModel, match=r"'llama' is not supported.*mixtral, qwen3_moe.*deepseek_v2.*olmoe"):
         Checkpoint(source)
 
 
 def test_experts_without_silu(source):
     edit_config(source, hidden_act="gelu")
-    with pytest.raises(UnsupportedModel, match="hidden_act 'gelu' is not supported"):
+    with pytest.raises(UnsupportedModel, match=r"hidden_act 'gelu' in config\.json is not supported"):
         Checkpoint(source)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gpt_oss", r"4\.25 bits a weight already"),
+        ("llama4", "router's weights multiply the experts' inputs"),
+        ("llama4_text", "router's weights multiply the experts' inputs"),
+        ("gemma4", "gated by GELU"),
+        ("nemotron_h", "no gate projection"),
+    ],
+)
+def test_families_that_words_do_not_suit_are_told_what_to_use_instead(source, model_type, reason):
+    edit_config(source, model_type=model_type)
+    with pytest.raises(UnsupportedModel, match=f"'{model_type}' is not supported: .*{reason}.*: (use|serve)"):
+        Checkpoint(source)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("qwen3_moe", {"swiglu_limit": 7.0}, "swiglu_limit 7.0 in config.json is not supported: its experts clamp"),
+        ("qwen3_moe", {"mlp_bias": True}, "mlp_bias True .* biases"),
+        ("qwen3_moe", {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid' .* known with 'softmax'"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax' .* known with 'sigmoid'"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method 'greedy'"),
+        ("glm4_moe", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("minimax_m2", {"use_routing_bias": False}, "use_routing_bias False"),
+        ("lfm2_moe", {"use_expert_bias": False}, "use_expert_bias False"),
+        ("phimoe", {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
+        ("qwen3_5_moe", {"swiglu_limit": 7.0}, "swiglu_limit 7.0"),
+    ],
+)
+def test_routing_or_an_activation_that_a_family_does_not_have(tmp_path, family, changes, words):
+    source = build(family, tmp_path, **changes)
+    with pytest.raises(UnsupportedModel, match=words):
+        Checkpoint(source)
+
+
+def test_a_nested_config_that_is_none(tmp_path):
+    source = build("qwen3_5_moe", tmp_path)
+    edit_config(source, text_config="small")
+    with pytest.raises(UnsupportedModel, match=r"text_config of .* is 'small' in config.json, expected a JSON object"):
+        Checkpoint(source)
+
+
+def test_layers_of_different_numbers_of_chosen_experts(tmp_path):
+    source = build("hunyuan_v1_moe", tmp_path, moe_topk=[2, 3])
+    with pytest.raises(CheckpointError, match=r"moe_topk is \[2, 3\], expected a positive number"):
+        Checkpoint(source)
+
+
+def test_layers_beyond_the_last_that_are_not_for_multi_token_prediction(tmp_path):
+    source = build("glm4_moe", tmp_path, num_nextn_predict_layers=0)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.3.enorm.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.3\.\S+ is none of the tensors of a glm4_moe"):
+        LayerwiseModel(Checkpoint(source), "cpu")
+
+
+def test_layers_that_config_says_are_dense(tmp_path):
+    source = build("glm4_moe", tmp_path)
+    edit_config(source, first_k_dense_replace=2)
+    with pytest.raises(CheckpointError, match=r"layer 1 has expert tensors, but config\.json says that it has none"):
+        LayerwiseModel(Checkpoint(source), "cpu")
 
 
 @pytest.mark.parametrize("changes", [{"rope_scaling": {"rope_type": "none", "factor": 2}}, {"rms_norm_eps": "small"}])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import EXPERT_COUNT, VOCABULARY, build
+from support.model_configs import EXPERT_COUNT, VOCABULARY
+from support.models import build
 from support.runs import compress_pairs, run_method
 from torch import Tensor
 from transformers import AutoModelForCausalLM

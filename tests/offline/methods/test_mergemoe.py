@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from support.models import VOCABULARY, build
+from support.model_configs import VOCABULARY
+from support.models import build
 from support.runs import job_of, run_method, sentences, unpack
 from torch import Tensor
 from transformers import AutoModelForCausalLM

@@ -80,6 +80,32 @@ def test_routers_embedding_and_head_stay(tmp_path):
     assert kinds == {"self_attn.q_proj.weight", "self_attn.o_proj.weight"} | shared
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "minimax_m2", "qwen3_next", "qwen3_5_moe"])
+def test_only_linear_layers_of_the_decoder(tmp_path, family):
+    """Whatever else the source has in FP8: routers, gates of shared experts, multi-token prediction, towers."""
+    more = ("mlp.gate.weight", "shared_expert_gate.weight", "fc.weight", "eh_proj.weight", "linear_fc1.weight")
+    source = Checkpoint(write_fp8(build(family, tmp_path / "bf16"), tmp_path / "source", "deepseek", more))
+    linear = {
+        name
+        for layer in range(source.layers)
+        for name in source.layer(layer).plain
+        if source.in_blocks(name) and not name.endswith(more)
+    }
+    packed = packed_in_fp8(source.folder, tmp_path / "packed")
+    assert packed.quantization and {f"{layer}.weight" for layer in packed.quantization.fp8} == linear
+    in_fp8 = {name for name in packed.names if packed.stored(name).dtype == torch.float8_e4m3fn}
+    assert in_fp8 == linear and all(name.startswith(f"{source.family.prefix}layers.") for name in linear)
+    unpack(packed.folder, tmp_path / "unpacked")
+    for name in (*linear, *source.copied):
+        assert torch.equal(Checkpoint(tmp_path / "unpacked").stored(name), source.tensor(name))
+
+
+def test_layers_of_linear_attention_are_quantized(tmp_path):
+    names = fp8_weights(Checkpoint(build("qwen3_5_moe", tmp_path / "source")))
+    kinds = {name.split("linear_attn.")[1] for name in names if "linear_attn." in name}
+    assert kinds == {"in_proj_qkv.weight", "in_proj_z.weight", "out_proj.weight"}
+
+
 def test_no_layer_that_fits(tmp_path):
     source = build("mixtral", tmp_path / "source", hidden_size=96, num_attention_heads=3, num_key_value_heads=3)
     with pytest.raises(Fp8Error, match=r"no linear layer outside experts has multiples of 128 .* drop --dense fp8"):
