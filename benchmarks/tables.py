@@ -165,7 +165,6 @@ def over_http() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": lambda: accuracy("accuracy-mixtral-30m-cpu.json"),
-    "accuracy of trellises": lambda: accuracy("accuracy-mixtral-30m-h100.json"),
     "comparison": comparison,
     "kernels mixtral": lambda: kernels("Mixtral-8x7B"),
     "kernels qwen3": lambda: kernels("Qwen3-30B-A3B"),
