@@ -69,7 +69,7 @@ def written_registers(instruction: Instruction) -> range:
     register = re.match(r"R(\d+)", target)
     if not register:
         return range(0)
-    width = 4 if ".128" in opcode or ".x4" in opcode or ".4" in opcode or opcode.startswith("HMMA") else 1
+    width = 4 if ".128" in opcode or ".x4" in opcode or opcode.endswith(".4") or opcode.startswith("HMMA") else 1
     width = max(width, 2 if ".64" in opcode or "WIDE" in opcode or opcode == "CS2R" else 1)
     return range(int(register[1]), int(register[1]) + width)
 

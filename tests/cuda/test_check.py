@@ -52,6 +52,11 @@ def test_an_early_write_would_be_found(check, opcode):
     assert not check.overwritten_operands(program(check, "0x0", opcode))
 
 
+@pytest.mark.parametrize("opcode, width", [("IDP.4A.U8.S8", 1), ("LDSM.16.M88.4", 4), ("LDS.64", 2), ("LOP3.LUT", 1)])
+def test_registers_that_an_instruction_writes(check, opcode, width):
+    assert len(check.written_registers(check.Instruction(0, False, opcode, ("R8", "R4", "R5", "R6")))) == width
+
+
 @pytest.fixture
 def quick_build(build, cuda_library, monkeypatch):
     """`build_library`, with what was compiled before; linking and checking are real."""
