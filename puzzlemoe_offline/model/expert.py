@@ -28,3 +28,16 @@ class Expert:
         """What the expert makes of tokens [m, H], in their dtype, before the router's weights."""
         gate, up, down = (matrix.to(inputs.dtype) for matrix in self.matrices)
         return F.linear(F.silu(F.linear(inputs, gate)) * F.linear(inputs, up), down)
+
+
+@dataclass(frozen=True)
+class StackedExperts:
+    """All routed experts of a layer, bf16: gate and up [E, I, H], down [E, H, I]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def __getitem__(self, number: int) -> Expert:
+        """One of them, in the same memory."""
+        return Expert(self.gate[number], self.up[number], self.down[number])

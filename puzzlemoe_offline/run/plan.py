@@ -18,8 +18,9 @@ from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.layerwise import activation_dtype
 from puzzlemoe_offline.run.job import Job
+from puzzlemoe_offline.words.compensate import inverse_factors
 from puzzlemoe_offline.words.nearest import SCORES
-from puzzlemoe_offline.words.pack import ENTRIES, Losses, pack_matrix
+from puzzlemoe_offline.words.pack import ENTRIES, Losses, pack_matrices
 
 SCRATCH_BYTES_PER_ENTRY = 100
 """float32 tensors of a block of rows that fitting holds at once, and its words."""
@@ -168,7 +169,9 @@ def _merge_rate(job: Job, method: PairMethod) -> float:
     group = method.group_size(job.checkpoint)
 
     def pack(rows: int) -> None:
-        pack_matrix((weights[0, :rows], weights[1, :rows]), (seen, seen), method.recipe, group, Losses(), 0)
+        factors = inverse_factors([seen, seen]) if method.recipe.compensate else None
+        pair = weights[0, :rows], weights[1, :rows]
+        pack_matrices([pair], [(seen, seen)], factors, method.recipe, group, [Losses()], 0)
 
     pack(16)  # compiles and loads what the first use does; strides of fewer rows would be compiled as constants
     began = time.perf_counter()

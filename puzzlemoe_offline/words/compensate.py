@@ -33,26 +33,28 @@ BLOCK = 128
 """Columns whose errors reach the rest of the matrix in one matrix product."""
 
 
+FACTORED_TOGETHER = 2048
+"""Columns up to which a GPU factors many moments in one batch: larger ones keep it busy alone, and it is faster."""
+
+
 class MomentsError(UserError):
     """Second moments of inputs that are too large for float32, so that no error can be compensated."""
 
 
 def fit_compensated(
-    code: PairCode,
-    weights: tuple[Tensor, Tensor],
-    inputs: tuple[ProjectionInputs, ProjectionInputs],
-    group: int | None,
-) -> PackedMatrix:
-    """The words of two matrices [N, K] whose inputs have moments.
+    code: PairCode, weights: list[tuple[Tensor, Tensor]], factors: Tensor, group: int | None
+) -> list[PackedMatrix]:
+    """The words of pairs of matrices [N, K], all of one shape; only by a GPU's kernel several pairs at once, which it
+    takes little longer for than for one.
 
-    Raises UnencodableWeight for a weight that the code cannot hold, MomentsError as `inverse_factor` does.
+    factors: `inverse_factors` of what the experts of all pairs saw, pair by pair, [2 * pairs, K, K].
+    Raises UnencodableWeight for a weight that the code cannot hold.
     """
-    check_finite(weights)
-    factors = torch.stack([inverse_factor(seen) for seen in inputs])
-    importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
-    importance /= importance.mean()
     # Columns are the outer dimension from here on, so that each is contiguous.
-    left = torch.stack([weight.float().T for weight in weights])
+    left = torch.stack([weight.float().T for pair in weights for weight in pair])
+    check_finite((left,))
+    importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
+    importance /= torch.stack([pair.mean() for pair in importance.split(2)]).repeat_interleave(2)[:, None]
     coder = coder_of(code, group, left)
     words = []
     for start in range(0, left.shape[1], BLOCK):
@@ -62,30 +64,49 @@ def fit_compensated(
         words.append(coded)
         later = slice(start + BLOCK, None)
         left[:, later].baddbmm_(factor[:, :, later].mT, errors, alpha=-1)
-    return coder.packed(torch.cat(words).T)
+    return coder.packed(torch.cat(words).T).split(len(weights))
 
 
-def inverse_factor(inputs: ProjectionInputs) -> Tensor:
-    """Upper triangular U, float32 [K, K], with U'U the inverse of the damped moments per token^`BALANCE`.
+def inverse_factors(inputs: list[ProjectionInputs]) -> Tensor:
+    """For each the upper triangular U, float32 [n, K, K], with U'U the inverse of the damped moments per
+    token^`BALANCE`.
 
     Raises MomentsError for moments that have none.
     """
-    assert inputs.moments is not None
-    moments = inputs.moments.float() / inputs.tokens**BALANCE
-    mean = moments.diagonal().mean()
+    if len(inputs) > 1 and len(inputs[0].norms) > FACTORED_TOGETHER:
+        return torch.cat([inverse_factors([seen]) for seen in inputs])
+    given = [(seen.moments, seen.tokens) for seen in inputs if seen.moments is not None]
+    moments = torch.stack([its.float() / tokens**BALANCE for its, tokens in given])
+    means = torch.stack([its.diagonal().mean() for its in moments])
     # An expert whose inputs are all zero: the down projection of one whose gate or up projection is.
-    moments.diagonal().add_(torch.where(mean > 0, DAMPING * mean, 1.0))
+    moments.diagonal(dim1=1, dim2=2).add_(torch.where(means > 0, DAMPING * means, 1.0)[:, None])
     # With rows and columns in reverse the lower factor becomes an upper one, R R' = moments; its inverse is U.
-    lower, failed = torch.linalg.cholesky_ex(moments.flip(0, 1))
-    upper = lower.flip(0, 1)
-    factor: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
-    diagonal = factor.diagonal()
-    if bool(failed) or not bool((torch.isfinite(diagonal) & (diagonal > 0)).all()):
+    lower, failed = torch.linalg.cholesky_ex(moments.flip(1, 2))
+    del moments
+    upper = lower.flip(1, 2)
+    del lower
+    factors = _inverse(upper)
+    diagonal = factors.diagonal(dim1=1, dim2=2)
+    if bool(failed.any()) or not bool((torch.isfinite(diagonal) & (diagonal > 0)).all()):
         raise MomentsError(
             "on the calibration text the squares of the inputs leave float32: copy or download the source again if it "
             "should have no such activations"
         )
-    return factor
+    return factors
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Of upper triangular matrices [n, K, K]."""
+    columns = upper.shape[1]
+    if not upper.is_cuda or columns <= FACTORED_TOGETHER:
+        return torch.linalg.solve_triangular(upper, torch.eye(columns, device=upper.device), upper=True)
+    # By halves: a third of the operations of a solution with the identity, and nearly all of them in products.
+    half = columns // 2
+    inverse = torch.zeros_like(upper)
+    inverse[:, :half, :half] = first = _inverse(upper[:, :half, :half])
+    inverse[:, half:, half:] = last = _inverse(upper[:, half:, half:])
+    torch.bmm(first, upper[:, :half, half:] @ last, out=inverse[:, :half, half:]).neg_()
+    return inverse
 
 
 def coder_of(code: PairCode, group: int | None, matrix: Tensor) -> Columns | ColumnsInKernel:
@@ -185,14 +206,15 @@ class ColumnsWithSteps(Columns):
 
 
 class ColumnsInKernel:
-    """The same on a GPU, a block at a time."""
+    """The same on a GPU, a block of the columns of one or several pairs at a time."""
 
     def __init__(self, table_code: TableCode, group: int):
         self.table_code, self.group = table_code, group
         self.steps: list[Tensor] = []
 
     def code_block(self, block: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `Columns`."""
+        """As in `Columns`, of columns [2 * pairs, B, N]: the words [B, pairs * N] of one pair lie beside those of
+        another."""
         from puzzlemoe_offline.words.nearest_kernels import code_columns
 
         words, steps, errors = code_columns(self.table_code, block, importance, factor, self.group, STEP_MULTIPLES)

@@ -47,6 +47,15 @@ class PackedMatrix:
     steps: Tensor | None = None
     clamped: int = 0
 
+    def split(self, count: int) -> list[PackedMatrix]:
+        """So many matrices of equal size that lie below each other in this one."""
+        if count == 1:
+            return [self]
+        assert not self.clamped, "of which matrix is not known"
+        rows = len(self.words) // count
+        steps = [None] * count if self.steps is None else self.steps.split(rows)
+        return [PackedMatrix(*both) for both in zip(self.words.split(rows), steps, strict=True)]
+
     @staticmethod
     def stack(blocks: list[PackedMatrix]) -> PackedMatrix:
         """Blocks of rows as one."""
@@ -118,7 +127,7 @@ def fit_mask16(
     return pack_merged(code, merge_least_squares(*weights, *importance))
 
 
-def check_finite(weights: tuple[Tensor, Tensor]) -> None:
+def check_finite(weights: tuple[Tensor, ...]) -> None:
     """Raises UnencodableWeight for a weight that no word holds."""
     if not all(bool(torch.isfinite(weight).all()) for weight in weights):
         raise UnencodableWeight("a weight is NaN or infinite")

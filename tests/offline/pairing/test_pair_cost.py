@@ -29,7 +29,9 @@ def layer(experts: int, seed: int = 0) -> tuple[list[Expert], ExpertStatistics]:
     statistics = ExpertStatistics.zeros(experts, 48, 64, CPU)
     for expert in range(experts):
         tokens = max(4, 400 >> expert)
-        statistics.observe(expert, torch.randn(tokens, 48) * torch.rand(48), torch.randn(tokens, 64) * torch.rand(64))
+        statistics.observe(
+            {expert: tokens}, torch.randn(tokens, 48) * torch.rand(48), torch.randn(tokens, 64) * torch.rand(64)
+        )
     return made, statistics
 
 

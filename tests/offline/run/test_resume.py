@@ -66,10 +66,10 @@ def stop_at(number: int, act: Callable[[], object], monkeypatch) -> None:
     """Has the next runs act as they are to write shard `number`."""
     write = ModelFolder.write_shard
 
-    def stopping(self: ModelFolder, shard: int, *words: Any) -> None:
+    def stopping(self: ModelFolder, shard: int, *words: Any, **named: Any) -> None:
         if shard == number:
             act()
-        write(self, shard, *words)
+        write(self, shard, *words, **named)
 
     monkeypatch.setattr(ModelFolder, "write_shard", stopping)
 
