@@ -45,6 +45,7 @@ RECIPES = {
     "paper, 50%, search": PairRecipe(pairing="search"),
     "least squares, random pairing": PairRecipe(rule="least-squares"),
     "angle8, compensated, random pairing": PairRecipe(code="angle8", compensate=True),
+    "angle8, compensated, balanced": PairRecipe(code="angle8", compensate=True, pairing="balanced"),
     "angle8, compensated, coactivation": PairRecipe(code="angle8", compensate=True, pairing="coactivation"),
 }
 """What is compared; partners are searched for but where the title says otherwise, or is the paper's."""

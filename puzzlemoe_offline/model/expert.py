@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,6 +25,10 @@ class Expert:
         """Gate, up and down projection, as in `PROJECTIONS`."""
         return self.gate, self.up, self.down
 
+    def to(self, device: torch.device) -> Expert:
+        """The same on a device."""
+        return Expert(*(matrix.to(device) for matrix in self.matrices))
+
     def output(self, inputs: Tensor) -> Tensor:
         """What the expert makes of tokens [m, H], in their dtype, before the router's weights."""
         gate, up, down = (matrix.to(inputs.dtype) for matrix in self.matrices)
@@ -38,6 +43,15 @@ class StackedExperts:
     up: Tensor
     down: Tensor
 
+    @classmethod
+    def of(cls, experts: list[Expert]) -> StackedExperts:
+        """A copy of experts on one device."""
+        return cls(*(torch.stack(matrices) for matrices in zip(*(each.matrices for each in experts), strict=True)))
+
     def __getitem__(self, number: int) -> Expert:
         """One of them, in the same memory."""
         return Expert(self.gate[number], self.up[number], self.down[number])
+
+    def to(self, device: torch.device) -> StackedExperts:
+        """The same on a device."""
+        return StackedExperts(self.gate.to(device), self.up.to(device), self.down.to(device))

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.devices import sharing
 from puzzlemoe_offline.model.expert import Expert, StackedExperts
 
 
@@ -20,7 +21,7 @@ class LayerExperts:
         self.checkpoint, self.device = checkpoint, device
         self.layer = -1
         self.kept: dict[int, Expert] = {}
-        self._stacked: StackedExperts | None = None
+        self._stacked: dict[torch.device, StackedExperts] = {}
         self._ahead: tuple[int, Future[StackedExperts]] | None = None
         self._on_gpu = torch.device(device).type == "cuda"
         if self._on_gpu:
@@ -29,22 +30,26 @@ class LayerExperts:
     def __call__(self, layer: int, number: int) -> Expert:
         """Expert `number` of a layer, bf16.  Raises CheckpointError as `Checkpoint.expert` does."""
         if self._on_gpu:
-            return self.stacked(layer)[number]
+            return self.stacked(layer, sharing(self.device)[0])[number]
         if layer != self.layer:
             self.layer, self.kept = layer, {}
         if number not in self.kept:
             self.kept[number] = self.checkpoint.expert(layer, number, self.device)
         return self.kept[number]
 
-    def stacked(self, layer: int) -> StackedExperts:
+    def stacked(self, layer: int, device: torch.device) -> StackedExperts:
         """All experts of a layer on a GPU.  Raises CheckpointError as `Checkpoint.expert` does."""
-        if layer != self.layer or self._stacked is None:
-            self._stacked = None
+        if layer != self.layer:
+            self._stacked = {}
             ahead = self._ahead if self._ahead and self._ahead[0] == layer else self._begin(layer)
-            self.layer, self._stacked, self._ahead = layer, ahead[1].result(), None
+            self._ahead = None
+            read = ahead[1].result()
+            self.layer, self._stacked = layer, {read.gate.device: read}
             if following := [index for index in self.checkpoint.moe_layers if index > layer]:
                 self._ahead = self._begin(following[0])
-        return self._stacked
+        if device not in self._stacked:
+            self._stacked[device] = next(iter(self._stacked.values())).to(device)
+        return self._stacked[device]
 
     def _begin(self, layer: int) -> tuple[int, Future[StackedExperts]]:
         """Starts reading a layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.deepseek_moe import DeepseekForCausalLM, deepseek_config
+from puzzlemoe_offline.model.grouped import Grouping, hidden_of, outputs_of
 from puzzlemoe_offline.model.layer_experts import LayerExperts
 from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_vllm.errors import shown
@@ -42,8 +45,7 @@ class Observer(Protocol):
 class StreamedExperts(nn.Module):
     """Stands where a decoder layer's experts module was.
 
-    A CPU reads and runs one expert after another; a GPU runs them all in grouped products, which take no longer for
-    many small experts than for a few large ones.
+    A CPU reads and runs one expert after another, a GPU all in grouped products.
     """
 
     def __init__(self, experts: LayerExperts, layer: int):
@@ -77,26 +79,14 @@ class StreamedExperts(nn.Module):
         return out
 
     def _grouped(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        stacked, choices = self.experts.stacked(self.layer), top_k_index.shape[1]
-        chosen, order = top_k_index.flatten().sort(stable=True)
-        every = torch.arange(len(stacked.gate), device=chosen.device, dtype=chosen.dtype)
-        ends = torch.searchsorted(chosen, every, right=True).int()
-        inputs = hidden_states[order // choices]
-        hidden = F.silu(F.grouped_mm(inputs, stacked.gate.mT, offs=ends))
-        hidden *= F.grouped_mm(inputs, stacked.up.mT, offs=ends)
+        stacked = self.experts.stacked(self.layer, hidden_states.device)
+        grouping = Grouping.of(top_k_index, len(stacked.gate))
+        inputs = grouping.rows(hidden_states)
+        hidden = hidden_of(stacked, inputs, grouping.ends)
         if self.observe:
-            counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-            self.observe({expert: count for expert, count in enumerate(counts) if count}, inputs, hidden)
+            self.observe({expert: count for expert, count in enumerate(grouping.counts) if count}, inputs, hidden)
         del inputs
-        down = F.grouped_mm(hidden, stacked.down.mT, offs=ends)
-        del hidden
-        # Added up choice by choice: no row is added to by two threads, so that the sums are the same every time.
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        total = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for choice, rows in enumerate(place.view(-1, choices).unbind(1)):
-            total.addcmul_(down[rows].float(), top_k_weights[:, choice, None].float())
-        return total.to(hidden_states.dtype)
+        return grouping.summed(outputs_of(stacked, hidden, grouping.ends), top_k_weights)
 
 
 def activation_dtype(device: str | torch.device) -> torch.dtype:
@@ -286,6 +276,23 @@ class DecoderLayer:
         out = self.module(hidden, **self.arguments[len(hidden)])
         after: Tensor = out[0] if isinstance(out, tuple) else out
         return after
+
+    @torch.inference_mode()
+    def on(self, device: torch.device) -> DecoderLayer:
+        """The same with its weights on that GPU; this one if they are there."""
+        if next(self.module.parameters()).device == device:
+            return self
+        arguments = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.arguments)
+        if self.experts is None:
+            return DecoderLayer(copy.deepcopy(self.module).to(device), arguments, None)
+        name = next(name for name, module in self.module.named_modules() if module is self.experts)
+        self.module.set_submodule(name, nn.Identity())  # its weights are not the layer's to copy
+        module = copy.deepcopy(self.module).to(device)
+        self.module.set_submodule(name, self.experts)
+        experts = StreamedExperts(self.experts.experts, self.experts.layer)
+        experts.experts.stacked(experts.layer, device)
+        module.set_submodule(name, experts)
+        return DecoderLayer(module, arguments, experts)
 
     def advance(self, states: Tensor, out: Tensor, size: int, device: torch.device | str) -> None:
         """Moves hidden states [n, T, H] on the CPU through the layer, `size` windows at a time; `out`, where they go,

@@ -21,7 +21,7 @@ ROWS = 128
 ENTRIES = {"cpu": 1 << 14, "cuda": 1 << 24}
 """Weights fitted at once: few enough for the cache of a CPU, enough to keep a GPU busy."""
 
-LOAD_PRICE = 0.02
+LOAD_PRICE = 0.04
 """`balanced`: the relative squared error, summed over the projections, that is taken for loading none of a token's
 experts."""
 

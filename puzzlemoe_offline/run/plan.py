@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibration.statistics import ProjectionInputs, add_moments
+from puzzlemoe_offline.calibration.statistics import Moments, ProjectionInputs
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
-from puzzlemoe_offline.model.layerwise import activation_dtype
+from puzzlemoe_offline.model.layerwise import ACTIVATION_BYTES, activation_dtype
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.words.compensate import inverse_factors
 from puzzlemoe_offline.words.nearest import SCORES
-from puzzlemoe_offline.words.pack import ENTRIES, Losses, pack_matrices
+from puzzlemoe_offline.words.pack import ENTRIES, TOGETHER, Losses, pack_matrices
 
 SCRATCH_BYTES_PER_ENTRY = 100
 """float32 tensors of a block of rows that fitting holds at once, and its words."""
@@ -60,8 +60,11 @@ def make_plan(job: Job) -> Plan:
     layer_experts, packed = expert * checkpoint.experts, job.experts_after // moe_layers
     on_device = layer_experts + packed + layer_other * width // 2 + expert * width // 2 + embedding * width // 2
     on_device += _scratch_bytes(job)
-    # From a GPU the packed layer goes to pinned memory, whose blocks have powers of two as sizes.
-    host = job.states_bytes + layer_other + (on_device if on_cpu else expert + 2 * packed)
+    if not on_cpu:  # the next layer is read ahead, and experts take all tokens of a batch at once
+        on_device += layer_experts + (ACTIVATION_BYTES if job.tokens else 0)
+    # From a GPU the packed layer goes to pinned memory, whose blocks have powers of two as sizes; the last one, and the
+    # hidden states after it, may not be written yet.
+    host = layer_other + (job.states_bytes + on_device if on_cpu else 2 * job.states_bytes + expert + 4 * packed)
     return Plan(
         experts_before=checkpoint.routed_bytes,
         experts_after=job.experts_after,
@@ -85,6 +88,7 @@ def _scratch_bytes(job: Job) -> int:
             # errors.
             moments = hidden**2 + intermediate**2
             pair = 6 * max(hidden, intermediate) ** 2 + 4 * hidden * intermediate
+            pair = max(pair, 4 * TOGETHER if device == "cuda" else 0)
             scratch += 4 * (checkpoint.experts * moments + pair)
         case MergeMoe(recipe):
             # float32: every cluster's sums; float64: those of one, the factor and the solution.
@@ -133,11 +137,11 @@ def _product_rate(device: str) -> float:
 def _moments_rate(device: str) -> float:
     """The same of gathering second moments."""
     rows = _activations(device)
-    moments = torch.zeros(1024, 1024, device=device)
+    moments = Moments(1, 1024, torch.device(device))
 
     def gather() -> Tensor:
-        add_moments(moments, rows)
-        return moments
+        moments.add({0: len(rows)}, rows)
+        return moments[0]
 
     return _rate(gather)
 

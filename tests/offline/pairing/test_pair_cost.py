@@ -94,7 +94,7 @@ def test_what_the_pairings_are_for(family, sparsity, tmp_path):
     source = build(family, tmp_path / "source")
     checkpoint, calibration = Checkpoint(source), sentences(source, 8, 128)
     reports = {}
-    for pairing in ("random", "search", "coactivation"):
+    for pairing in ("random", "search", "coactivation", "balanced"):
         choices = {"rule": "least-squares", "pairing": pairing, "sparsity": sparsity}
         reports[pairing] = compress_pairs(source, tmp_path / pairing, calibration, **choices)
     lost = {
@@ -107,6 +107,8 @@ def test_what_the_pairings_are_for(family, sparsity, tmp_path):
     assert (
         loaded["coactivation"]["this pairing"] <= loaded["coactivation"]["random partners"] < loaded["random"]["before"]
     )
+    assert loaded["coactivation"]["this pairing"] <= loaded["balanced"]["this pairing"]
+    assert loaded["balanced"]["this pairing"] <= 1.001 * loaded["search"]["this pairing"]
     assert loaded["random"]["before"] == expert_bytes_per_token(reports["random"], checkpoint)
     assert json.loads(json.dumps(loaded)) == loaded
 
