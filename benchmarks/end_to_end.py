@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,9 +41,9 @@ WRITERS = 6
 WINDOWS, WINDOW = 128, 2048
 
 
-def write_checkpoint(name: str, folder: Path) -> int:
-    """A checkpoint with random bf16 weights, a file a layer; returns its bytes."""
-    config = MODELS[name]
+def write_checkpoint(name: str, folder: Path, layers: int | None) -> int:
+    """A checkpoint with random bf16 weights, a file a layer; returns its bytes.  layers: None for all."""
+    config = MODELS[name] | ({"num_hidden_layers": layers} if layers else {})
     folder.mkdir(parents=True, exist_ok=True)
     for file in (EXAMPLE / "model").glob("tokenizer*"):
         shutil.copy(file, folder)
@@ -107,22 +108,42 @@ def ones(size: int) -> torch.Tensor:
 
 
 def compress(source: Path, packed: Path, options: list[str]) -> dict[str, Any]:
-    """Seconds of the whole command and of its stages, summed over layers; bytes before and after."""
+    """Seconds of the whole command, of its stages, summed over layers, and of those of the median layer; the most GPU
+    memory that was in use; bytes before and after."""
     text = (EXAMPLE / "calibration.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         calibration = Path(scratch, "text.txt")
         calibration.write_text(text * (WINDOWS * WINDOW * 8 // len(text) + 1), encoding="utf-8")
         command = [sys.executable, "-m", "puzzlemoe_offline", "compress", source, packed, "--calibration", calibration]
         command += ["--samples", WINDOWS, "--sequence-length", WINDOW, *options]
-        began = time.perf_counter()
-        subprocess.run([str(word) for word in command], check=True)
+        began, peak = time.perf_counter(), 0
+        process = subprocess.Popen([str(word) for word in command])
+        while process.poll() is None:
+            peak = max(peak, gpu_bytes())
+            time.sleep(0.2)
         seconds = time.perf_counter() - began
+        if process.returncode:
+            sys.exit(f"compressing failed with status {process.returncode}")
     report = json.loads((packed / "puzzlemoe_report.json").read_text())
     stages: dict[str, float] = {}
     for layer in report["layers"]:
         for stage, its in layer["seconds"].items():
             stages[stage] = stages.get(stage, 0.0) + its
-    return {"seconds": seconds, "stages": stages, "bytes": report["bytes"]}
+    layers = [layer["seconds"] for layer in report["layers"]]
+    return {
+        "seconds": seconds,
+        "stages": stages,
+        "median_layer": {stage: statistics.median(its[stage] for its in layers) for stage in stages},
+        "peak_gpu_bytes": peak,
+        "bytes": report["bytes"],
+    }
+
+
+def gpu_bytes() -> int:
+    """Memory of all GPUs that is in use, as the driver says."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    used = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    return sum(map(int, used)) << 20
 
 
 def serve(name: str, weights: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -178,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
     parser.add_argument("--only", choices=PARTS, action="append", help="these parts, on what an earlier run left")
+    parser.add_argument("--layers", type=int, help="of the model, the first so many; default all")
     parser.add_argument("--source", type=Path, default=Path("/dev/shm/end-to-end/source"))
     parser.add_argument("--packed", type=Path, default=Path("/dev/shm/end-to-end/packed"))
     parser.add_argument(
@@ -192,6 +214,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result: dict[str, Any] = {
         "model": arguments.model,
+        "layers": arguments.layers or MODELS[arguments.model]["num_hidden_layers"],
         "device": torch.cuda.get_device_name(),
         "devices": torch.cuda.device_count(),
         "tensor_parallel": arguments.tensor_parallel,
@@ -209,7 +232,7 @@ def main() -> None:
     parts = arguments.only or PARTS
     if "write" in parts:
         began = time.perf_counter()
-        written = write_checkpoint(arguments.model, arguments.source)
+        written = write_checkpoint(arguments.model, arguments.source, arguments.layers)
         torch.cuda.empty_cache()
         keep("write", {"bytes": written, "seconds": time.perf_counter() - began})
     if "compress" in parts:

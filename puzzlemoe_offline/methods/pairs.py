@@ -14,7 +14,6 @@ from puzzlemoe_offline.calibration.sampled_tokens import OutputErrors, SampledTo
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics, few_tokens, projection_inputs
 from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, SourceLayer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
-from puzzlemoe_offline.model.devices import on_each, sharing
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.model.families import expert_groups
 from puzzlemoe_offline.model.tensors import dense_tensors, experts_name
@@ -60,10 +59,7 @@ def pack_pairs(
     for index, projection in enumerate(PROJECTIONS):
         weights = [(getattr(first, projection), getattr(second, projection)) for first, second in experts]
         columns, device = weights[0][0].shape[1], weights[0][0].device
-        seen = [
-            [projection_inputs(statistics, expert, index, columns, device).to(device) for expert in pair]
-            for pair in ids
-        ]
+        seen = [[projection_inputs(statistics, expert, index, columns, device) for expert in pair] for pair in ids]
         inputs = [(first, second) for first, second in seen]
         try:
             if (
@@ -299,41 +295,25 @@ class PairMethod(LayerMethod):
     def _pack(self, layer: SourceLayer, statistics: ExpertStatistics | None, pairing: LayerPairing) -> PackedLayer:
         group, pairs, losses = self.group_size(layer.checkpoint), [], []
         hidden, intermediate = layer.checkpoint.expert_sizes
-        at_once = pairs_at_once(self.code, *sorted((hidden, intermediate), reverse=True), torch.device(layer.device))
-        parts = [pairing.pairs[start : start + at_once] for start in range(0, len(pairing.pairs), at_once)]
-        devices = sharing(layer.device)
-        shares = on_each(
-            devices,
-            lambda place, device: [
-                self._pack_some(layer, statistics, part, group, device) for part in parts[place :: len(devices)]
-            ],
-        )
-        for part in range(len(parts)):
-            found, its_losses = shares[part % len(devices)][part // len(devices)]
+        columns, rows = max(hidden, intermediate), min(hidden, intermediate)
+        at_once = pairs_at_once(self.code, columns, rows, torch.device(layer.device))
+        for start in range(0, len(pairing.pairs), at_once):
+            found, its_losses = self._pack_some(layer, statistics, pairing.pairs[start : start + at_once], group)
             pairs += found
             losses += its_losses
         dense = [layer.expert(number) for number in pairing.order[pairing.merged :]]
         return PackedLayer(pairing, pairs, losses, dense, self.code)
 
     def _pack_some(
-        self,
-        layer: SourceLayer,
-        statistics: ExpertStatistics | None,
-        ids: list[tuple[int, int]],
-        group: int | None,
-        device: torch.device,
+        self, layer: SourceLayer, statistics: ExpertStatistics | None, ids: list[tuple[int, int]], group: int | None
     ) -> tuple[list[PackedPair], list[Losses]]:
-        """Packs pairs on a device; they come back to the layer's."""
-        members = [(layer.expert(first).to(device), layer.expert(second).to(device)) for first, second in ids]
+        members = [(layer.expert(first), layer.expert(second)) for first, second in ids]
         losses = [Losses() for _ in ids]
         try:
-            packed = pack_pairs(members, ids, statistics, self.recipe, group, losses)
-            home = sharing(layer.device)[0]
-            gate, up, down = ([pair[index].to(home) for pair in packed] for index in range(3))
-            return list(zip(gate, up, down, strict=True)), losses
+            return pack_pairs(members, ids, statistics, self.recipe, group, losses), losses
         except (UnencodableWeight, MomentsError) as error:
             for one in ids if len(ids) > 1 else ():  # raises it naming the pair
-                self._pack_some(layer, statistics, [one], group, device)
+                self._pack_some(layer, statistics, [one], group)
             raise type(error)(f"layer {layer.index}, {error}") from None
 
 

@@ -25,10 +25,6 @@ class Expert:
         """Gate, up and down projection, as in `PROJECTIONS`."""
         return self.gate, self.up, self.down
 
-    def to(self, device: torch.device) -> Expert:
-        """The same on a device."""
-        return Expert(*(matrix.to(device) for matrix in self.matrices))
-
     def output(self, inputs: Tensor) -> Tensor:
         """What the expert makes of tokens [m, H], in their dtype, before the router's weights."""
         gate, up, down = (matrix.to(inputs.dtype) for matrix in self.matrices)
@@ -51,7 +47,3 @@ class StackedExperts:
     def __getitem__(self, number: int) -> Expert:
         """One of them, in the same memory."""
         return Expert(self.gate[number], self.up[number], self.down[number])
-
-    def to(self, device: torch.device) -> StackedExperts:
-        """The same on a device."""
-        return StackedExperts(self.gate.to(device), self.up.to(device), self.down.to(device))

@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from puzzlemoe_offline.model.checkpoint import Checkpoint
-from puzzlemoe_offline.model.devices import sharing
 from puzzlemoe_offline.model.expert import Expert, StackedExperts
 
 
@@ -21,7 +20,7 @@ class LayerExperts:
         self.checkpoint, self.device = checkpoint, device
         self.layer = -1
         self.kept: dict[int, Expert] = {}
-        self._stacked: dict[torch.device, StackedExperts] = {}
+        self._stacked: StackedExperts | None = None
         self._ahead: tuple[int, Future[StackedExperts]] | None = None
         self._on_gpu = torch.device(device).type == "cuda"
         if self._on_gpu:
@@ -30,26 +29,22 @@ class LayerExperts:
     def __call__(self, layer: int, number: int) -> Expert:
         """Expert `number` of a layer, bf16.  Raises CheckpointError as `Checkpoint.expert` does."""
         if self._on_gpu:
-            return self.stacked(layer, sharing(self.device)[0])[number]
+            return self.stacked(layer)[number]
         if layer != self.layer:
             self.layer, self.kept = layer, {}
         if number not in self.kept:
             self.kept[number] = self.checkpoint.expert(layer, number, self.device)
         return self.kept[number]
 
-    def stacked(self, layer: int, device: torch.device) -> StackedExperts:
+    def stacked(self, layer: int) -> StackedExperts:
         """All experts of a layer on a GPU.  Raises CheckpointError as `Checkpoint.expert` does."""
-        if layer != self.layer:
-            self._stacked = {}
+        if layer != self.layer or self._stacked is None:
+            self._stacked = None
             ahead = self._ahead if self._ahead and self._ahead[0] == layer else self._begin(layer)
-            self._ahead = None
-            read = ahead[1].result()
-            self.layer, self._stacked = layer, {read.gate.device: read}
+            self.layer, self._stacked, self._ahead = layer, ahead[1].result(), None
             if following := [index for index in self.checkpoint.moe_layers if index > layer]:
                 self._ahead = self._begin(following[0])
-        if device not in self._stacked:
-            self._stacked[device] = next(iter(self._stacked.values())).to(device)
-        return self._stacked[device]
+        return self._stacked
 
     def _begin(self, layer: int) -> tuple[int, Future[StackedExperts]]:
         """Starts reading a layer."""

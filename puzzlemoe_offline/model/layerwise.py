@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from puzzlemoe_offline.model.checkpoint import Checkpoint
@@ -26,7 +24,7 @@ BATCH_TOKENS = 8192
 
 ACTIVATION_BYTES = 1 << 32
 """Most bytes of the experts' activations of the tokens that go through a layer at once on a GPU.  Sums over tokens, and
-so the bytes that are written, depend on it, but not on how much memory a GPU has, or on how many there are."""
+so the bytes that are written, depend on it, but not on how much memory a GPU has."""
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -79,7 +77,7 @@ class StreamedExperts(nn.Module):
         return out
 
     def _grouped(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        stacked = self.experts.stacked(self.layer, hidden_states.device)
+        stacked = self.experts.stacked(self.layer)
         grouping = Grouping.of(top_k_index, len(stacked.gate))
         inputs = grouping.rows(hidden_states)
         hidden = hidden_of(stacked, inputs, grouping.ends)
@@ -276,23 +274,6 @@ class DecoderLayer:
         out = self.module(hidden, **self.arguments[len(hidden)])
         after: Tensor = out[0] if isinstance(out, tuple) else out
         return after
-
-    @torch.inference_mode()
-    def on(self, device: torch.device) -> DecoderLayer:
-        """The same with its weights on that GPU; this one if they are there."""
-        if next(self.module.parameters()).device == device:
-            return self
-        arguments = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.arguments)
-        if self.experts is None:
-            return DecoderLayer(copy.deepcopy(self.module).to(device), arguments, None)
-        name = next(name for name, module in self.module.named_modules() if module is self.experts)
-        self.module.set_submodule(name, nn.Identity())  # its weights are not the layer's to copy
-        module = copy.deepcopy(self.module).to(device)
-        self.module.set_submodule(name, self.experts)
-        experts = StreamedExperts(self.experts.experts, self.experts.layer)
-        experts.experts.stacked(experts.layer, device)
-        module.set_submodule(name, experts)
-        return DecoderLayer(module, arguments, experts)
 
     def advance(self, states: Tensor, out: Tensor, size: int, device: torch.device | str) -> None:
         """Moves hidden states [n, T, H] on the CPU through the layer, `size` windows at a time; `out`, where they go,

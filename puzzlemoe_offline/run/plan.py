@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibration.statistics import Moments, ProjectionInputs
+from puzzlemoe_offline.calibration.statistics import ProjectionInputs, add_moments
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.layerwise import ACTIVATION_BYTES, activation_dtype
@@ -137,11 +137,11 @@ def _product_rate(device: str) -> float:
 def _moments_rate(device: str) -> float:
     """The same of gathering second moments."""
     rows = _activations(device)
-    moments = Moments(1, 1024, torch.device(device))
+    moments = torch.zeros(1024, 1024, device=device)
 
     def gather() -> Tensor:
-        moments.add({0: len(rows)}, rows)
-        return moments[0]
+        add_moments(moments, rows)
+        return moments
 
     return _rate(gather)
 

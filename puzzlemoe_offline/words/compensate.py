@@ -99,7 +99,8 @@ def _inverse(upper: Tensor) -> Tensor:
     """Of upper triangular matrices [n, K, K]."""
     columns = upper.shape[1]
     if not upper.is_cuda or columns <= FACTORED_TOGETHER:
-        return torch.linalg.solve_triangular(upper, torch.eye(columns, device=upper.device), upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(upper, torch.eye(columns, device=upper.device), upper=True)
+        return solved
     # By halves: a third of the operations of a solution with the identity, and nearly all of them in products.
     half = columns // 2
     inverse = torch.zeros_like(upper)

@@ -47,10 +47,6 @@ class PackedMatrix:
     steps: Tensor | None = None
     clamped: int = 0
 
-    def to(self, device: torch.device | str) -> PackedMatrix:
-        """The same on a device."""
-        return PackedMatrix(self.words.to(device), None if self.steps is None else self.steps.to(device), self.clamped)
-
     def split(self, count: int) -> list[PackedMatrix]:
         """So many matrices of equal size that lie below each other in this one."""
         if count == 1:
