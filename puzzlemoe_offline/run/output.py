@@ -10,12 +10,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum, auto
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from puzzlemoe_offline.methods.base import LayerRecord
 from puzzlemoe_offline.model.hub import small_files
-from puzzlemoe_offline.run.files import OutputError, is_intact, put, sync, write_file, writing
+from puzzlemoe_offline.run.files import OutputError, StateRecord, is_intact, put, sync, write_file, writing
 from puzzlemoe_offline.run.work import FinishedShard, WorkFolder
 from puzzlemoe_vllm.format.layout import LayoutError, parse_config
 from puzzlemoe_vllm.format.shards import (
@@ -42,6 +42,8 @@ CONFIG = "config.json"
 
 _Content = tuple[dict[str, Tensor], dict[str, str]]
 """Tensors and metadata of a file."""
+
+Record = TypeVar("Record", ShardRecord, StateRecord)
 
 
 class _Holds(Enum):
@@ -244,13 +246,6 @@ class ModelFolder:
             save_shard(tensors, partial, metadata)
             partial.chmod(self._mode)
 
-    def _digests(self, partial: Path, content: _Content | None) -> ShardRecord:
-        """Of a partial file, which is written first if there is something to write."""
-        if content:
-            self._save(*content, partial)
-        with writing(self.folder):
-            return record_shard(partial)
-
     def _keep(
         self,
         number: int,
@@ -260,10 +255,17 @@ class ModelFolder:
         files: dict[Path, _Content],
     ) -> None:
         """Finishes the shard that lies in the partial files, or in `files` that are to be written there."""
-        partials = [self._partial_shard, self._partial_state][: 1 + has_state]
-        with ThreadPoolExecutor(len(partials)) as pool:
-            digests, *states = pool.map(self._digests, partials, map(files.get, partials))
-        state = states[0] if states else None
+
+        def kept(partial: Path, recorded: Callable[[Path], Record]) -> Record:
+            if content := files.get(partial):
+                self._save(*content, partial)
+            with writing(self.folder):
+                return recorded(partial)
+
+        with ThreadPoolExecutor(1) as beside:
+            waiting = beside.submit(kept, self._partial_state, StateRecord.of) if has_state else None
+            digests = kept(self._partial_shard, record_shard)
+            state = waiting.result() if waiting else None
         with writing(self.folder):
             put(self._partial_shard, self.folder / self.shard_name(number))
             if has_state:

@@ -51,9 +51,9 @@ def test_grouped_products_are_those_of_the_experts(count, choices, tokens):
     grouped, single = statistics
     assert grouped.tokens.tolist() == single.tokens.tolist() == ids.flatten().bincount(minlength=count).tolist()
     for name in ("input_squares", "hidden_squares"):
-        torch.testing.assert_close(getattr(grouped, name), getattr(single, name), rtol=0.02, atol=1e-3)
+        torch.testing.assert_close(getattr(grouped, name), getattr(single, name), rtol=0.05, atol=1e-2)
     for one, other in zip(grouped.input_moments, single.input_moments, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
 def test_moments_are_exact_to_float32():
