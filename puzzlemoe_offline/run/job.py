@@ -70,6 +70,11 @@ class Job:
         return str(self.model.device)
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether that is a GPU, which need not wait for the disk."""
+        return self.model.device.type == "cuda"
+
+    @property
     def shards(self) -> int:
         """Files that are written: one a layer, and one for what is outside layers."""
         return self.checkpoint.layers + 1

@@ -32,7 +32,16 @@ def program(tmp_path_factory) -> Path:
     header = HEADER.read_text()
     assert header.count(INCLUDED) == 1
     (folder / HEADER.name).write_text(header.replace(INCLUDED, ""))
-    command = [COMPILER, "-std=c++17", "-O1", "-fno-strict-aliasing", f"-I{folder}", str(SOURCE), "-o", str(folder / "decode")]
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-O1",
+        "-fno-strict-aliasing",
+        f"-I{folder}",
+        str(SOURCE),
+        "-o",
+        str(folder / "decode"),
+    ]
     subprocess.run(command, check=True, timeout=300)
     return folder / "decode"
 
