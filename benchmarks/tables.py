@@ -38,9 +38,9 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def accuracy() -> str:
+def accuracy(file: str) -> str:
     """Rise in perplexity over the dense model by recipe and text: mean over the seeds, and their range."""
-    result = load("accuracy-mixtral-30m-cpu.json")
+    result = load(file)
     dense = result["rows"][0]["perplexity"]
     rows = [["dense", "", "", *(f"{value:.2f}" for value in dense.values())]]
     for recipe in dict.fromkeys(row["recipe"] for row in result["rows"][1:]):
@@ -164,7 +164,7 @@ def over_http() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "accuracy": accuracy,
+    "accuracy": lambda: accuracy("accuracy-mixtral-30m-cpu.json"),
     "comparison": comparison,
     "kernels mixtral": lambda: kernels("Mixtral-8x7B"),
     "kernels qwen3": lambda: kernels("Qwen3-30B-A3B"),

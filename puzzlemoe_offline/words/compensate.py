@@ -286,7 +286,8 @@ class Tiles:
         """Errors [2 * pairs, columns, N] of stored words in place of columns, over the factor, [2 * pairs, columns,
         columns]: each over its diagonal element, with what the earlier ones push into it."""
         decoded = self._by_expert([self.code.decode(words, position, steps).float() for position in (0, 1)])
-        return torch.linalg.solve_triangular(factor, exact.mT - decoded, upper=True, left=False).mT
+        errors: Tensor = torch.linalg.solve_triangular(factor, exact.mT - decoded, upper=True, left=False).mT
+        return errors
 
     def _refitted(self, exact: Tensor, words: Tensor, steps: Tensor, factor: Tensor) -> Tensor:
         """bf16 steps [pairs * N, 1] with the least squares of such errors."""

@@ -222,7 +222,8 @@ def typical_steps(pair: Tensor, importance: Tensor, group: int) -> Tensor:
     [K, 2] or [N, K, 2]."""
     energy = (pair.square() * importance).unflatten(1, (-1, group)).sum(dim=(2, 3))
     total = importance.expand_as(pair).unflatten(1, (-1, group)).sum(dim=(2, 3))
-    return (energy / total).sqrt()
+    typical: Tensor = (energy / total).sqrt()
+    return typical
 
 
 def encode_matrix(code: TrellisCode, pair: Tensor, importance: Tensor, steps: Tensor) -> Tensor:

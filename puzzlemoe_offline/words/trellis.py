@@ -21,7 +21,10 @@ SEAM = 32
 """Places before and after the last one of a tile that choose its state."""
 
 TILES = {"cpu": 4, "cuda": 256}
-"""Tiles whose costs are in memory at once: few enough for a CPU's cache, enough to keep a GPU busy."""
+"""Tiles whose costs of all states are in memory at once: few enough for a CPU's cache, enough to keep a GPU busy."""
+
+PATHS = {"cpu": 32, "cuda": 256}
+"""Tiles whose least costs of groups at every place are, so that their paths are read back together."""
 
 
 def encode(code: TrellisCode, targets: Tensor, weights: Tensor) -> Tensor:
@@ -37,7 +40,7 @@ def encode(code: TrellisCode, targets: Tensor, weights: Tensor) -> Tensor:
             from puzzlemoe_offline.words.trellis_kernels import encode as encode_in_kernel
 
             return encode_in_kernel(code, targets, weights)
-    at_once = TILES[targets.device.type]
+    at_once = PATHS[targets.device.type]
     parts = zip(targets.split(at_once), weights.split(at_once), strict=True)
     return torch.cat([_encode(code, *part) for part in parts])
 
@@ -71,7 +74,11 @@ class _Trellis:
     def path(self, targets: Tensor, weights: Tensor, seam: Tensor | None = None) -> Tensor:
         """int64 [tiles, places], the states of the cheapest path from state `seam` back to it, or from any to any."""
         places = targets.shape[1]
-        history, last = self._forward(targets, weights, seam)
+        at_once = TILES[targets.device.type]
+        seams = [None] * -(-len(targets) // at_once) if seam is None else seam.split(at_once)
+        blocks = zip(targets.split(at_once), weights.split(at_once), seams, strict=True)
+        histories, lasts = zip(*(self._forward(*block) for block in blocks), strict=True)
+        last = torch.cat(lasts)
         state = self.states[last.argmin(dim=1)] if seam is None else seam
         found = [state]
         leaving = torch.arange(2**self.code.bits, device=targets.device)
@@ -80,14 +87,16 @@ class _Trellis:
             value0, value1 = values(candidates)
             target, weight = targets[:, place, :, None], weights[:, place, :, None]
             cost = weight[:, 0] * (value0 - target[:, 0]).square() + weight[:, 1] * (value1 - target[:, 1]).square()
-            cost += history[place].gather(1, self.group[self._group_before(candidates)])
+            history = torch.cat([least[place] for least in histories])
+            cost += history.gather(1, self.group[self._group_before(candidates)])
             state = candidates.gather(1, cost.argmin(dim=1, keepdim=True))[:, 0]
             found.append(state)
         return torch.stack(found[::-1], dim=1)
 
     def _group_before(self, state: Tensor) -> Tensor:
         """Number of the group of states that may come before states."""
-        return state & 2 ** (self.code.state_bits - self.code.bits) - 1
+        group: Tensor = state & 2 ** (self.code.state_bits - self.code.bits) - 1
+        return group
 
     def _forward(self, targets: Tensor, weights: Tensor, seam: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Least costs of the groups before each place, float32 [tiles, groups], and those of the last place's states,
