@@ -21,7 +21,7 @@ class Experts:
     def __call__(self, layer: int, number: int) -> Expert:
         return self.all[number]
 
-    def stacked(self, layer: int, device: torch.device) -> StackedExperts:
+    def stacked(self, layer: int) -> StackedExperts:
         return self.all
 
 
