@@ -24,7 +24,9 @@ def shards(folder: Path) -> list[bytes]:
 
 @on_a_gpu
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
-@pytest.mark.parametrize("options", [{"code": "angle8", "compensate": True, "pairing": "search"}, {}])
+@pytest.mark.parametrize(
+    "options", [{"code": "angle8", "compensate": True, "pairing": "search"}, {"code": "trellis3"}, {}]
+)
 def test_runs_write_the_same_bytes(family, options, tmp_path, monkeypatch):
     source = build(family, tmp_path / "source")
     # A few windows at a time, so that there are batches to add up.
