@@ -88,7 +88,8 @@ def _scratch_bytes(job: Job) -> int:
             pair = 6 * max(hidden, intermediate) ** 2 + 4 * hidden * intermediate
             pair = max(pair, 4 * TOGETHER if device == "cuda" else 0)
             if isinstance(method.code, TrellisCode):  # both experts (in bf16) and what down saw, with reordered neurons
-                at_once = pairs_at_once(method.code, max(hidden, intermediate), min(hidden, intermediate), device)
+                sizes = max(hidden, intermediate), min(hidden, intermediate)
+                at_once = pairs_at_once(method.code, *sizes, torch.device(device))
                 pair += at_once * (3 * hidden * intermediate + 2 * intermediate**2)
             scratch += 4 * (checkpoint.experts * moments + pair)
         case MergeMoe(recipe):

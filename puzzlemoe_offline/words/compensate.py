@@ -312,7 +312,8 @@ class Tiles:
 
 def _by_row(columns: Tensor) -> Tensor:
     """[pairs * N, columns, 2] of columns [2 * pairs, columns, N]."""
-    return columns.unflatten(0, (-1, 2)).permute(0, 3, 2, 1).flatten(0, 1)
+    by_row: Tensor = columns.unflatten(0, (-1, 2)).permute(0, 3, 2, 1).flatten(0, 1)
+    return by_row
 
 
 def packed_with_steps(code: TableCode | TrellisCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:

@@ -33,7 +33,8 @@ def decode(code: TableCode, words: Tensor, position: int, steps: Tensor) -> Tens
         raise ValueError(f"{code.name} has no values in e4m3")
     values = code.e4m3_values()[position].double().to(words.device)[code.unpack(words).long()]
     grouped = values.unflatten(-1, (steps.shape[-1], -1)) * code.sums.e4m3_unit
-    return (grouped * steps.double()[..., None]).flatten(-2)
+    weights: Tensor = (grouped * steps.double()[..., None]).flatten(-2)
+    return weights
 
 
 def expert_output(inputs: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
