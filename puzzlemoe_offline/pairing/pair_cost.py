@@ -12,7 +12,7 @@ from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistic
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.pairing.lost import LOST
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.words.nearest import PackedMatrix, fit, own_importance, pair_importance
+from puzzlemoe_offline.words.nearest import PackedMatrix, fit, own_importance, pair_importance, stored_steps
 from puzzlemoe_vllm.format.codes import TrellisCode, UnencodableWeight, get_code
 
 ROWS = 128
@@ -103,6 +103,7 @@ def merge_errors(
         few = torch.tensor([[seen.tokens < FEW_TOKENS] for seen in inputs], device=device)
         most = LOST**2 * sample.double().square().sum(dim=(1, 2))
         if isinstance(code, TrellisCode):
+            _check_steps(sample, pool, projection)
             total, gone = shared_bits_errors(sample, own, few, squares, recipe)
             errors += total / (energy or 1.0)
             lost |= gone
@@ -123,6 +124,17 @@ def merge_errors(
     if not recipe.is_paper:
         errors.masked_fill_(lost, torch.inf)
     return (errors.triu(1) + errors.triu(1).T).cpu()
+
+
+def _check_steps(sample: Tensor, pool: list[int], projection: str) -> None:
+    """Raises UnencodableWeight, as fitting would, naming an expert whose rows [n, rows, K] no steps can hold, and its
+    first partner."""
+    for place, rows in enumerate(sample):
+        try:
+            stored_steps(rows.float().square().mean(dim=1).sqrt())
+        except UnencodableWeight as error:
+            ids = sorted((pool[place], pool[place - 1]))
+            raise UnencodableWeight(f"experts {ids[0]} and {ids[1]}, {projection} projection: {error}") from None
 
 
 def shared_bits_errors(
