@@ -50,6 +50,7 @@ RECIPES: dict[str, PairRecipe | LayerMethod] = {
     "paper, 50%, search": PairRecipe(pairing="search"),
     "least squares, random pairing": PairRecipe(rule="least-squares"),
     "angle8, compensated, random pairing": PairRecipe(code="angle8", compensate=True),
+    "angle8, compensated, balanced": PairRecipe(code="angle8", compensate=True, pairing="balanced"),
     "angle8, compensated, coactivation": PairRecipe(code="angle8", compensate=True, pairing="coactivation"),
     **{f"GPTQ int{bits}": Gptq(bits) for bits in (4, 3, 2)},
 }

@@ -52,7 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 LAYERS = 2
-VOCABULARY = 1024
+VOCABULARY = 8192
 
 
 def write_model(name: str, folder: Path, device: str) -> None:

@@ -15,9 +15,9 @@ COMPRESS = (
     "datasets",
     "httpx",
     "huggingface_hub",
-    "networkx",
     "pyarrow",
     "rich",
+    "rustworkx",
     "transformers",
     "typer",
 )

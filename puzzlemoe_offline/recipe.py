@@ -13,7 +13,7 @@ from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.codes import get_code
 
 Rule = Literal["paper", "least-squares"]
-Pairing = Literal["random", "search", "coactivation"]
+Pairing = Literal["random", "search", "coactivation", "balanced"]
 Saliency = Literal["wanda", "magnitude"]
 
 TAU = 0.4
@@ -58,7 +58,7 @@ class PairRecipe(BaseModel):
     )
     pairing: Pairing = Field(
         default="random",
-        description="Partners at random, those that lose least, or those that the same tokens choose most often.",
+        description="Partners at random, those that lose least, those that share most tokens, or both weighed.",
     )
     saliency: Saliency = Field(
         default="wanda",
@@ -102,8 +102,8 @@ class PairRecipe(BaseModel):
             )
         if self.compensate and not self.calibrated:
             raise ValueError("compensation needs calibration: use --saliency wanda, or --no-compensate")
-        if self.pairing == "coactivation" and not self.calibrated:
-            raise ValueError("pairing by coactivation needs calibration: use --saliency wanda, or --pairing search")
+        if self.pairing in ("coactivation", "balanced") and not self.calibrated:
+            raise ValueError(f"{self.pairing} pairing needs calibration: use --saliency wanda, or --pairing search")
         return self
 
     @field_validator("sparsity")

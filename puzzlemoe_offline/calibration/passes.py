@@ -14,15 +14,18 @@ Recorder = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 class LayerPasses:
-    """Runs the calibration tokens through one layer a given number of times; the last time moves their hidden states,
-    [samples, T, H] on the CPU, through it in place.
+    """Runs the calibration tokens through one layer a given number of times.
+
+    states: their hidden states before it, [samples, T, H] on the CPU; after: where the last time puts those after it,
+    which may be the same memory.
 
     seconds: what all passes took so far.
     """
 
-    def __init__(self, layer: DecoderLayer, states: Tensor, windows: int, device: str, count: int):
+    def __init__(self, layer: DecoderLayer, states: Tensor, after: Tensor, windows: int, device: str, count: int):
         """windows: how many go through the layer at once."""
-        self._layer, self._states, self._windows, self._device = layer, states, windows, device
+        self._layer, self._states, self._after = layer, states, after
+        self._windows, self._device = windows, device
         self.left = count
         self.seconds = 0.0
 
@@ -41,5 +44,5 @@ class LayerPasses:
             for batch in self._states.split(self._windows):
                 self._layer(batch.to(self._device))
         else:
-            self._layer.advance(self._states, self._windows, self._device)
+            self._layer.advance(self._states, self._after, self._windows, self._device)
         self.seconds += time.perf_counter() - began

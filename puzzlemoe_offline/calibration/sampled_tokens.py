@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.model.expert import Expert, StackedExperts
+from puzzlemoe_offline.model.grouped import Grouping, hidden_of, outputs_of
 from puzzlemoe_offline.relative_error import relative_error
 
 TOKENS = 2048
@@ -44,8 +45,18 @@ class SampledTokens:
     ) -> OutputErrors:
         """What the layer's output and that of each of its `count` experts loses when `merged` stands for `source`,
         both by the source's ids."""
+        on_gpu = bool(self.batches) and self.batches[0][0].is_cuda
+        sums = (self._grouped_sums if on_gpu else self._sums)(count, source, merged)
+        error, energy, tokens = sums.tolist()
+        relative = [relative_error(*both) for both in zip(error, energy, strict=True)]
+        chosen = [round(tokens_) for tokens_ in tokens[:count]]
+        own = [one if seen else None for one, seen in zip(relative[:count], chosen, strict=True)]
+        return OutputErrors(relative[count], own, chosen)
+
+    def _sums(self, count: int, source: Callable[[int], Expert], merged: Callable[[int], Expert]) -> Tensor:
+        """Squared error, energy and tokens of every expert, and in the last column of the layer; float64
+        [3, count + 1]."""
         device = self.batches[0][0].device if self.batches else None
-        # Rows: squared error, energy, tokens; the last column is the layer's.
         sums = torch.zeros(3, count + 1, dtype=torch.float64, device=device)
         for hidden, ids, weights, out in self.batches:
             total = torch.zeros_like(hidden)
@@ -59,11 +70,24 @@ class SampledTokens:
                 sums[2, number] += len(rows)
             sums[0, count] += _square(total.double() - out.double())
             sums[1, count] += _square(out.double())
-        error, energy, tokens = sums.tolist()
-        relative = [relative_error(*both) for both in zip(error, energy, strict=True)]
-        chosen = [round(tokens_) for tokens_ in tokens[:count]]
-        own = [one if seen else None for one, seen in zip(relative[:count], chosen, strict=True)]
-        return OutputErrors(relative[count], own, chosen)
+        return sums
+
+    def _grouped_sums(self, count: int, source: Callable[[int], Expert], merged: Callable[[int], Expert]) -> Tensor:
+        """The same of all experts at once."""
+        sums = torch.zeros(3, count + 1, dtype=torch.float64, device=self.batches[0][0].device)
+        stacks = [StackedExperts.of([expert(number) for number in range(count)]) for expert in (merged, source)]
+        for hidden, ids, weights, out in self.batches:
+            grouping = Grouping.of(ids, count)
+            inputs, counts = grouping.rows(hidden), grouping.counts
+            new, exact = (outputs_of(each, hidden_of(each, inputs, grouping.ends), grouping.ends) for each in stacks)
+            total = grouping.summed(new, weights)
+            for row, values in enumerate((new.double() - exact.double(), exact.double())):
+                by_slot = values.square().sum(dim=1)
+                sums[row, :count] += torch.stack([its.sum() for its in by_slot.split(counts)])
+            sums[2, :count] += torch.tensor(counts, device=sums.device)
+            sums[0, count] += _square(total.double() - out.double())
+            sums[1, count] += _square(out.double())
+        return sums
 
 
 def _square(values: Tensor) -> Tensor:

@@ -32,14 +32,12 @@ class ProjectionInputs:
 
 def add_moments(moments: Tensor, rows: Tensor) -> None:
     """Adds X'X of bf16 or float32 rows X [m, K] to float32 moments [K, K], in place."""
-    # TF32 has more than the mantissa of a bf16: on a GPU the products stay exact and take a fraction of the time.
-    settings = torch.backends.cuda.matmul
-    before, exact = settings.allow_tf32, rows.float()
-    settings.allow_tf32 = before or rows.dtype == torch.bfloat16
-    try:
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        # Products of bf16 are exact in float32, and so they are added up.
+        moments += torch.mm(rows.T, rows, out_dtype=torch.float32)
+    else:
+        exact = rows.float()
         moments.addmm_(exact.T, exact)
-    finally:
-        settings.allow_tf32 = before
 
 
 @dataclass
@@ -73,14 +71,17 @@ class ExpertStatistics:
             torch.zeros(experts, intermediate, intermediate, device=device) if moments else None,
         )
 
-    def observe(self, expert: int, inputs: Tensor, hidden: Tensor) -> None:
-        """Adds one batch; inputs [m, H], hidden [m, I]."""
-        self.tokens[expert] += inputs.shape[0]
-        self.input_squares[expert] += inputs.float().square().sum(dim=0)
-        self.hidden_squares[expert] += hidden.float().square().sum(dim=0)
-        if self.input_moments is not None and self.hidden_moments is not None:
-            add_moments(self.input_moments[expert], inputs)
-            add_moments(self.hidden_moments[expert], hidden)
+    def observe(self, counts: dict[int, int], inputs: Tensor, hidden: Tensor) -> None:
+        """Adds one batch: inputs [m, H] and hidden [m, I], the rows of each expert after those of the one before, so
+        many as `counts` says."""
+        parts = zip(counts, inputs.split([*counts.values()]), hidden.split([*counts.values()]), strict=True)
+        for expert, its_inputs, its_hidden in parts:
+            self.tokens[expert] += len(its_inputs)
+            self.input_squares[expert] += its_inputs.float().square().sum(dim=0)
+            self.hidden_squares[expert] += its_hidden.float().square().sum(dim=0)
+            if self.input_moments is not None and self.hidden_moments is not None:
+                add_moments(self.input_moments[expert], its_inputs)
+                add_moments(self.hidden_moments[expert], its_hidden)
 
     def observe_choices(self, ids: Tensor) -> None:
         """Adds the experts, int [m, k], that one batch's tokens chose."""

@@ -14,7 +14,7 @@ from puzzlemoe_offline.calibration.passes import LayerPasses, Recorder
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
-from puzzlemoe_offline.model.layerwise import LayerExperts
+from puzzlemoe_offline.model.layer_experts import LayerExperts
 from puzzlemoe_offline.model.tensors import dense_layer_tensors
 from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.layout import PuzzleConfig

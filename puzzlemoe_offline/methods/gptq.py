@@ -17,12 +17,12 @@ from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, SourceLayer, d
 from puzzlemoe_offline.methods.rounding import Grid, group_of, stored_bits
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
-from puzzlemoe_offline.words.compensate import BLOCK, inverse_factor
+from puzzlemoe_offline.words.compensate import BLOCK, inverse_factors
 
 
 def gptq(weight: Tensor, inputs: ProjectionInputs, bits: int) -> Tensor:
     """A matrix [N, K] on integer grids, bf16; `inputs` must have moments."""
-    factor, group = inverse_factor(inputs), group_of(weight.shape[1])
+    factor, group = inverse_factors([inputs])[0], group_of(weight.shape[1])
     # Columns are the outer dimension from here on, so that each is contiguous.
     left = weight.float().T.contiguous()
     result = torch.empty_like(left)

@@ -24,7 +24,7 @@ from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.model.families import expert_groups
 from puzzlemoe_offline.model.tensors import dense_tensors, experts_name
 from puzzlemoe_offline.pairing.lost import LOST
-from puzzlemoe_offline.pairing.pair_cost import merge_errors
+from puzzlemoe_offline.pairing.pair_cost import LOAD_PRICE, loads_saved, merge_errors
 from puzzlemoe_offline.pairing.partners import (
     LayerPairing,
     PairCosts,
@@ -35,7 +35,7 @@ from puzzlemoe_offline.pairing.partners import (
 )
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.relative_error import relative_error
-from puzzlemoe_offline.words.compensate import MomentsError
+from puzzlemoe_offline.words.compensate import MomentsError, inverse_factors
 from puzzlemoe_offline.words.nearest import PackedMatrix
 from puzzlemoe_offline.words.neurons import (
     facing_orders,
@@ -44,7 +44,7 @@ from puzzlemoe_offline.words.neurons import (
     reordered_inputs,
     row_importance,
 )
-from puzzlemoe_offline.words.pack import Losses, pack_matrix
+from puzzlemoe_offline.words.pack import Losses, pack_matrices, pairs_at_once
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, PairCode, TrellisCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.layout import PuzzleConfig, steps_name, words_name
 from puzzlemoe_vllm.format.shards import shard_metadata
@@ -53,59 +53,82 @@ PackedPair = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
 """A pair's gate, up and down projection."""
 
 
-def pack_pair(
-    experts: tuple[Expert, Expert],
-    ids: tuple[int, int],
+def pack_pairs(
+    experts: list[tuple[Expert, Expert]],
+    ids: list[tuple[int, int]],
     statistics: ExpertStatistics | None,
     recipe: PairRecipe,
     group: int | None,
-    losses: Losses,
-) -> PackedPair:
-    """Two experts as words, on their device; gate, up and down are merged separately, each with its own input's norms.
+    losses: list[Losses],
+) -> list[PackedPair]:
+    """Pairs of experts as words, on their device; gate, up and down are merged separately, each with its own input's
+    norms.
 
     ids: the experts' ids in `statistics`; None there means magnitude saliency.  group: columns that share a step, for
-    codes that have steps.
-    Raises UnencodableWeight or MomentsError naming the experts and the projection.
+    codes that have steps.  Several pairs only where `pairs_at_once` allows them.
+    Raises UnencodableWeight or MomentsError naming the experts, if it is one pair, and the projection.
     """
-    seen = [_inputs(statistics, expert, number) for expert, number in zip(experts, ids, strict=True)]
-    rows: list[Tensor | None] = [None] * len(PROJECTIONS)
+    facing = None
     if isinstance(get_code(recipe.code), TrellisCode):
-        experts, rows = _face(experts, seen)
-    packed = []
+        facing = [_face(pair, its_ids, statistics) for pair, its_ids in zip(experts, ids, strict=True)]
+        experts = [pair.experts for pair in facing]
+    packed, factors = [], None
     for index, projection in enumerate(PROJECTIONS):
-        weights = getattr(experts[0], projection), getattr(experts[1], projection)
+        weights = [(getattr(first, projection), getattr(second, projection)) for first, second in experts]
+        columns, device = weights[0][0].shape[1], weights[0][0].device
+        seen = [[projection_inputs(statistics, expert, index, columns, device) for expert in pair] for pair in ids]
+        inputs = [(first, second) for first, second in seen]
+        rows = None
+        if facing and projection == "down":
+            inputs = [pair.reordered_inputs(its_inputs) for pair, its_inputs in zip(facing, inputs, strict=True)]
+        elif facing:
+            rows = torch.stack([pair.row_importance[index] for pair in facing])
         try:
-            packed.append(
-                pack_matrix(weights, (seen[0][index], seen[1][index]), recipe, group, losses, index, rows[index])
-            )
+            if (
+                recipe.compensate and inputs[0][0].moments is not None and projection != "up"
+            ):  # which sees what gate does
+                factors = inverse_factors([one for pair in inputs for one in pair])
+            packed.append(pack_matrices(weights, inputs, factors, recipe, group, losses, index, rows))
         except (UnencodableWeight, MomentsError) as error:
-            raise type(error)(f"experts {ids[0]} and {ids[1]}, {projection} projection: {error}") from None
-    return packed[0], packed[1], packed[2]
+            raise type(error)(f"experts {ids[0][0]} and {ids[0][1]}, {projection} projection: {error}") from None
+    return list(zip(*packed, strict=True))
 
 
-def _inputs(statistics: ExpertStatistics | None, expert: Expert, number: int) -> list[ProjectionInputs]:
-    """What an expert's projections saw; its id in `statistics`."""
-    return [
-        projection_inputs(statistics, number, index, matrix.shape[1], matrix.device)
-        for index, matrix in enumerate(expert.matrices)
-    ]
+@dataclass(frozen=True)
+class _FacingPair:
+    """Two experts with their neurons facing each other.
 
-
-def _face(
-    experts: tuple[Expert, Expert], seen: list[list[ProjectionInputs]]
-) -> tuple[tuple[Expert, Expert], list[Tensor | None]]:
-    """Two experts with their neurons facing each other, and how much the rows of their projections count in pairs.
-
-    seen: what the projections of both saw, of which the down projections' are put into the new order.
+    orders: in which they stand, int64 [I] twice; row_importance: of gate and up, float32 [I, 2], how much their rows
+    count in the pair.
     """
-    energies = [neuron_energies(expert, inputs[2]) for expert, inputs in zip(experts, seen, strict=True)]
-    orders = facing_orders((energies[0], energies[1]))
-    first, second = (reordered(expert, order) for expert, order in zip(experts, orders, strict=True))
-    by_expert = []
-    for expert, inputs, energy, order in zip((first, second), seen, energies, orders, strict=True):
-        inputs[2] = reordered_inputs(inputs[2], order)
-        by_expert.append([row_importance(expert.matrices[index], inputs[index], energy[order]) for index in (0, 1)])
-    return (first, second), [*(torch.stack(both, dim=1) for both in zip(*by_expert, strict=True)), None]
+
+    experts: tuple[Expert, Expert]
+    orders: tuple[Tensor, Tensor]
+    row_importance: tuple[Tensor, Tensor]
+
+    def reordered_inputs(
+        self, inputs: tuple[ProjectionInputs, ProjectionInputs]
+    ) -> tuple[ProjectionInputs, ProjectionInputs]:
+        """What the down projections see."""
+        return reordered_inputs(inputs[0], self.orders[0]), reordered_inputs(inputs[1], self.orders[1])
+
+
+def _face(experts: tuple[Expert, Expert], ids: tuple[int, int], statistics: ExpertStatistics | None) -> _FacingPair:
+    """ids: the experts' ids in `statistics`."""
+
+    def seen(expert: Expert, number: int, index: int) -> ProjectionInputs:
+        matrix = expert.matrices[index]
+        return projection_inputs(statistics, number, index, matrix.shape[1], matrix.device)
+
+    first, second = (neuron_energies(expert, seen(expert, it, 2)) for expert, it in zip(experts, ids, strict=True))
+    orders = facing_orders((first, second))
+    faced = reordered(experts[0], orders[0]), reordered(experts[1], orders[1])
+    both = []
+    for expert, number, energies, order in zip(faced, ids, (first, second), orders, strict=True):
+        inputs = seen(expert, number, 0)  # of gate and up
+        both.append([row_importance(expert.matrices[index], inputs, energies[order]) for index in (0, 1)])
+    gate, up = (torch.stack(rows, dim=1) for rows in zip(*both, strict=True))
+    return _FacingPair(faced, orders, (gate, up))
 
 
 @dataclass(frozen=True)
@@ -306,32 +329,51 @@ class PairMethod(LayerMethod):
 
     def _costs(self, layer: SourceLayer, statistics: ExpertStatistics | None) -> PairCosts | None:
         """What the recipe's pairing minimises; None for random partners."""
-        if self.recipe.pairing == "search":
 
-            def errors(pool: list[int]) -> Tensor:
-                group, device = self.group_size(layer.checkpoint), torch.device(layer.device)
-                try:
-                    return merge_errors(pool, layer.expert, statistics, self.recipe, group, device)
-                except UnencodableWeight as error:
-                    raise UnencodableWeight(f"layer {layer.index}, {error}") from None
+        def errors(pool: list[int]) -> Tensor:
+            group, device = self.group_size(layer.checkpoint), torch.device(layer.device)
+            try:
+                return merge_errors(pool, layer.expert, statistics, self.recipe, group, device)
+            except UnencodableWeight as error:
+                raise UnencodableWeight(f"layer {layer.index}, {error}") from None
 
-            return errors
-        if self.recipe.pairing == "coactivation":
+        def saved(pool: list[int]) -> Tensor:
             assert statistics is not None
-            return lambda pool: -statistics.together[pool][:, pool]
-        return None
+            return loads_saved(pool, statistics)
+
+        match self.recipe.pairing:
+            case "random":
+                return None
+            case "search":
+                return errors
+            case "coactivation":
+                return lambda pool: -saved(pool)
+            case "balanced":
+                return lambda pool: errors(pool) - LOAD_PRICE * saved(pool)
 
     def _pack(self, layer: SourceLayer, statistics: ExpertStatistics | None, pairing: LayerPairing) -> PackedLayer:
         group, pairs, losses = self.group_size(layer.checkpoint), [], []
-        for ids in pairing.pairs:
-            members = layer.expert(ids[0]), layer.expert(ids[1])
-            losses.append(Losses())
-            try:
-                pairs.append(pack_pair(members, ids, statistics, self.recipe, group, losses[-1]))
-            except (UnencodableWeight, MomentsError) as error:
-                raise type(error)(f"layer {layer.index}, {error}") from None
+        hidden, intermediate = layer.checkpoint.expert_sizes
+        columns, rows = max(hidden, intermediate), min(hidden, intermediate)
+        at_once = pairs_at_once(self.code, columns, rows, torch.device(layer.device))
+        for start in range(0, len(pairing.pairs), at_once):
+            found, its_losses = self._pack_some(layer, statistics, pairing.pairs[start : start + at_once], group)
+            pairs += found
+            losses += its_losses
         dense = [layer.expert(number) for number in pairing.order[pairing.merged :]]
         return PackedLayer(pairing, pairs, losses, dense, self.code)
+
+    def _pack_some(
+        self, layer: SourceLayer, statistics: ExpertStatistics | None, ids: list[tuple[int, int]], group: int | None
+    ) -> tuple[list[PackedPair], list[Losses]]:
+        members = [(layer.expert(first), layer.expert(second)) for first, second in ids]
+        losses = [Losses() for _ in ids]
+        try:
+            return pack_pairs(members, ids, statistics, self.recipe, group, losses), losses
+        except (UnencodableWeight, MomentsError) as error:
+            for one in ids if len(ids) > 1 else ():  # raises it naming the pair
+                self._pack_some(layer, statistics, [one], group)
+            raise type(error)(f"layer {layer.index}, {error}") from None
 
 
 def _lost(weights: list[list[float | None]], outputs: OutputErrors) -> set[int]:

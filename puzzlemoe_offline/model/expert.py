@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,3 +29,21 @@ class Expert:
         """What the expert makes of tokens [m, H], in their dtype, before the router's weights."""
         gate, up, down = (matrix.to(inputs.dtype) for matrix in self.matrices)
         return F.linear(F.silu(F.linear(inputs, gate)) * F.linear(inputs, up), down)
+
+
+@dataclass(frozen=True)
+class StackedExperts:
+    """All routed experts of a layer, bf16: gate and up [E, I, H], down [E, H, I]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    @classmethod
+    def of(cls, experts: list[Expert]) -> StackedExperts:
+        """A copy of experts on one device."""
+        return cls(*(torch.stack(matrices) for matrices in zip(*(each.matrices for each in experts), strict=True)))
+
+    def __getitem__(self, number: int) -> Expert:
+        """One of them, in the same memory."""
+        return Expert(self.gate[number], self.up[number], self.down[number])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,78 +15,79 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from puzzlemoe_offline.model.checkpoint import RECOMPUTED, Checkpoint
 from puzzlemoe_offline.model.deepseek_moe import DeepseekForCausalLM, deepseek_config
-from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.model.grouped import Grouping, hidden_of, outputs_of
+from puzzlemoe_offline.model.layer_experts import LayerExperts
 from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_vllm.errors import UserError, shown
 
 BATCH_TOKENS = 8192
-"""Tokens that go through a layer at once."""
+"""Tokens that go through a layer at once on a CPU."""
 
+ACTIVATION_BYTES = 1 << 32
+"""Most bytes of the experts' activations of the tokens that go through a layer at once on a GPU.  Sums over tokens, and
+so the bytes that are written, depend on it, but not on how much memory a GPU has."""
 
 HEAD = "lm_head.weight"
 
 
 class Observer(Protocol):
-    """Sees one expert at work on one batch."""
+    """Sees experts at work on one batch."""
 
-    def __call__(self, expert: int, inputs: Tensor, hidden: Tensor) -> None:
-        """inputs [m, H]: the expert's tokens; hidden [m, I]: SiLU(gate) * up, the down projection's input."""
+    def __call__(self, counts: dict[int, int], inputs: Tensor, hidden: Tensor) -> None:
+        """counts: tokens of each expert, whose rows follow each other in this order; inputs [m, H]: the experts'
+        tokens; hidden [m, I]: SiLU(gate) * up, the down projection's input."""
 
 
 class StreamedExperts(nn.Module):
-    """Stands where a decoder layer's experts module was; takes the weights from a function, expert by expert."""
+    """Stands where a decoder layer's experts module was.
 
-    def __init__(self, expert: Callable[[int], Expert]):
+    A CPU reads and runs one expert after another, a GPU all in grouped products.
+    """
+
+    def __init__(self, experts: LayerExperts, layer: int):
         super().__init__()
-        self.expert = expert
+        self.experts, self.layer = experts, layer
         self.observe: Observer | None = None
         self.record: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [M, H], top_k_index int [M, k], top_k_weights [M, k] -> [M, H]."""
+        run = self._grouped if hidden_states.is_cuda else self._one_by_one
+        out = run(hidden_states, top_k_index, top_k_weights)
+        if self.record:
+            self.record(hidden_states, top_k_index, top_k_weights, out)
+        return out
+
+    def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
-            weights = self.expert(expert)
+            weights = self.experts(self.layer, expert)
             rows, choice = (top_k_index == expert).nonzero(as_tuple=True)
             inputs = hidden_states[rows]
             gate = F.linear(inputs, weights.gate.to(inputs.dtype))
             up = F.linear(inputs, weights.up.to(inputs.dtype))
             hidden = F.silu(gate) * up
             if self.observe:
-                self.observe(expert, inputs, hidden)
+                self.observe({expert: len(inputs)}, inputs, hidden)
             down = F.linear(hidden, weights.down.to(inputs.dtype))
             out.index_add_(0, rows, (down * top_k_weights[rows, choice, None]).to(out.dtype))
             del weights  # before the next expert's are read or decoded
-        if self.record:
-            self.record(hidden_states, top_k_index, top_k_weights, out)
         return out
 
-
-class LayerExperts:
-    """Hands out routed experts, and keeps those of the layer it was last asked about on the device."""
-
-    def __init__(self, checkpoint: Checkpoint, device: str):
-        self.checkpoint, self.device = checkpoint, device
-        self.layer = -1
-        self.kept: dict[int, Expert] = {}
-
-    def __call__(self, layer: int, number: int) -> Expert:
-        """Expert `number` of a layer, bf16."""
-        if layer != self.layer:
-            self.layer, self.kept = layer, {}
-        if number not in self.kept:
-            self.kept[number] = self.checkpoint.expert(layer, number, self.device)
-        return self.kept[number]
+    def _grouped(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        stacked = self.experts.stacked(self.layer)
+        grouping = Grouping.of(top_k_index, len(stacked.gate))
+        inputs = grouping.rows(hidden_states)
+        hidden = hidden_of(stacked, inputs, grouping.ends)
+        if self.observe:
+            self.observe({expert: count for expert, count in enumerate(grouping.counts) if count}, inputs, hidden)
+        del inputs
+        return grouping.summed(outputs_of(stacked, hidden, grouping.ends), top_k_weights)
 
 
 def activation_dtype(device: str | torch.device) -> torch.dtype:
     """Of weights and activations: float32 on a CPU (bf16 has no fast path on most) and bf16 on a GPU."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-
-
-def batch_size(sequence_length: int) -> int:
-    """Sequences that go through a layer at once: `BATCH_TOKENS` tokens, at least one sequence."""
-    return max(1, BATCH_TOKENS // sequence_length)
 
 
 class _Recorder(nn.Module):
@@ -151,6 +151,16 @@ class LayerwiseModel:
             self._check_tied_head()
         self.arguments: dict[int, list[dict[str, Any]]] = {}
 
+    def batch_size(self, sequence_length: int) -> int:
+        """Sequences that go through a layer at once, at least one: `BATCH_TOKENS` tokens on a CPU; on a GPU the largest
+        power of two whose experts' activations take no more than `ACTIVATION_BYTES`."""
+        if self.device.type == "cpu":
+            return max(1, BATCH_TOKENS // sequence_length)
+        hidden, intermediate = self.checkpoint.expert_sizes
+        token = self.checkpoint.experts_per_token * self.dtype.itemsize * 2 * (hidden + intermediate)
+        sequences = max(1, ACTIVATION_BYTES // (token * sequence_length))
+        return 1 << (sequences.bit_length() - 1)
+
     @torch.inference_mode()
     def embed(self, batch: Tensor) -> Tensor:
         """Token ids [B, T] -> hidden states [B, T, H]; also learns every layer's arguments for a batch of this size.
@@ -182,22 +192,20 @@ class LayerwiseModel:
 
         Raises CheckpointError as `embed` does.
         """
-        states = torch.empty(*windows.shape, self.model.config.hidden_size, dtype=self.dtype)
+        shape = *windows.shape, self.model.config.hidden_size
+        states = torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
         for start in range(0, len(windows), size):
             states[start : start + size] = self.embed(windows[start : start + size])
         return states
 
     @torch.inference_mode()
-    def layers(self, expert: Callable[[int, int], Expert], start: int = 0) -> Iterator[tuple[int, DecoderLayer]]:
-        """Yields (index, layer) with the layer's weights in place until the next one is asked for.
-
-        expert(layer, id) hands out routed experts; it is asked again for every batch, so it should keep them.
-        """
+    def layers(self, experts: LayerExperts, start: int = 0) -> Iterator[tuple[int, DecoderLayer]]:
+        """Yields (index, layer) with the layer's weights in place until the next one is asked for."""
         for index in range(start, self.checkpoint.layers):
             module = self.model.model.layers[index]
             streamed = None
             if index in self.checkpoint.moe_layers:
-                streamed = StreamedExperts(partial(expert, index))
+                streamed = StreamedExperts(experts, index)
                 getattr(module, self.family.module).experts = streamed
             self._load(module, f"model.layers.{index}")
             arguments = {size: by_layer[index] for size, by_layer in self.arguments.items()}
@@ -347,10 +355,13 @@ class DecoderLayer:
         after: Tensor = out[0] if isinstance(out, tuple) else out
         return after
 
-    def advance(self, states: Tensor, size: int, device: torch.device | str) -> None:
-        """Moves hidden states [n, T, H] on the CPU through the layer in place, `size` windows at a time."""
-        for start in range(0, len(states), size):
-            states[start : start + size] = self(states[start : start + size].to(device)).cpu()
+    def advance(self, states: Tensor, out: Tensor, size: int, device: torch.device | str) -> None:
+        """Moves hidden states [n, T, H] on the CPU through the layer, `size` windows at a time; `out`, where they go,
+        may be the same memory."""
+        for before, after in zip(states.split(size), out.split(size), strict=True):
+            after.copy_(self(before.to(device, non_blocking=True)), non_blocking=True)
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:

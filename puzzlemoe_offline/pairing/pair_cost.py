@@ -18,8 +18,12 @@ from puzzlemoe_vllm.format.codes import TrellisCode, UnencodableWeight, get_code
 ROWS = 128
 """Most rows of a projection that are sampled."""
 
-ENTRIES = {"cpu": 1 << 14, "cuda": 1 << 20}
+ENTRIES = {"cpu": 1 << 14, "cuda": 1 << 24}
 """Weights fitted at once: few enough for the cache of a CPU, enough to keep a GPU busy."""
+
+LOAD_PRICE = 0.04
+"""`balanced`: the relative squared error, summed over the projections, that is taken for loading none of a token's
+experts."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,13 @@ class _Sample:
                 self.merge(*pair, recipe, group)
             ids = f"{self.pool[int(a[0])]} and {self.pool[int(b[0])]}"
             raise UnencodableWeight(f"experts {ids}, {self.projection} projection: {error}") from None
+
+
+def loads_saved(pool: list[int], statistics: ExpertStatistics) -> Tensor:
+    """Symmetric float64 [n, n]: by how much less of its experts a token loads if two of the pool are partners, on
+    average over the calibration tokens.  One that chose both loads them once."""
+    together = statistics.together[pool][:, pool].double()
+    return together / max(int(statistics.tokens.sum()), 1)
 
 
 def merge_errors(

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import networkx
+import rustworkx
 from torch import Tensor
 
 from puzzlemoe_offline.model.families import UnsupportedModel
@@ -46,6 +46,11 @@ class LayerPairing:
         dropped = [expert for unit in units if lost & set(unit) for expert in unit]
         return LayerPairing.of(kept, len(self.order), self.spared + dropped)
 
+
+COST_BITS, TIE_BITS = 60, 32
+"""The matching is exact in whole numbers: a cost's share of the largest in so many bits, and below it a random number,
+so that of several matchings of the least cost one is the least, and found whatever way the library goes (isolation
+lemma: Mulmuley, Vazirani, Vazirani 1987)."""
 
 PairCosts = Callable[[list[int]], Tensor]
 """The cost of merging any two of n experts, symmetric [n, n]; infinite for two that must not merge."""
@@ -113,11 +118,16 @@ def _shuffled(pool: list[int], rng: random.Random) -> list[int]:
 
 def _matched(pool: list[int], costs: Tensor) -> list[int]:
     """The same, from the minimum-weight matching of as many experts as may merge."""
-    graph = networkx.Graph()
     values = costs.tolist()
-    edges = ((a, b, values[a][b]) for b in range(len(pool)) for a in range(b))
-    graph.add_weighted_edges_from(edge for edge in edges if math.isfinite(edge[2]))
-    matching = networkx.min_weight_matching(graph)
+    allowed = [(a, b) for b in range(len(pool)) for a in range(b) if math.isfinite(values[a][b])]
+    largest = max((abs(values[a][b]) for a, b in allowed), default=0.0) or 1.0
+    ties = random.Random(len(pool))
+    graph = rustworkx.PyGraph(multigraph=False)
+    graph.add_nodes_from(range(len(pool)))
+    for a, b in allowed:
+        share = round(values[a][b] / largest * (1 << COST_BITS))
+        graph.add_edge(a, b, -(share << TIE_BITS | ties.getrandbits(TIE_BITS)))
+    matching = rustworkx.max_weight_matching(graph, max_cardinality=True, weight_fn=int)
     return [pool[member] for pair in sorted(sorted(pair) for pair in matching) for member in pair]
 
 

@@ -71,6 +71,11 @@ class Job:
         return str(self.model.device)
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether that is a GPU, which need not wait for the disk."""
+        return self.model.device.type == "cuda"
+
+    @property
     def shards(self) -> int:
         """Files that are written: one a layer, one for what is outside layers, and one for what is copied, if any."""
         return self.checkpoint.layers + 1 + bool(self.checkpoint.copied)

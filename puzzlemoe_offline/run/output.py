@@ -11,12 +11,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum, auto
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from puzzlemoe_offline.methods.base import LayerRecord
 from puzzlemoe_offline.model.hub import small_files
-from puzzlemoe_offline.run.files import OutputError, is_intact, put, sync, write_file, writing
+from puzzlemoe_offline.run.files import OutputError, StateRecord, is_intact, put, sync, write_file, writing
 from puzzlemoe_offline.run.report import REPORT
 from puzzlemoe_offline.run.work import FinishedShard, WorkFolder
 from puzzlemoe_vllm.format.layout import LayoutError, parse_config
@@ -42,6 +42,11 @@ from puzzlemoe_vllm.format.shards import (
 )
 
 CONFIG = "config.json"
+
+_Content = tuple[dict[str, Tensor], dict[str, str]]
+"""Tensors and metadata of a file."""
+
+Record = TypeVar("Record", ShardRecord, StateRecord)
 
 
 class _Holds(Enum):
@@ -72,6 +77,7 @@ class ModelFolder:
         self.folder, self.shards, self.metadata = folder, shards, metadata
         self.work = WorkFolder(folder)
         self._fingerprint = ""
+        self._mode = 0o666 & ~_umask()
         self._behind: ThreadPoolExecutor | None = None
         self._outstanding: Future[None] | None = None
 
@@ -200,25 +206,34 @@ class ModelFolder:
         return [self.folder / self.shard_name(number) for number in range(self.shards)]
 
     def write_shard(
-        self, number: int, tensors: dict[str, Tensor], state: Tensor | None, record: LayerRecord | None
+        self,
+        number: int,
+        tensors: dict[str, Tensor],
+        state: Tensor | None,
+        record: LayerRecord | None,
+        behind: bool = False,
     ) -> None:
         """Writes a shard and what the next shard needs to go on (`state`).
 
         It is synced, read for its digest and recorded, and only then finished, while the caller makes the next; an
-        error in that is raised by the next call.  The record gets the seconds that this call took.
+        error in that is raised by the next call.  behind: so is it written, and the caller leaves tensors and state as
+        they are until that call.  The record gets the seconds that this call took.
         """
         began = time.perf_counter()
         self._wait()
-        on_host = to_host(tensors)
+        files = {self._partial_shard: (to_host(tensors), self.metadata)}
+        if state is not None:
+            files[self._partial_state] = {"state": state}, {"format": "pt"}
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-        with writing(self.folder):
-            self._save(on_host, self._partial_shard, self.metadata)
-            if state is not None:
-                self._save({"state": state}, self._partial_state, {"format": "pt"})
+        if not behind:
+            for partial, content in files.items():
+                self._save(*content, partial)
         if record:
             record.seconds["write"] = time.perf_counter() - began
         assert self._behind, "the folder is not open"
-        self._outstanding = self._behind.submit(self._keep, number, sizes, state is not None, record)
+        self._outstanding = self._behind.submit(
+            self._keep, number, sizes, state is not None, record, files if behind else {}
+        )
 
     @property
     def _partial_shard(self) -> Path:
@@ -228,16 +243,33 @@ class ModelFolder:
     def _partial_state(self) -> Path:
         return self.work.path / "state.partial"
 
-    def _save(self, tensors: dict[str, Tensor], partial: Path, metadata: dict[str, str]) -> None:
-        partial.unlink(missing_ok=True)
-        save_shard(tensors, partial, metadata)
-        partial.chmod(0o666 & ~_umask())
-
-    def _keep(self, number: int, sizes: dict[str, int], has_state: bool, record: LayerRecord | None) -> None:
-        """Finishes the shard that lies in the partial files."""
+    def _save(self, tensors: dict[str, Tensor], metadata: dict[str, str], partial: Path) -> None:
         with writing(self.folder):
-            digests = record_shard(self._partial_shard)
-            state = record_shard(self._partial_state) if has_state else None
+            partial.unlink(missing_ok=True)
+            save_shard(tensors, partial, metadata)
+            partial.chmod(self._mode)
+
+    def _keep(
+        self,
+        number: int,
+        sizes: dict[str, int],
+        has_state: bool,
+        record: LayerRecord | None,
+        files: dict[Path, _Content],
+    ) -> None:
+        """Finishes the shard that lies in the partial files, or in `files` that are to be written there."""
+
+        def kept(partial: Path, recorded: Callable[[Path], Record]) -> Record:
+            if content := files.get(partial):
+                self._save(*content, partial)
+            with writing(self.folder):
+                return recorded(partial)
+
+        with ThreadPoolExecutor(1) as beside:
+            waiting = beside.submit(kept, self._partial_state, StateRecord.of) if has_state else None
+            digests = kept(self._partial_shard, record_shard)
+            state = waiting.result() if waiting else None
+        with writing(self.folder):
             put(self._partial_shard, self.folder / self.shard_name(number))
             if has_state:
                 put(self._partial_state, self.work.state(number))

@@ -16,10 +16,11 @@ from torch import Tensor
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs, add_moments
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
-from puzzlemoe_offline.model.layerwise import activation_dtype
+from puzzlemoe_offline.model.layerwise import ACTIVATION_BYTES, activation_dtype
 from puzzlemoe_offline.run.job import Job, Sizes
+from puzzlemoe_offline.words.compensate import inverse_factors
 from puzzlemoe_offline.words.nearest import SCORES
-from puzzlemoe_offline.words.pack import ENTRIES, Losses, pack_matrix
+from puzzlemoe_offline.words.pack import ENTRIES, TOGETHER, Losses, pack_matrices, pairs_at_once
 from puzzlemoe_vllm.format.codes import TrellisCode
 
 SCRATCH_BYTES_PER_ENTRY = 100
@@ -60,8 +61,11 @@ def make_plan(job: Job) -> Plan:
     layer_experts, packed = expert * checkpoint.experts, job.experts_after // moe_layers
     on_device = layer_experts + packed + layer_other * width // 2 + expert * width // 2 + embedding * width // 2
     on_device += _scratch_bytes(job)
-    # From a GPU the packed layer goes to pinned memory, whose blocks have powers of two as sizes.
-    host = job.states_bytes + layer_other + (on_device if on_cpu else expert + 2 * packed)
+    if not on_cpu:  # the next layer is read ahead, and experts take all tokens of a batch at once
+        on_device += layer_experts + (ACTIVATION_BYTES if job.tokens else 0)
+    # From a GPU the packed layer goes to pinned memory, whose blocks have powers of two as sizes; the last one, and the
+    # hidden states after it, may not be written yet.
+    host = layer_other + (job.states_bytes + on_device if on_cpu else 2 * job.states_bytes + expert + 4 * packed)
     host = max(host, copied)
     return Plan(
         sizes=job.sizes,
@@ -79,11 +83,16 @@ def _scratch_bytes(job: Job) -> int:
     scratch = SCRATCH_BYTES_PER_ENTRY * ENTRIES[device] + (4 * SCORES if device == "cpu" else 0)
     scratch = max(scratch, DECODED_BYTES_PER_ENTRY * checkpoint.expert_bytes // 6)
     match job.method:
-        case PairMethod(recipe) if recipe.compensate:
+        case PairMethod(recipe) as method if recipe.compensate:
             # float32: every expert's moments; of one pair the factors, their inverses, and a projection with its
             # errors.
             moments = hidden**2 + intermediate**2
             pair = 6 * max(hidden, intermediate) ** 2 + 4 * hidden * intermediate
+            pair = max(pair, 4 * TOGETHER if device == "cuda" else 0)
+            if isinstance(method.code, TrellisCode):  # both experts (in bf16) and what down saw, with reordered neurons
+                sizes = max(hidden, intermediate), min(hidden, intermediate)
+                at_once = pairs_at_once(method.code, *sizes, torch.device(device))
+                pair += at_once * (3 * hidden * intermediate + 2 * intermediate**2)
             scratch += 4 * (checkpoint.experts * moments + pair)
         case MergeMoe(recipe):
             # float32: every cluster's sums; float64: those of one, the factor and the solution.
@@ -172,7 +181,9 @@ def _merge_rate(job: Job, method: PairMethod) -> float:
     group = method.group_size(job.checkpoint)
 
     def pack(rows: int) -> None:
-        pack_matrix((weights[0, :rows], weights[1, :rows]), (seen, seen), method.recipe, group, Losses(), 0)
+        factors = inverse_factors([seen, seen]) if method.recipe.compensate else None
+        pair = weights[0, :rows], weights[1, :rows]
+        pack_matrices([pair], [(seen, seen)], factors, method.recipe, group, [Losses()], 0)
 
     pack(16)  # compiles and loads what the first use does; strides of fewer rows would be compiled as constants
     began = time.perf_counter()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.passes import LayerPasses
 from puzzlemoe_offline.calibration.text import Calibration
 from puzzlemoe_offline.methods.base import LayerRecord, NewLayer, SourceLayer
 from puzzlemoe_offline.model.hub import small_files
-from puzzlemoe_offline.model.layerwise import LayerExperts, batch_size
+from puzzlemoe_offline.model.layer_experts import LayerExperts
 from puzzlemoe_offline.model.tensors import copied_tensors, plain_tensors, tensors_outside_layers
 from puzzlemoe_offline.model.tokenizer import mended_config
 from puzzlemoe_offline.run.card import model_card
@@ -76,7 +77,7 @@ def _write(
         tensors = plain_tensors(checkpoint, record.layer, record.order, job.fp8) | new.tensors
         del new  # not to be held while the next layer is made
         last = record.layer + 1 == checkpoint.layers
-        folder.write_shard(record.layer, tensors, None if last else states, record)
+        folder.write_shard(record.layer, tensors, None if last else states, record, behind=job.on_gpu)
         del tensors
         records.append(record)
         on_layer(record)
@@ -123,17 +124,20 @@ def _layers(
         return
     assert calibration, f"{job.method} needs calibration text"
     tokens, model = calibration.tokens, job.model
-    windows = batch_size(tokens.shape[1])
+    windows = model.batch_size(tokens.shape[1])
     states = folder.state_after(start - 1) if start else model.embed_all(tokens, windows)
+    # A GPU has the next layer done before the states after this one are written: they need a place of their own.
+    after = torch.empty_like(states, pin_memory=True) if job.on_gpu else states
     if start:  # layers take arguments that depend on a batch's size
         batches = tokens.split(windows)
         for batch in (batches[0], batches[-1]):
             model.embed(batch)
     for index, layer in model.layers(experts, start):
-        passes = LayerPasses(layer, states, windows, device, job.method.passes if layer.experts else 1)
+        passes = LayerPasses(layer, states, after, windows, device, job.method.passes if layer.experts else 1)
         if not layer.experts:
             passes.run()
-        yield _new_layer(job, index, experts, passes), states
+        yield _new_layer(job, index, experts, passes), after
+        states, after = after, states
 
 
 def _new_layer(job: Job, index: int, experts: LayerExperts, passes: LayerPasses | None) -> NewLayer:

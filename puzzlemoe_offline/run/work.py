@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from puzzlemoe_offline.methods.base import LayerRecord
-from puzzlemoe_offline.run.files import OutputError, is_intact, write_file, writing
+from puzzlemoe_offline.run.files import OutputError, StateRecord, is_intact, write_file, writing
 from puzzlemoe_vllm.format.layout import LayoutError
 from puzzlemoe_vllm.format.shards import ShardRecord, read_json_object
 
@@ -32,7 +32,7 @@ class FinishedShard(BaseModel):
 
     tensors: dict[str, int]
     digests: ShardRecord
-    state: ShardRecord | None = None
+    state: StateRecord | None = None
     layer: LayerRecord | None = None
 
 

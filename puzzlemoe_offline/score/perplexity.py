@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puzzlemoe_offline.model.layerwise import LayerExperts, LayerwiseModel, batch_size
+from puzzlemoe_offline.model.layer_experts import LayerExperts
+from puzzlemoe_offline.model.layerwise import LayerwiseModel
 
 LOGIT_TOKENS = {"cpu": 256, "cuda": 2048}
 """Tokens whose logits are in memory at once: few enough that a CPU's cache holds much of them, enough to keep a GPU
@@ -49,10 +50,10 @@ def perplexity(
 ) -> Perplexity:
     """windows: token ids [n, T].  Each window is scored on its own, its first token only conditions."""
     device = str(model.device)
-    size = batch_size(windows.shape[1])
+    size = model.batch_size(windows.shape[1])
     states = model.embed_all(windows, size)
     for index, layer in model.layers(LayerExperts(model.checkpoint, device)):
-        layer.advance(states, size, device)
+        layer.advance(states, states, size, device)
         on_layer(index)
     # The last token of a window predicts none of it; what is below zero is not scored.
     targets = torch.cat([windows[:, 1:], torch.full((len(windows), 1), -100)], dim=1).flatten()

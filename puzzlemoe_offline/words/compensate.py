@@ -9,6 +9,8 @@ unlike GPTQ's rounding, does not bound the lighter expert's error, which may the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,29 +38,34 @@ BLOCK = 128
 """Columns whose errors reach the rest of the matrix in one matrix product."""
 
 
+FACTORED_TOGETHER = 2048
+"""Columns up to which a GPU factors many moments in one batch: larger ones keep it busy alone, and it is faster."""
+
+
 class MomentsError(UserError):
     """Second moments of inputs that are too large for float32, so that no error can be compensated."""
 
 
 def fit_compensated(
     code: PairCode,
-    weights: tuple[Tensor, Tensor],
-    inputs: tuple[ProjectionInputs, ProjectionInputs],
+    weights: list[tuple[Tensor, Tensor]],
+    factors: Tensor,
     group: int | None,
     rows: Tensor | None = None,
-) -> PackedMatrix:
-    """The words of two matrices [N, K] whose inputs have moments.
+) -> list[PackedMatrix]:
+    """The words of pairs of matrices [N, K], all of one shape; only by a GPU's kernel several pairs at once, which it
+    takes little longer for than for one.
 
-    rows: float32 [N, 2], how much the squared errors of rows count in trellis codes, where rows share bits; the same if
-    None.
-    Raises UnencodableWeight for a weight that the code cannot hold, MomentsError as `inverse_factor` does.
+    factors: `inverse_factors` of what the experts of all pairs saw, pair by pair, [2 * pairs, K, K].
+    rows: float32 [pairs, N, 2], how much the squared errors of rows count in trellis codes, where rows share bits; the
+    same if None.
+    Raises UnencodableWeight for a weight that the code cannot hold.
     """
-    check_finite(weights)
-    factors = torch.stack([inverse_factor(seen) for seen in inputs])
-    importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
-    importance /= importance.mean()
     # Columns are the outer dimension from here on, so that each is contiguous.
-    left = torch.stack([weight.float().T for weight in weights])
+    left = torch.stack([weight.float().T for pair in weights for weight in pair])
+    check_finite((left,))
+    importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
+    importance /= torch.stack([pair.mean() for pair in importance.split(2)]).repeat_interleave(2)[:, None]
     coder = coder_of(code, group, left, rows)
     words = []
     for start in range(0, left.shape[1], BLOCK):
@@ -68,39 +75,59 @@ def fit_compensated(
         words.append(coded)
         later = slice(start + BLOCK, None)
         left[:, later].baddbmm_(factor[:, :, later].mT, errors, alpha=-1)
-    return coder.packed(torch.cat(words).T)
+    return coder.packed(torch.cat(words).T).split(len(weights))
 
 
-def inverse_factor(inputs: ProjectionInputs) -> Tensor:
-    """Upper triangular U, float32 [K, K], with U'U the inverse of the damped moments per token^`BALANCE`.
+def inverse_factors(inputs: list[ProjectionInputs]) -> Tensor:
+    """For each the upper triangular U, float32 [n, K, K], with U'U the inverse of the damped moments per
+    token^`BALANCE`.
 
     Raises MomentsError for moments that have none.
     """
-    assert inputs.moments is not None
-    moments = inputs.moments.float() / inputs.tokens**BALANCE
-    mean = moments.diagonal().mean()
+    if len(inputs) > 1 and len(inputs[0].norms) > FACTORED_TOGETHER:
+        return torch.cat([inverse_factors([seen]) for seen in inputs])
+    given = [(seen.moments, seen.tokens) for seen in inputs if seen.moments is not None]
+    moments = torch.stack([its.float() / tokens**BALANCE for its, tokens in given])
+    means = torch.stack([its.diagonal().mean() for its in moments])
     # An expert whose inputs are all zero: the down projection of one whose gate or up projection is.
-    moments.diagonal().add_(torch.where(mean > 0, DAMPING * mean, 1.0))
+    moments.diagonal(dim1=1, dim2=2).add_(torch.where(means > 0, DAMPING * means, 1.0)[:, None])
     # With rows and columns in reverse the lower factor becomes an upper one, R R' = moments; its inverse is U.
-    lower, failed = torch.linalg.cholesky_ex(moments.flip(0, 1))
-    upper = lower.flip(0, 1)
-    factor: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
-    diagonal = factor.diagonal()
-    if bool(failed) or not bool((torch.isfinite(diagonal) & (diagonal > 0)).all()):
+    lower, failed = torch.linalg.cholesky_ex(moments.flip(1, 2))
+    del moments
+    upper = lower.flip(1, 2)
+    del lower
+    factors = _inverse(upper)
+    diagonal = factors.diagonal(dim1=1, dim2=2)
+    if bool(failed.any()) or not bool((torch.isfinite(diagonal) & (diagonal > 0)).all()):
         raise MomentsError(
             "on the calibration text the squares of the inputs leave float32: copy or download the source again if it "
             "should have no such activations"
         )
-    return factor
+    return factors
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Of upper triangular matrices [n, K, K]."""
+    columns = upper.shape[1]
+    if not upper.is_cuda or columns <= FACTORED_TOGETHER:
+        solved: Tensor = torch.linalg.solve_triangular(upper, torch.eye(columns, device=upper.device), upper=True)
+        return solved
+    # By halves: a third of the operations of a solution with the identity, and nearly all of them in products.
+    half = columns // 2
+    inverse = torch.zeros_like(upper)
+    inverse[:, :half, :half] = first = _inverse(upper[:, :half, :half])
+    inverse[:, half:, half:] = last = _inverse(upper[:, half:, half:])
+    torch.bmm(first, upper[:, :half, half:] @ last, out=inverse[:, :half, half:]).neg_()
+    return inverse
 
 
 def coder_of(
     code: PairCode, group: int | None, matrix: Tensor, rows: Tensor | None
 ) -> Columns | ColumnsInKernel | Tiles:
-    """What codes the columns of a matrix, float32 [2, K, N]; rows: as in `fit_compensated`."""
+    """What codes the columns of matrices, float32 [2 * pairs, K, N]; rows: as in `fit_compensated`."""
     if isinstance(code, TrellisCode):
         assert group is not None
-        return Tiles(code, group, matrix.new_ones(matrix.shape[2], 2) if rows is None else rows)
+        return Tiles(code, group, matrix.new_ones(len(matrix) // 2, matrix.shape[2], 2) if rows is None else rows)
     if not isinstance(code, TableCode):
         return Columns(code)
     assert group is not None
@@ -196,14 +223,15 @@ class ColumnsWithSteps(Columns):
 
 
 class ColumnsInKernel:
-    """The same on a GPU, a block at a time."""
+    """The same on a GPU, a block of the columns of one or several pairs at a time."""
 
     def __init__(self, table_code: TableCode, group: int):
         self.table_code, self.group = table_code, group
         self.steps: list[Tensor] = []
 
     def code_block(self, block: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `Columns`."""
+        """As in `Columns`, of columns [2 * pairs, B, N]: the words [B, pairs * N] of one pair lie beside those of
+        another."""
         from puzzlemoe_offline.words.nearest_kernels import code_columns
 
         words, steps, errors = code_columns(self.table_code, block, importance, factor, self.group, STEP_MULTIPLES)
@@ -216,20 +244,21 @@ class ColumnsInKernel:
 
 
 class Tiles:
-    """The same for trellis codes, a tile's width of columns at a time.
+    """The same for trellis codes, a tile's width of columns of one or several pairs at a time.
 
     Such columns get their words together, and then their errors are pushed on.  When a group of columns has its words,
     its steps are fitted to them anew, by the errors that are left once later columns have made up for what they can.
+    The rows of one pair lie below those of another wherever pairs are matrices, as the words and steps are.
     """
 
     def __init__(self, code: TrellisCode, group: int, rows: Tensor):
-        """rows: float32 [N, 2], how much the squared errors of rows count."""
+        """rows: float32 [pairs, N, 2], how much the squared errors of rows count."""
         self.code, self.group, self.rows = code, group, rows
         self.steps: list[Tensor] = []
-        """bf16 [N] of every group so far."""
+        """bf16 [pairs * N] of every group so far."""
 
     def code_block(self, block: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `Columns`."""
+        """As in `ColumnsInKernel`."""
         left = block.clone()
         words, errors = [], torch.empty_like(block)
         for first in range(0, block.shape[1], self.group):
@@ -240,12 +269,12 @@ class Tiles:
         return torch.cat(words), errors
 
     def _code_group(self, group: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        weighed = self.rows[:, None] * importance.T
-        steps = stored_steps(typical_steps(group.permute(2, 1, 0), weighed, self.group) * self.code.unit_step)
+        weighed = (self.rows[:, :, None] * importance.unflatten(0, (-1, 2)).mT[:, None]).flatten(0, 1)
+        steps = stored_steps(typical_steps(_by_row(group), weighed, self.group) * self.code.unit_step)
         left, stored = group.clone(), []
         for first in range(0, self.group, TILE_COLUMNS):
             here, later = slice(first, first + TILE_COLUMNS), slice(first + TILE_COLUMNS, None)
-            stored.append(encode_matrix(self.code, left[:, here].permute(2, 1, 0), weighed[:, here], steps))
+            stored.append(encode_matrix(self.code, _by_row(left[:, here]), weighed[:, here], steps))
             errors = self._errors(left[:, here], stored[-1], steps, factor[:, here, here])
             left[:, later].baddbmm_(factor[:, here, later].mT, errors, alpha=-1)
         words = torch.cat(stored, dim=1)
@@ -254,25 +283,37 @@ class Tiles:
         return self.code.unpack(words).T, self._errors(group, words, steps, factor)
 
     def _errors(self, exact: Tensor, words: Tensor, steps: Tensor, factor: Tensor) -> Tensor:
-        """Errors [2, columns, N] of stored words in place of columns, over the factor, [2, columns, columns]: each over
-        its diagonal element, with what the earlier ones push into it."""
-        decoded = torch.stack([self.code.decode(words, position, steps).float() for position in (0, 1)])
+        """Errors [2 * pairs, columns, N] of stored words in place of columns, over the factor, [2 * pairs, columns,
+        columns]: each over its diagonal element, with what the earlier ones push into it."""
+        decoded = self._by_expert([self.code.decode(words, position, steps).float() for position in (0, 1)])
         errors: Tensor = torch.linalg.solve_triangular(factor, exact.mT - decoded, upper=True, left=False).mT
         return errors
 
     def _refitted(self, exact: Tensor, words: Tensor, steps: Tensor, factor: Tensor) -> Tensor:
-        """bf16 steps [N, 1] with the least squares of such errors."""
-        value = torch.stack(values(self.code.states(words)))
+        """bf16 steps [pairs * N, 1] with the least squares of such errors."""
+        value = self._by_expert(values(self.code.states(words)))
         over, wanted = (
             torch.linalg.solve_triangular(factor, each, upper=True, left=False) for each in (value, exact.mT)
         )
-        weighed = self.rows.T[..., None] * over
-        product, square = ((weighed * each).sum(dim=(0, 2))[:, None] for each in (wanted, over))
+        weighed = self.rows.mT.flatten(0, 1)[..., None] * over
+        product, square = (
+            (weighed * each).unflatten(0, (-1, 2)).sum(dim=(1, 3)).flatten()[:, None] for each in (wanted, over)
+        )
         return stored_steps((product / square).where(square > 0, steps.float()))
+
+    def _by_expert(self, positions: Sequence[Tensor]) -> Tensor:
+        """[2 * pairs, N, columns] of what both positions of all pairs are, [pairs * N, columns] each."""
+        return torch.stack([matrix.unflatten(0, self.rows.shape[:2]) for matrix in positions], dim=1).flatten(0, 1)
 
     def packed(self, words: Tensor) -> PackedMatrix:
         """As in `Columns`."""
         return packed_with_steps(self.code, words, self.steps)
+
+
+def _by_row(columns: Tensor) -> Tensor:
+    """[pairs * N, columns, 2] of columns [2 * pairs, columns, N]."""
+    by_row: Tensor = columns.unflatten(0, (-1, 2)).permute(0, 3, 2, 1).flatten(0, 1)
+    return by_row
 
 
 def packed_with_steps(code: TableCode | TrellisCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:

@@ -53,6 +53,14 @@ class PackedMatrix:
     steps: Tensor | None = None
     clamped: int = 0
 
+    def split(self, count: int) -> list[PackedMatrix]:
+        """So many matrices of equal size that lie below each other in this one."""
+        if count == 1:
+            return [self]
+        assert not self.clamped, "of which matrix is not known"
+        steps = [None] * count if self.steps is None else self.steps.chunk(count)
+        return [PackedMatrix(*both) for both in zip(self.words.chunk(count), steps, strict=True)]
+
     @staticmethod
     def stack(blocks: list[PackedMatrix]) -> PackedMatrix:
         """Blocks of rows as one."""
@@ -125,7 +133,7 @@ def fit_mask16(
     return pack_merged(code, merge_least_squares(*weights, *importance))
 
 
-def check_finite(weights: tuple[Tensor, Tensor]) -> None:
+def check_finite(weights: tuple[Tensor, ...]) -> None:
     """Raises UnencodableWeight for a weight that no word holds."""
     if not all(bool(torch.isfinite(weight).all()) for weight in weights):
         raise UnencodableWeight("a weight is NaN or infinite")

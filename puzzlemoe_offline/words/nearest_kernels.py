@@ -59,18 +59,19 @@ def fit_groups(
 def code_columns(
     code: TableCode, block: Tensor, importance: Tensor, factor: Tensor, group: int, multiples: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes the columns of a block one after another, as `fit_compensated` does: words uint8 [B, N], steps float32
-    [B / group, N] and errors float32 [2, B, N], each over its column's diagonal element of the factor.
+    """Codes the columns of a block of each of `pairs` pairs one after another, as `fit_compensated` does: words uint8
+    [B, pairs * N], steps float32 [B / group, pairs * N] and errors float32 [2 * pairs, B, N], each over its column's
+    diagonal element of the factor.
 
-    block: [2, B, N] with B up to 128, rows contiguous, left as it is; importance: weights of squared errors [2, B];
-    factor: [2, B, B].
+    block: [2 * pairs, B, N] with B up to 128, rows contiguous, left as it is; importance: weights of squared errors
+    [2 * pairs, B]; factor: [2 * pairs, B, B].
     """
-    _, columns, rows = block.shape
-    words = torch.empty(columns, rows, dtype=torch.uint8, device=block.device)
-    steps = torch.empty(columns // group, rows, device=block.device)
-    errors = torch.empty(2, columns, rows, device=block.device)
+    experts, columns, rows = block.shape
+    words = torch.empty(columns, experts // 2 * rows, dtype=torch.uint8, device=block.device)
+    steps = torch.empty(columns // group, experts // 2 * rows, device=block.device)
+    errors = torch.empty(experts, columns, rows, device=block.device)
     rows_each, warps = COLUMNS_SHAPE
-    code_columns_kernel[(triton.cdiv(rows, rows_each),)](
+    code_columns_kernel[(triton.cdiv(rows, rows_each), experts // 2)](
         block,
         *block.stride()[:2],
         importance.contiguous(),
@@ -262,6 +263,13 @@ def code_columns_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    pair, all_rows = tl.program_id(1).to(tl.int64), tl.num_programs(1) * rows
+    block += 2 * pair * expert_stride
+    importances += 2 * pair * columns
+    factors += 2 * pair * columns * columns
+    errors_out += 2 * pair * columns * rows
+    words_out += pair * rows
+    steps_out += pair * rows
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[None, :]
     column = tl.arange(0, BLOCK)[:, None]
     inside = (row < rows) & (column < columns)
@@ -280,7 +288,7 @@ def code_columns_kernel(
             tl.abs(left0), tl.abs(left1), own0, own1, candidates, multiples, unit_step, CANDIDATES, MULTIPLES
         )
         step = round_to_bf16(exact)
-        tl.store(steps_out + group * rows + row, step, mask=row < rows)
+        tl.store(steps_out + group * all_rows + row, step, mask=row < rows)
         over = inverse(step)
         for place in range(group * GROUP, group * GROUP + GROUP):
             here = column == place
@@ -295,7 +303,7 @@ def code_columns_kernel(
                 candidate,
                 CANDIDATES,
             )
-            tl.store(words_out + place * rows + row, word_of(index, value0, value1, words), mask=row < rows)
+            tl.store(words_out + place * all_rows + row, word_of(index, value0, value1, words), mask=row < rows)
             later = (column > place) & (column < columns)
             factor = factors + place * columns + column
             factor1 = factors1 + place * columns + column

@@ -12,11 +12,14 @@ from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.relative_error import relative_error
 from puzzlemoe_offline.words.compensate import fit_compensated
 from puzzlemoe_offline.words.nearest import PackedMatrix, column_importance, fit
-from puzzlemoe_vllm.format.codes import UnencodableWeight, get_code
+from puzzlemoe_vllm.format.codes import PairCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.codes.trellis import TILE_ROWS
 
 ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}
 """Entries merged at a time: bounds the float32 scratch memory, lets it stay in a CPU's cache, and keeps a GPU busy."""
+
+TOGETHER = 1 << 27
+"""Entries of matrices, and of the factors of their inputs, of pairs that a GPU codes side by side."""
 
 
 @dataclass
@@ -39,42 +42,61 @@ def rows_at_once(weight: Tensor) -> int:
     return max(1, ENTRIES[weight.device.type] // weight.shape[1] // TILE_ROWS) * TILE_ROWS
 
 
-def pack_matrix(
-    weights: tuple[Tensor, Tensor],
-    inputs: tuple[ProjectionInputs, ProjectionInputs],
+def pack_matrices(
+    weights: list[tuple[Tensor, Tensor]],
+    inputs: list[tuple[ProjectionInputs, ProjectionInputs]],
+    factors: Tensor | None,
     recipe: PairRecipe,
     group: int | None,
-    losses: Losses,
+    losses: list[Losses],
     index: int,
     importance_of_rows: Tensor | None = None,
-) -> PackedMatrix:
-    """Two matrices [N, K] as words, on their device; what they lose is added to `losses`.
+) -> list[PackedMatrix]:
+    """Pairs of matrices [N, K] as words, on their device; what each pair loses is added to its `losses`.
 
-    importance_of_rows: as in `fit_compensated`.
-
-    Raises UnencodableWeight for weights that the code cannot hold, MomentsError where compensation cannot be.
+    factors: `inverse_factors` of the inputs, pair by pair; None without compensation.  importance_of_rows: as in
+    `fit_compensated`.  Several pairs only where `pairs_at_once` allows them.
+    Raises UnencodableWeight for weights that the code cannot hold.
     """
     code = get_code(recipe.code)
-    rows = rows_at_once(weights[0])
-    blocks = list(zip(weights[0].split(rows), weights[1].split(rows), strict=True))
-    if recipe.compensate and inputs[0].moments is not None:
-        packed = fit_compensated(code, weights, inputs, group, importance_of_rows)
+    rows = rows_at_once(weights[0][0])
+    if factors is not None:
+        packed = fit_compensated(code, weights, factors, group, importance_of_rows)
     else:
-        importance = column_importance(inputs, recipe)
-        packed = PackedMatrix.stack([fit(block, importance, recipe, group) for block in blocks])
-    steps = [None] * len(blocks) if packed.steps is None else packed.steps.split(rows)
+        packed = []
+        for pair, seen in zip(weights, inputs, strict=True):
+            importance = column_importance(seen, recipe)
+            blocks = zip(pair[0].split(rows), pair[1].split(rows), strict=True)
+            packed.append(PackedMatrix.stack([fit(block, importance, recipe, group) for block in blocks]))
+    sums = [_error_and_energy(code, pair, words, rows) for pair, words in zip(weights, packed, strict=True)]
+    found = torch.stack(sums).cpu()
+    if not bool(found.isfinite().all()):
+        raise UnencodableWeight("the words of these weights decode to NaN or infinity")
+    for its_losses, its_sums, its_words in zip(losses, found, packed, strict=True):
+        its_losses.error[:, index] += its_sums[0]
+        its_losses.energy[:, index] += its_sums[1]
+        its_losses.clamped += its_words.clamped
+    return packed
+
+
+def _error_and_energy(code: PairCode, pair: tuple[Tensor, Tensor], packed: PackedMatrix, rows: int) -> Tensor:
+    """Squares of what a pair lost and of what it was, float64 [2, 2], by position; so many rows at once."""
     # Squares of the smallest and largest weights fit only into float64.
-    sums = torch.zeros(2, 2, dtype=torch.float64, device=weights[0].device)
-    stored_rows, _ = code.words_shape(rows, weights[0].shape[1])
-    for block, words, step in zip(blocks, packed.words.split(stored_rows), steps, strict=True):
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=pair[0].device)
+    stored_rows, _ = code.words_shape(rows, pair[0].shape[1])
+    blocks = zip(pair[0].split(rows), pair[1].split(rows), strict=True)
+    every = packed.words.split(stored_rows)
+    steps = [None] * len(every) if packed.steps is None else packed.steps.split(rows)
+    for block, words, step in zip(blocks, every, steps, strict=True):
         for position, weight in enumerate(block):
             exact = weight.double()
             sums[0, position] += (exact - code.decode(words, position, step)).square().sum()
             sums[1, position] += exact.square().sum()
-    found = sums.cpu()
-    if not bool(found.isfinite().all()):
-        raise UnencodableWeight("the words of these weights decode to NaN or infinity")
-    losses.error[:, index] += found[0]
-    losses.energy[:, index] += found[1]
-    losses.clamped += packed.clamped
-    return packed
+    return sums
+
+
+def pairs_at_once(code: PairCode, columns: int, rows: int, device: torch.device) -> int:
+    """How many pairs of matrices [rows, columns] `pack_matrices` takes at once."""
+    if device.type == "cpu" or not code.has_steps:
+        return 1
+    return max(1, TOGETHER // (2 * columns * max(rows, columns)))

@@ -54,7 +54,6 @@ def test_all_but_what_vllm_calls_works_with_the_base_requirements():
     done = run(
         """
 import importlib, pkgutil, torch
-# torch itself needs networkx; the others nothing here may.
 import puzzlemoe_vllm
 names = [module.name for module in pkgutil.walk_packages(puzzlemoe_vllm.__path__, "puzzlemoe_vllm.")]
 # The CUDA library, where it was built, is no Python module.
@@ -67,7 +66,7 @@ for name in names:
         lacking[name.removeprefix("puzzlemoe_vllm.")] = error.name
 print(len(names), lacking)
 """,
-        {"vllm", *COMPRESS, *COMPARE} - {"networkx"},
+        {"vllm", *COMPRESS, *COMPARE},
     )
     assert done.returncode == 0, done.stderr
     count, printed = done.stdout.split(maxsplit=1)
@@ -92,7 +91,7 @@ def test_serving_needs_nothing_of_the_offline_tool():
 
 
 @pytest.mark.without_vllm
-@pytest.mark.parametrize("missing", [{"datasets"}, {"typer", "rich"}, set(COMPRESS) - {"networkx"}])
+@pytest.mark.parametrize("missing", [{"datasets"}, {"typer", "rich"}, set(COMPRESS)])
 def test_the_command_without_its_extra_is_one_line(missing):
     done = run("from puzzlemoe_offline.entry import main\nmain()", missing)
     assert done.returncode == 1 and not done.stdout

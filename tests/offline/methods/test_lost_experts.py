@@ -16,7 +16,7 @@ from torch import Tensor
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics, projection_inputs
 from puzzlemoe_offline.methods.base import LayerRecord, MethodError
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
-from puzzlemoe_offline.methods.pairs import PairMethod, pack_pair
+from puzzlemoe_offline.methods.pairs import PairMethod, pack_pairs
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.inspection import inspect
@@ -141,7 +141,8 @@ def test_what_a_dead_expert_would_come_to(options):
     alive = Expert(*(torch.randn(64, 64).bfloat16() for _ in range(3)))
     losses = Losses()
     group = 32 if get_code(recipe.code).has_steps else None
-    packed = pack_pair((alive, Expert(*map(torch.zeros_like, alive.matrices))), (0, 1), None, recipe, group, losses)
+    dead = Expert(*map(torch.zeros_like, alive.matrices))
+    (packed,) = pack_pairs([(alive, dead)], [(0, 1)], None, recipe, group, [losses])
     woken = get_code(recipe.code).decode(packed[0].words, 1, packed[0].steps).float()
     assert losses.relative(1) == [None] * 3 if woken.any() else losses.relative(1) == [0.0] * 3
     assert ("mask" not in recipe.code) == bool(woken.square().mean().sqrt() > 0.1)
@@ -253,12 +254,13 @@ def test_pairs_of_any_sizes_decode_to_finite_weights_and_every_loss_is_told(
     recipe, code = PairRecipe(**options, compensate=compensate), get_code(options["code"])
     statistics = ExpertStatistics.zeros(2, 32, 32, torch.device("cpu"), moments=compensate)
     for expert in (0, 1):
-        statistics.observe(expert, torch.randn(64, 32), torch.randn(64, 32))
+        statistics.observe({expert: 64}, torch.randn(64, 32), torch.randn(64, 32))
     losses = Losses()
     weights = [torch.cat([weight, weight]) for weight in weights]
     pair = [Expert(weight, weight, weight) for weight in weights]
     try:
-        packed = pack_pair((pair[0], pair[1]), (0, 1), statistics, recipe, 32 if code.has_steps else None, losses)
+        group = 32 if code.has_steps else None
+        (packed,) = pack_pairs([(pair[0], pair[1])], [(0, 1)], statistics, recipe, group, [losses])
     except UnencodableWeight as error:
         assert max(float(weight.abs().max()) for weight in weights) > 1e5, error
         return

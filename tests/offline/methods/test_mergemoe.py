@@ -23,7 +23,8 @@ from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.families import FAMILIES
 from puzzlemoe_offline.model.inspection import inspect
-from puzzlemoe_offline.model.layerwise import LayerExperts, LayerwiseModel
+from puzzlemoe_offline.model.layer_experts import LayerExperts
+from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.recipe import ClusterRecipe
 from puzzlemoe_offline.run.plan import make_plan
 from puzzlemoe_vllm.format.layout import LayoutError

@@ -21,7 +21,8 @@ from puzzlemoe_offline.calibration.text import load_calibration
 from puzzlemoe_offline.cli.main import app
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import FAMILIES
-from puzzlemoe_offline.model.layerwise import LayerExperts, LayerwiseModel
+from puzzlemoe_offline.model.layer_experts import LayerExperts
+from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.model.tokenizer import tokenizer_of
 from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.score.perplexity import perplexity

@@ -34,7 +34,9 @@ def layer(experts: int, seed: int = 0) -> tuple[list[Expert], ExpertStatistics]:
     statistics = ExpertStatistics.zeros(experts, 48, 64, CPU)
     for expert in range(experts):
         tokens = max(4, 400 >> expert)
-        statistics.observe(expert, torch.randn(tokens, 48) * torch.rand(48), torch.randn(tokens, 64) * torch.rand(64))
+        statistics.observe(
+            {expert: tokens}, torch.randn(tokens, 48) * torch.rand(48), torch.randn(tokens, 64) * torch.rand(64)
+        )
     return made, statistics
 
 
@@ -125,7 +127,7 @@ def test_what_the_pairings_are_for(family, sparsity, tmp_path):
     source = build(family, tmp_path / "source")
     checkpoint, calibration = Checkpoint(source), sentences(source, 8, 128)
     reports = {}
-    for pairing in ("random", "search", "coactivation"):
+    for pairing in ("random", "search", "coactivation", "balanced"):
         choices = {"rule": "least-squares", "pairing": pairing, "sparsity": sparsity}
         reports[pairing] = compress_pairs(source, tmp_path / pairing, calibration, **choices)
     lost = {
@@ -138,6 +140,8 @@ def test_what_the_pairings_are_for(family, sparsity, tmp_path):
     assert (
         loaded["coactivation"]["this pairing"] <= loaded["coactivation"]["random partners"] < loaded["random"]["before"]
     )
+    assert loaded["coactivation"]["this pairing"] <= loaded["balanced"]["this pairing"]
+    assert loaded["balanced"]["this pairing"] <= 1.001 * loaded["search"]["this pairing"]
     assert loaded["random"]["before"] == expert_bytes_per_token(reports["random"], checkpoint)
     assert json.loads(json.dumps(loaded)) == loaded
 

@@ -1,7 +1,10 @@
 """Which experts merge: every expert once, groups whole, the least used half at 25%, partners by chance or by cost."""
 
+import subprocess
+import sys
 from itertools import permutations
 
+import networkx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,6 +77,32 @@ def test_odd_groups_cannot_be_paired():
 def test_a_seed_gives_the_orders_that_earlier_versions_gave():
     assert pair_experts(8, 0.5, 1, None, 0).order == [1, 4, 0, 3, 2, 5, 6, 7]
     assert pair_experts(8, 0.25, 2, torch.arange(8), 5).order == [1, 0, 3, 2, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("experts", [16, 60])
+def test_no_other_library_finds_partners_that_cost_less(experts):
+    matrix = symmetric(experts, experts).double()
+    graph = networkx.Graph()
+    graph.add_weighted_edges_from(
+        (a, b, float(matrix[a, b])) for b in range(experts) for a in range(b) if matrix[a, b] < 1.9
+    )
+    least = sum(float(matrix[pair]) for pair in networkx.min_weight_matching(graph))
+    found = pair_experts(experts, 0.5, 1, None, 0, costs_of(matrix.masked_fill(matrix >= 1.9, torch.inf)))
+    assert total(found, matrix) == pytest.approx(least, rel=1e-12)
+
+
+@pytest.mark.parametrize("cost", [0.0, -3.0])
+def test_equal_costs_give_the_same_partners_in_every_process(cost):
+    """The library's own order of equal costs may differ from run to run."""
+    program = (
+        "import torch; from puzzlemoe_offline.pairing.partners import pair_experts; "
+        f"print(pair_experts(40, 0.5, 1, None, 0, lambda pool: torch.full((40, 40), {cost})).order)"
+    )
+    orders = {
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
+    assert len(orders) == 1 and len(orders.pop()) > 80
 
 
 @pytest.mark.parametrize("seed", range(5))

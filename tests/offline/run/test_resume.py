@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fuzz.kills import contents
 from support.command import puzzlemoe
 from support.models import build
 from support.runs import SENTENCE
 
 from puzzlemoe_offline.run import output, runner
-from puzzlemoe_offline.run.files import write_file
+from puzzlemoe_offline.run.files import WriteError, write_file
 from puzzlemoe_offline.run.output import ModelFolder
 from puzzlemoe_offline.run.work import WORK, WorkFolder
 
@@ -66,10 +67,10 @@ def stop_at(number: int, act: Callable[[], object], monkeypatch) -> None:
     """Has the next runs act as they are to write shard `number`."""
     write = ModelFolder.write_shard
 
-    def stopping(self: ModelFolder, shard: int, *words: Any) -> None:
+    def stopping(self: ModelFolder, shard: int, *words: Any, **named: Any) -> None:
         if shard == number:
             act()
-        write(self, shard, *words)
+        write(self, shard, *words, **named)
 
     monkeypatch.setattr(ModelFolder, "write_shard", stopping)
 
@@ -251,6 +252,25 @@ def test_a_failure_while_writing_behind_ends_the_run(source, packed, tmp_path, c
     )
     assert puzzlemoe(*compress(source, tmp_path / "out", "--resume")) == 0
     assert contents(tmp_path / "out") == contents(packed)
+
+
+def test_tensors_written_behind_are_those_written_before_the_call_returns(tmp_path):
+    """And a disk that is full then ends the run at the next call, in one line that names the folder."""
+    tensors, state = {"a": torch.arange(9.0), "b": torch.ones(2, 3)}, torch.rand(4, 5)
+    for name, behind in (("now", False), ("behind", True)):
+        folder = ModelFolder(tmp_path / name, 2, {"format": "pt"})
+        with folder.opened("run", False, 0):
+            folder.write_shard(0, tensors, state, None, behind)
+            folder.write_shard(1, tensors, None, None, behind)
+            folder._wait()
+    for file in ("model-00001-of-00002.safetensors", f"{WORK}/shard-00000.json", f"{WORK}/shard-00001.json"):
+        assert (tmp_path / "now" / file).read_bytes() == (tmp_path / "behind" / file).read_bytes()
+    folder = ModelFolder(tmp_path / "full", 2, {"format": "pt"})
+    with folder.opened("run", False, 0), files_up_to(1000):
+        folder.write_shard(0, {"a": torch.zeros(1000)}, None, None, behind=True)
+        with pytest.raises(WriteError, match=f"{tmp_path / 'full'} cannot be written"):
+            folder.write_shard(1, tensors, None, None, behind=True)
+    assert not list((tmp_path / "full").glob("*.safetensors"))
 
 
 @contextmanager

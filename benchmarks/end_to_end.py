@@ -1,0 +1,249 @@
+"""A model of full size from its checkpoint to its server: written with random weights, compressed, and served beside
+its rivals, on one machine in one run.
+
+    python benchmarks/end_to_end.py --model qwen3-30b-a3b --output results.json
+    python benchmarks/end_to_end.py --model mixtral-8x7b --only write --only compress --packed /scratch/packed
+
+The source lies in memory by default: 61 GB for Qwen3-30B-A3B, 93 GB for Mixtral-8x7B, and the packed model beside it.
+Calibration is 128 windows of 2048 tokens of the tiny example's text, by its tokenizer, over and over: time does not
+depend on what a text says.  Servers take experts at random, uniformly, as benchmarks/serving.py does and says why; the
+int4 rival has no checkpoint, but whatever vLLM's dummy weights are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from serving import MODELS, config_of, driver, measure_server
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-moe"
+PARTS = ("write", "compress", "serve")
+RIVALS = ("bf16", "fp8", "int4")
+WRITERS = 6
+"""Threads that write files, and files that wait for one."""
+WINDOWS, WINDOW = 128, 2048
+
+
+def write_checkpoint(name: str, folder: Path, layers: int | None) -> int:
+    """A checkpoint with random bf16 weights, a file a layer; returns its bytes.  layers: None for all."""
+    config = MODELS[name] | ({"num_hidden_layers": layers} if layers else {})
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (EXAMPLE / "model").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    weight_map: dict[str, str] = {}
+    written, waiting = 0, list[Future[None]]()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for file, tensors in files_of(config):
+            weight_map |= dict.fromkeys(tensors, file)
+            written += sum(tensor.nbytes for tensor in tensors.values())
+            waiting.append(pool.submit(save_file, tensors, folder / file, {"format": "pt"}))
+            if len(waiting) > WRITERS:
+                waiting.pop(0).result()
+        for each in waiting:
+            each.result()
+    index = {"metadata": {"total_size": written}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return written
+
+
+def files_of(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Names and tensors of the files of a model, drawn on the GPU."""
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    outside = {"model.embed_tokens.weight": drawn(vocabulary, hidden), "model.norm.weight": ones(hidden)}
+    yield "outside.safetensors", outside | {"lm_head.weight": drawn(vocabulary, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        yield f"layer-{layer:03}.safetensors", layer_tensors(config, f"model.layers.{layer}")
+
+
+def layer_tensors(config: dict[str, Any], layer: str) -> dict[str, torch.Tensor]:
+    """One decoder layer's tensors."""
+    mixtral = config["model_type"] == "mixtral"
+    block, names = (
+        ("block_sparse_moe", ("w1", "w3", "w2")) if mixtral else ("mlp", ("gate_proj", "up_proj", "down_proj"))
+    )
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim", hidden // heads)
+    inner = config.get("moe_intermediate_size", config["intermediate_size"])
+    experts = config.get("num_local_experts") or config["num_experts"]
+    tensors = {f"{layer}.{block}.gate.weight": drawn(experts, hidden)}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"{layer}.{norm}.weight"] = ones(hidden)
+    for projection, count in (("q", heads), ("k", config["num_key_value_heads"]), ("v", config["num_key_value_heads"])):
+        tensors[f"{layer}.self_attn.{projection}_proj.weight"] = drawn(count * head, hidden)
+    tensors[f"{layer}.self_attn.o_proj.weight"] = drawn(hidden, heads * head)
+    if not mixtral:
+        tensors |= {f"{layer}.self_attn.{norm}.weight": ones(head) for norm in ("q_norm", "k_norm")}
+    for expert in range(experts):
+        for projection, shape in zip(names, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
+            tensors[f"{layer}.{block}.experts.{expert}.{projection}.weight"] = drawn(*shape)
+    return tensors
+
+
+def drawn(rows: int, columns: int) -> torch.Tensor:
+    """bf16 [rows, columns] on the CPU."""
+    return torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(std=columns**-0.5).cpu()
+
+
+def ones(size: int) -> torch.Tensor:
+    """What a norm's weights begin as."""
+    return torch.ones(size, dtype=torch.bfloat16)
+
+
+def compress(source: Path, packed: Path, options: list[str]) -> dict[str, Any]:
+    """Seconds of the whole command, of its stages, summed over layers, and of those of the median layer; the most GPU
+    memory that was in use; bytes before and after."""
+    text = (EXAMPLE / "calibration.txt").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        calibration = Path(scratch, "text.txt")
+        calibration.write_text(text * (WINDOWS * WINDOW * 8 // len(text) + 1), encoding="utf-8")
+        command = [sys.executable, "-m", "puzzlemoe_offline", "compress", source, packed, "--calibration", calibration]
+        command += ["--samples", WINDOWS, "--sequence-length", WINDOW, *options]
+        began, peak = time.perf_counter(), 0
+        process = subprocess.Popen([str(word) for word in command])
+        while process.poll() is None:
+            peak = max(peak, gpu_bytes())
+            time.sleep(2)  # the driver's answer holds up the work that is asked about
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            sys.exit(f"compressing failed with status {process.returncode}")
+    report = json.loads((packed / "puzzlemoe_report.json").read_text())
+    stages: dict[str, float] = {}
+    for layer in report["layers"]:
+        for stage, its in layer["seconds"].items():
+            stages[stage] = stages.get(stage, 0.0) + its
+    layers = [layer["seconds"] for layer in report["layers"]]
+    return {
+        "seconds": seconds,
+        "stages": stages,
+        "median_layer": {stage: statistics.median(its[stage] for its in layers) for stage in stages},
+        "peak_gpu_bytes": peak,
+        "bytes": report["bytes"],
+    }
+
+
+def gpu_bytes() -> int:
+    """Memory of all GPUs that is in use, as the driver says."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    used = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    return sum(map(int, used)) << 20
+
+
+def serve(name: str, weights: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `vllm bench serve` says of one kind of weights, by the number of clients."""
+    options = ["--max-model-len", "2048", "--no-enable-prefix-caching", "--port", str(arguments.port)]
+    options += ["--tensor-parallel-size", str(arguments.tensor_parallel)]
+    options += ["--enable-expert-parallel"] if arguments.expert_parallel else []
+    options += ["--quantization", "fp8"] if weights == "fp8" else []
+    with tempfile.TemporaryDirectory() as scratch:
+        if weights == "int4":
+            for file in folder.glob("tokenizer*"):
+                shutil.copy(file, scratch)
+            Path(scratch, "config.json").write_text(json.dumps(config_of(name, weights)))
+            folder, options = Path(scratch), [*options, "--load-format", "dummy"]
+        began = time.perf_counter()
+        with running(["vllm", "serve", str(folder), *options], arguments.port):
+            started = time.perf_counter() - began
+            rows = []
+            for clients in arguments.clients:
+                row = measure_server(f"http://127.0.0.1:{arguments.port}", clients, max(8, 4 * clients))
+                rows.append({"weights": weights, "start_seconds": started} | row)
+                print(json.dumps(rows[-1]), flush=True)
+            return rows
+
+
+@contextmanager
+def running(command: list[str], port: int) -> Iterator[None]:
+    """A server, from when it answers; exits when it ends before."""
+    environment = os.environ | {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}
+    process = subprocess.Popen(command, env=environment)
+    try:
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            if process.poll() is not None:
+                sys.exit(f"{' '.join(command)} ended with status {process.returncode} before it served")
+            time.sleep(0.5)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    """Whether a server is there."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def main() -> None:
+    """Prints what is measured as it comes, and writes it with --output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
+    parser.add_argument("--only", choices=PARTS, action="append", help="these parts, on what an earlier run left")
+    parser.add_argument("--layers", type=int, help="of the model, the first so many; default all")
+    parser.add_argument("--source", type=Path, default=Path("/dev/shm/end-to-end/source"))
+    parser.add_argument("--packed", type=Path, default=Path("/dev/shm/end-to-end/packed"))
+    parser.add_argument(
+        "--compress-option", action="append", default=[], help="handed on, e.g. --compress-option=--code"
+    )
+    parser.add_argument("--rival", choices=RIVALS, action="append", help="default all")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--expert-parallel", action="store_true")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 32, 128])
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {
+        "model": arguments.model,
+        "layers": arguments.layers or MODELS[arguments.model]["num_hidden_layers"],
+        "device": torch.cuda.get_device_name(),
+        "devices": torch.cuda.device_count(),
+        "tensor_parallel": arguments.tensor_parallel,
+        "expert_parallel": arguments.expert_parallel,
+        "torch": torch.__version__,
+        "driver": driver(),
+    }
+
+    def keep(part: str, measured: Any) -> None:
+        result[part] = measured
+        print(json.dumps({part: measured}), flush=True)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+    parts = arguments.only or PARTS
+    if "write" in parts:
+        began = time.perf_counter()
+        written = write_checkpoint(arguments.model, arguments.source, arguments.layers)
+        torch.cuda.empty_cache()
+        keep("write", {"bytes": written, "seconds": time.perf_counter() - began})
+    if "compress" in parts:
+        keep("compress", compress(arguments.source, arguments.packed, arguments.compress_option))
+    if "serve" in parts:
+        rows = serve(arguments.model, "packed", arguments.packed, arguments)
+        for rival in arguments.rival or RIVALS:
+            rows += serve(arguments.model, rival, arguments.source, arguments)
+            keep("serve", rows)
+        keep("serve", rows)
+
+
+if __name__ == "__main__":
+    main()

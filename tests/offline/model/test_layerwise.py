@@ -1,0 +1,69 @@
+"""A layer's experts in grouped products, as a GPU runs them, give what one expert after another gives."""
+
+import pytest
+import torch
+from support.triton_device import DEVICE
+
+from puzzlemoe_offline.calibration.statistics import ExpertStatistics
+from puzzlemoe_offline.model.expert import Expert, StackedExperts
+from puzzlemoe_offline.model.layerwise import StreamedExperts
+
+HIDDEN, INNER = 64, 96
+
+
+class Experts:
+    """Random ones, handed out as `LayerExperts` does."""
+
+    def __init__(self, count: int):
+        shapes = (count, INNER, HIDDEN), (count, INNER, HIDDEN), (count, HIDDEN, INNER)
+        self.all = StackedExperts(*(torch.randn(shape).bfloat16().to(DEVICE) / 8 for shape in shapes))
+
+    def __call__(self, layer: int, number: int) -> Expert:
+        return self.all[number]
+
+    def stacked(self, layer: int) -> StackedExperts:
+        return self.all
+
+
+@pytest.mark.parametrize(("count", "choices", "tokens"), [(8, 2, 50), (60, 4, 33), (5, 5, 1)])
+def test_grouped_products_are_those_of_the_experts(count, choices, tokens):
+    torch.manual_seed(tokens)
+    experts = Experts(count)
+    inputs = torch.randn(tokens, HIDDEN).bfloat16().to(DEVICE)
+    # The last expert is chosen by no token, where there are enough others.
+    others = count - 1 if count > choices else count
+    weights, ids = torch.rand(tokens, others, device=DEVICE).topk(choices)
+    outputs, statistics = [], []
+    for run in ("_grouped", "_one_by_one"):
+        module = StreamedExperts(experts, 0)
+        seen = ExpertStatistics.zeros(count, HIDDEN, INNER, torch.device(DEVICE), moments=True)
+        module.observe = seen.observe
+        outputs.append(getattr(module, run)(inputs, ids, weights.bfloat16()))
+        statistics.append(seen)
+    exact = torch.zeros(tokens, HIDDEN, dtype=torch.float64, device=DEVICE)
+    for token in range(tokens):
+        for choice in range(choices):
+            gate, up, down = (matrix.double() for matrix in experts.all[int(ids[token, choice])].matrices)
+            hidden = torch.nn.functional.silu(gate @ inputs[token].double()) * (up @ inputs[token].double())
+            exact[token] += float(weights[token, choice].bfloat16()) * (down @ hidden)
+    for output in outputs:
+        assert (output.double() - exact).norm() < 0.01 * exact.norm()
+    grouped, single = statistics
+    assert grouped.tokens.tolist() == single.tokens.tolist() == ids.flatten().bincount(minlength=count).tolist()
+    for name in ("input_squares", "hidden_squares"):
+        torch.testing.assert_close(getattr(grouped, name), getattr(single, name), rtol=0.05, atol=1e-2)
+    for one, other in zip(grouped.input_moments, single.input_moments, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_moments_are_exact_to_float32():
+    torch.manual_seed(0)
+    rows = [torch.randn(tokens, HIDDEN).bfloat16().to(DEVICE) for tokens in (700, 0, 900)]
+    seen = ExpertStatistics.zeros(3, HIDDEN, HIDDEN, torch.device(DEVICE), moments=True)
+    for _ in range(3):
+        together = torch.cat(rows)
+        seen.observe({expert: len(its) for expert, its in enumerate(rows)}, together, together)
+    for expert, its in enumerate(rows):
+        exact = 3 * its.double().T @ its.double()
+        assert (seen.input_moments[expert].double() - exact).norm() <= 1e-5 * exact.norm()
+        assert (seen.hidden_squares[expert] - exact.diagonal()).abs().max() <= 1e-5 * exact.norm()
