@@ -144,7 +144,7 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
     return model.logits(states.flatten(0, 1))
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "deepseek", "glm4_moe", "qwen3_5_moe", "granitemoe"])
 def test_written_unpacked_and_computed_models_agree(family, tmp_path):
     source, packed, unpacked = build(family, tmp_path / "source"), tmp_path / "packed", tmp_path / "unpacked"
     report = pack(source, packed, 3)
@@ -154,14 +154,17 @@ def test_written_unpacked_and_computed_models_agree(family, tmp_path):
     assert expert_bytes == before["bytes"].pop("experts, dense") * 3 / 8 == report["bytes"]["experts_after"]
     assert after["bytes"] == before["bytes"]
     assert after["clusters"] == 3 * after["moe_layers"] and after["pairs"] == 0 and after["code"] is None
-    routers = [name for name in Checkpoint(source).names if name.endswith(".gate.weight")]
+    row = FAMILIES[family]
+    routers = [
+        name for name in Checkpoint(source).names if name.endswith(tuple(f"{row.block}.{r}" for r in row.router))
+    ]
     assert routers and all(torch.equal(Checkpoint(source).tensor(n), Checkpoint(packed).tensor(n)) for n in routers)
     tokens = torch.randint(0, VOCABULARY - 1, (2, 40), generator=torch.Generator().manual_seed(0))
     found = logits(packed, tokens)
     assert torch.equal(found, logits(unpacked, tokens))
     dense = logits(source, tokens)
     assert (found - dense).norm() > 0.05 * dense.norm()
-    if family != "deepseek":
+    if not row.remote_config:
         model = AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32)
         with torch.no_grad():
             torch.testing.assert_close(found, model(tokens).logits.flatten(0, 1), rtol=1e-3, atol=1e-3)
