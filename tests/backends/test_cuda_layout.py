@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda
-from puzzlemoe_vllm.format.codes import CODES, Decoder, get_code
+from puzzlemoe_vllm.format.codes import CODES, TrellisCode, get_code
 
 
 @pytest.mark.parametrize("gate_up", [False, True])
@@ -42,8 +42,8 @@ def test_blocks_come_in_the_order_of_tile_offset(strips, tiles):
 
 def test_kernel_words_swap_two_bits():
     words = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
-    kernel = cuda.kernel_words(words, Decoder.MASK16)
-    assert torch.equal(cuda.kernel_words(kernel, Decoder.MASK16), words)
+    kernel = cuda.kernel_words(words, get_code("mask16"))
+    assert torch.equal(cuda.kernel_words(kernel, get_code("mask16")), words)
     bit = lambda tensor, index: tensor.int() >> index & 1  # noqa: E731
     assert torch.equal(bit(kernel, 14), bit(words, 13)) and torch.equal(bit(kernel, 13), bit(words, 14))
     assert torch.equal(kernel & ~0x6000, words & ~0x6000)
@@ -52,7 +52,7 @@ def test_kernel_words_swap_two_bits():
 def test_kernel_word_is_the_leaders_weight_times_2_to_16():
     """The identity that the kernels' decoding rests on, for every word with the leader's mask."""
     words = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
-    kernel = cuda.kernel_words(words, Decoder.MASK16)
+    kernel = cuda.kernel_words(words, get_code("mask16"))
     for position in (0, 1):
         value = ((kernel.int() << 2 * position) & 0xC000) | (kernel.int() & 0x0FFF)
         scaled = value.to(torch.uint16).view(torch.bfloat16).double() / 65536
@@ -64,7 +64,7 @@ def test_kernel_word_is_the_leaders_weight_times_2_to_16():
 def test_six_bit_words_are_one_number_a_lane():
     """A lane's eight words: 48 bits, the lanes' lower 32 first, then their upper 16."""
     words = torch.randint(0, 64, (3, 2, 256), dtype=torch.uint8)
-    kernel = cuda.kernel_words(words, Decoder.TABLE6)
+    kernel = cuda.kernel_words(words, get_code("angle6"))
     assert kernel.shape == (3, 2, 192)
     for lane in (0, 5, 31):
         number = sum(int(word) << 6 * i for i, word in enumerate(words[1, 1, lane * 8 : lane * 8 + 8]))
@@ -74,7 +74,66 @@ def test_six_bit_words_are_one_number_a_lane():
 
 def test_eight_bit_words_stay_as_they_are():
     words = torch.randint(0, 256, (3, 2, 256), dtype=torch.uint8)
-    assert torch.equal(cuda.kernel_words(words, Decoder.TABLE8), words)
+    assert torch.equal(cuda.kernel_words(words, get_code("angle8")), words)
+
+
+def kernel_states(tile: bytes, before: bytes, odd: bool, bits: int) -> list[list[list[int]]]:
+    """States [lane][run][4] of a tile in kernel order, as cuda/trellis_words.cuh finds them; before: the tile beside it
+    that has the same 32 columns."""
+
+    def run(tile: bytes, lane: int, run: int) -> int:
+        if bits == 8:
+            return int.from_bytes(tile[8 * lane + 4 * run : 8 * lane + 4 * run + 4], "little")
+        if bits == 3:
+            both = tile[2 * lane] | tile[2 * lane + 1] << 8 | tile[64 + lane] << 16
+            return both >> 12 * run & 0xFFF
+        left = 4 * bits - 16
+        size = left // 4
+        rest = int.from_bytes(tile[128 + size * lane : 128 + size * (lane + 1)], "little")
+        return (tile[4 * lane + 2 * run] | tile[4 * lane + 2 * run + 1] << 8) << left | rest >> left * run & (
+            1 << left
+        ) - 1
+
+    states = []
+    for lane in range(32):
+        windows = [
+            run(tile, lane, half) << 4 * bits | run(before, lane if odd else (lane - 1) % 32, half) for half in (0, 1)
+        ]
+        state_bits = min(16, 5 * bits)
+        first = [5 * bits - state_bits + bits * i for i in range(4)]
+        states.append([[window >> at & (1 << state_bits) - 1 for at in first] for window in windows])
+    return states
+
+
+@pytest.mark.parametrize("gate_up", [False, True])
+@pytest.mark.parametrize(
+    "code", [code for code in CODES.values() if isinstance(code, TrellisCode)], ids=lambda c: c.name
+)
+def test_trellis_states_are_those_of_the_format(code, gate_up):
+    """Of every entry, whose state comes from its lane's runs and the end of those before them."""
+    rows, columns = 32, 64
+    words = torch.randint(0, 256, code.words_shape(rows, columns), dtype=torch.uint8)
+    expected = cuda.tile(code.states(words), gate_up)
+    tiles = cuda.kernel_words(cuda.tile(code.unpack(words), gate_up), code)
+    assert tiles.shape == (2, 4, 32 * code.bits) and tiles.dtype == torch.uint8
+    for strip, column in itertools.product(range(2), range(4)):
+        own, beside = (bytes(tiles[strip, at].tolist()) for at in (column, column ^ 1))
+        states = torch.tensor(kernel_states(own, beside, column % 2 == 1, code.bits))
+        # [lane, run, right, 2] in the order of a tile's elements
+        elements = states.unflatten(-1, (2, 2)).transpose(1, 2).flatten()
+        assert torch.equal(elements, expected[strip, column])
+
+
+@pytest.mark.parametrize("name", ["trellis8", "trellis3"])
+def test_prepare_keeps_the_bytes_of_a_trellis(name):
+    code = get_code(name)
+    words = [torch.randint(0, 256, (2, *code.words_shape(*size)), dtype=torch.uint8) for size in ((64, 96), (96, 32))]
+    steps = [torch.rand(2, rows, columns // 32).bfloat16() for rows, columns in ((64, 96), (96, 32))]
+    dense = [torch.empty(0, *size, dtype=torch.bfloat16) for size in ((64, 96), (96, 32))]
+    weights = ExpertWeights(*(tensor.clone() for tensor in (*words, *dense)), None, name, *steps)
+    cuda.prepare(weights)
+    expected = cuda.blocks(cuda.kernel_words(cuda.tile(code.unpack(words[0][1]), True), code))
+    assert torch.equal(weights.w13_pairs[1].flatten(), expected) and weights.w2_pairs.shape == words[1].shape
 
 
 def test_steps_come_in_the_order_of_the_strips():
@@ -91,7 +150,7 @@ def test_prepare_keeps_shapes_and_content():
     pointers = [tensor.data_ptr() for tensor in (weights.w13_pairs, weights.w2_dense)]
     cuda.prepare(weights)
     assert pointers == [tensor.data_ptr() for tensor in (weights.w13_pairs, weights.w2_dense)]
-    restored = cuda.kernel_words(weights.w13_pairs, Decoder.MASK16)
+    restored = cuda.kernel_words(weights.w13_pairs, get_code("mask16"))
     assert torch.equal(restored.flatten().sort().values, words[0].flatten().sort().values)
     assert torch.equal(weights.w2_dense[0].flatten(), cuda.blocks(cuda.tile(dense[1][0], False)))
 
