@@ -117,6 +117,8 @@ def in_short() -> str:
     return table(["Qwen3-30B-A3B", *columns], rows)
 
 
+STAGES = ("calibrate", "pair", "merge", "write")
+
 COMPRESSIONS = {
     "mixtral-8x7b-default": "Mixtral-8x7B, `default`",
     "mixtral-8x7b-angle8": "Mixtral-8x7B, `default` with `--no-compensate`",
@@ -140,16 +142,27 @@ def compression() -> str:
 
 
 def whole_command() -> str:
-    """What compressing a whole model takes."""
+    """What compressing a whole model takes: by end_to_end.py, and as read off by hand of an earlier version."""
     rows = []
+    for name, label in {"qwen3-30b-a3b": "Qwen3-30B-A3B"}.items():
+        result = load(f"end-to-end-{name}-h100.json")
+        run = result["compress"]
+        before = run["bytes"]["experts_before"] + run["bytes"]["other"]
+        after = run["bytes"]["experts_after"] + run["bytes"]["other"]
+        size = f"{before / 1e9:.1f} -> {after / 1e9:.1f} GB"
+        rows.append([label, "H100", size, *_took(run), f"{run['peak_gpu_bytes'] / 1e9:.1f} GB"])
     for run in load("whole-command-h200.json")["compress"]:
-        size, stages = run["gigabytes"], run["stages"]
-        minutes = f"{run['seconds'] // 60} min {run['seconds'] % 60} s"
+        size = f"{run['gigabytes']['before']} -> {run['gigabytes']['after']} GB"
         memory = f"{run['gpu_gigabytes']} GB" if run["gpu_gigabytes"] else "not read"
-        parts = [f"{stages[stage]} s" for stage in ("calibrate", "pair", "merge", "write")]
-        rows.append([run["model"], f"{size['before']} -> {size['after']} GB", minutes, *parts, memory])
-    columns = ["size", "whole command", "calibrate", "pair", "merge", "write", "GPU memory"]
+        rows.append([f"{run['model']}, before calibration was grouped", "H200", size, *_took(run), memory])
+    columns = ["machine", "size", "whole command", "calibrate", "pair", "merge", "write", "GPU memory"]
     return table(["model", *columns], rows)
+
+
+def _took(run: Any) -> list[str]:
+    """The time of a whole command and of its stages."""
+    minutes, seconds = divmod(round(run["seconds"]), 60)
+    return [f"{minutes} min {seconds} s", *(f"{round(run['stages'][stage])} s" for stage in STAGES)]
 
 
 def over_http() -> str:
