@@ -109,7 +109,12 @@ def _fault(index: int) -> str | None:
     def kernels(code: PairCode) -> set[str]:
         return {kernel for _, kernel in _dispatch_rows(served_capability(10 * major + minor), kind_of(code))}
 
-    fault = find_fault(device, kernels, prepare, fused_experts)
+    def fp8_kernels(code: PairCode) -> set[str]:
+        row = _fp8_row(10 * major + minor)
+        with torch.cuda.device(device):
+            return {row[1]} if row and wants_fp8_prefill() and why_no_fp8(code) is None else set()
+
+    fault = find_fault(device, kernels, fp8_kernels, prepare, fused_experts)
     return fault and f"{library_path()} failed its check on {torch.cuda.get_device_name(device)}: {fault}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzlemoe_vllm.backends import ExpertWeights, reference
+from puzzlemoe_vllm.backends import ExpertWeights, reference, reference_fp8
 from puzzlemoe_vllm.format.codes import CODES, PairCode
 
 HIDDEN, INTERMEDIATE, GROUP_SIZE, TOPK = 160, 96, 32, 2
@@ -21,6 +21,9 @@ TOKENS = (3, 70)
 
 TOLERANCE = 2e-2
 """Of the relative error.  bf16 roundings make 5e-3; one wrong row of a tile makes more than this."""
+
+FP8_TOLERANCE = 4e-2
+"""The same in e4m3, of which tensor cores keep fewer bits of a sum."""
 
 
 def _words(code: PairCode, rows: int, columns: int, draw: torch.Generator) -> Tensor:
@@ -69,12 +72,14 @@ def on_device(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
 def find_fault(
     device: torch.device,
     kernels: Callable[[PairCode], Iterable[str]],
+    fp8_kernels: Callable[[PairCode], Iterable[str]],
     prepare: Callable[[ExpertWeights], None],
     fused_experts: Callable[..., Tensor],
 ) -> str | None:
     """What is wrong with the first kernel that fails, or None when all of them give what the reference gives.
 
-    kernels: those that serve a code.  prepare, fused_experts: the backend's, which are given a layer on `device`.
+    kernels: those that serve a code; fp8_kernels: those that multiply its words in e4m3.  prepare, fused_experts: the
+    backend's, which are given a layer on `device`.
     """
     draw = torch.Generator("cpu").manual_seed(0)
     for code in CODES.values():
@@ -85,14 +90,16 @@ def find_fault(
             x = torch.randn(tokens, HIDDEN, generator=draw, dtype=torch.float32, device="cpu").to(torch.bfloat16)
             scores = torch.rand(tokens, loaded.total, generator=draw, dtype=torch.float32, device="cpu")
             topk_weights, topk_ids = scores.topk(TOPK)
-            expected = reference.fused_experts(x.double(), topk_weights, topk_ids, loaded)
             inputs = [tensor.to(device) for tensor in (x, topk_weights, topk_ids)]
-            for kernel in sorted(kernels(code)):
+            checked = [(kernel, reference, TOLERANCE) for kernel in sorted(kernels(code))]
+            checked += [(kernel, reference_fp8, FP8_TOLERANCE) for kernel in sorted(fp8_kernels(code))]
+            for kernel, truth, tolerance in checked:
+                expected = truth.fused_experts(x.double(), topk_weights, topk_ids, loaded)
                 try:
                     out = fused_experts(*inputs, prepared, kernel=kernel).double().cpu()
                 except RuntimeError as reason:
                     return f"{kernel} fails: {reason}"
                 error = ((out - expected).norm() / expected.norm()).item()
-                if not error < TOLERANCE:
+                if not error < tolerance:
                     return f"{kernel} gives wrong products of {code.name} words, relative error {error:.2g}"
     return None

@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from puzzlemoe_vllm import ops
-from puzzlemoe_vllm.backends import cuda, reference
+from puzzlemoe_vllm.backends import cuda, reference, reference_fp8
 from puzzlemoe_vllm.backends.cuda_self_check import find_fault
 from puzzlemoe_vllm.format.codes import CODES
 
 CPU = torch.device("cpu")
+
+
+def no_kernels(code) -> set[str]:
+    return set()
 
 
 def check(spoil) -> str | None:
@@ -20,7 +24,7 @@ def check(spoil) -> str | None:
         out = reference.fused_experts(x, topk_weights, topk_ids, weights)
         return spoil(out) if kernel == "new" else out
 
-    return find_fault(CPU, lambda code: {"old", "new"}, reference.prepare, fused_experts)
+    return find_fault(CPU, lambda code: {"old", "new"}, no_kernels, reference.prepare, fused_experts)
 
 
 def test_right_products_pass():
@@ -55,8 +59,20 @@ def test_every_code_is_checked():
         seen.add(weights.code)
         return reference.fused_experts(x, topk_weights, topk_ids, weights)
 
-    find_fault(CPU, lambda code: {"kernel"}, reference.prepare, fused_experts)
+    find_fault(CPU, lambda code: {"kernel"}, no_kernels, reference.prepare, fused_experts)
     assert seen == set(CODES)
+
+
+@pytest.mark.parametrize("factor, found", [(1.0, False), (1.1, True)])
+def test_what_multiplies_in_e4m3_is_compared_with_that_arithmetic(factor, found):
+    def fused_experts(x, topk_weights, topk_ids, weights, kernel):
+        return factor * reference_fp8.fused_experts(x, topk_weights, topk_ids, weights)
+
+    angle8 = CODES["angle8"]
+    fault = find_fault(
+        CPU, no_kernels, lambda code: {"fp8"} if code is angle8 else set(), reference.prepare, fused_experts
+    )
+    assert found == (fault is not None and "fp8 gives wrong products of angle8 words" in fault)
 
 
 def test_triton_serves_where_the_check_fails(monkeypatch, caplog):
