@@ -156,12 +156,14 @@ struct Sm80Gemm {
         const auto entries =
             code.look_up(code.load(words_at + strip * kStripBytes + tile * Code::kTileBytes, lane, tile % 2));
         const bool two = group.count[1] > 0;
-        if (two && group.positions == 2) {
+        if (two && (group.positions == 2 || !Code::kPositionsCost)) {
           code.template take_apart<true>(entries, a[s][0], a[s][1]);
         } else {
           code.template take_apart<false>(entries, a[s][0], a[s][1]);
+          if constexpr (Code::kPositionsCost) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) a[s][1][i] = a[s][0][i];
+            for (int i = 0; i < 4; ++i) a[s][1][i] = a[s][0][i];
+          }
         }
         if constexpr (Code::kHasSteps) {
           const uint32_t steps = reinterpret_cast<const uint32_t*>(stage + kWeightBytes + Tile::kTokenBytes)[

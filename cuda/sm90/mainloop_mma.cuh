@@ -44,15 +44,17 @@ struct JoinedProduct {
     uint32_t values[(kTiles + 1) / 2][4], joined[kTiles][4];
     __device__ uint32_t value(int tile, int half) const { return values[tile / 2][tile % 2 * 2 + half]; }
   };
-  // Where the token's expert has its weights is the lower of two values, by a byte selector, and the upper, by products
-  // with one and zero: one pipe for each.
+  // Byte selectors that put the lower or the upper of two values where the token's expert has its weights.  For codes
+  // whose decoding keeps that pipe busy the upper value goes there by products with one and zero.
   uint32_t lower[kTiles], upper[kTiles];
 
   __device__ explicit JoinedProduct(const TokenGroup& group) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const bool second = group.joined_position(j * 8 + threadIdx.x % 32 / 4);
-      lower[j] = second ? 0x1044 : 0x4410, upper[j] = second ? 0x3F800000 : 0x3F80;
+      lower[j] = second ? 0x1044 : 0x4410;
+      if constexpr (Code::kPositionsCost) upper[j] = second ? 0x3F800000 : 0x3F80;
+      else upper[j] = second ? 0x3244 : 0x4432;
     }
   }
 
@@ -65,7 +67,9 @@ struct JoinedProduct {
       const int tile = 2 * load + i / 2;
       if (tile >= kTiles) continue;
       tokens.joined[tile][i % 2 * 2] = __byte_perm(two_tiles[i], 0, lower[tile]);
-      tokens.joined[tile][i % 2 * 2 + 1] = multiply_bf16x2(upper[tile], __high2bfloat162(as_bf16x2(two_tiles[i])));
+      tokens.joined[tile][i % 2 * 2 + 1] =
+          Code::kPositionsCost ? multiply_bf16x2(upper[tile], __high2bfloat162(as_bf16x2(two_tiles[i])))
+                               : __byte_perm(two_tiles[i], 0, upper[tile]);
     }
   }
 

@@ -16,17 +16,18 @@ struct WgmmaMainloop {
     float (&sums1)[kTiles1 + (kTiles1 == 0)][4] =
         reinterpret_cast<float (&)[kTiles1 + (kTiles1 == 0)][4]>(sums[kTiles1 ? kTiles0 : 0]);
     using Words = typename Code::Words;
-    constexpr int kPositions = kTiles1 > 0 && !kOnePosition ? 2 : 1;
+    constexpr bool kTwo = kTiles1 > 0 && !kOnePosition;
+    constexpr int kPositions = kTwo || !Code::kPositionsCost ? 2 : 1;
     const int lane = kept(threadIdx.x % 32);
     // Of a tile whose products are in flight, and of the one after it.
     uint32_t operands[2][kPositions][4];
     auto multiply_tile = [&](const Words& words, uint32_t steps, int tile,
                              auto& operand) __attribute__((always_inline)) {
       uint32_t (&a0)[4] = operand[0], (&a1)[4] = operand[kPositions - 1];
-      code.template take_apart<kPositions == 2>(code.look_up(words), a0, a1);
+      code.template take_apart<kTwo>(code.look_up(words), a0, a1);
       if constexpr (Code::kHasSteps) {
         multiply_by_steps(a0, steps);
-        if constexpr (kPositions == 2) multiply_by_steps(a1, steps);
+        if constexpr (kTwo) multiply_by_steps(a1, steps);
       }
       // In units of 16 bytes.
       const uint32_t tokens = (Stage::stage(0) + tile * 32) / 16 + slot.index * (Stage::kStageBytes / 16);

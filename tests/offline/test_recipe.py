@@ -36,7 +36,11 @@ def test_the_default_and_changes_to_it():
         ("default", {"rule": "paper", "code": "mask16"}, r"--rule least-squares: use that, or --no-compensate"),
         ("default", {"saliency": "magnitude"}, r"--saliency wanda, or --no-compensate"),
         ("paper", {"compensate": True}, r"--rule least-squares: use that, or --no-compensate"),
-        ("paper", {"pairing": "coactivation", "saliency": "magnitude"}, r"coactivation needs .* --pairing search"),
+        (
+            "paper",
+            {"pairing": "coactivation", "saliency": "magnitude"},
+            r"coactivation pairing needs .* --pairing search",
+        ),
         ("paper", {"group_size": 64}, r"mask16 has no group steps"),
         ("default", {"group_size": 48}, r"angle8 has one step per group of 32, 64, 128 columns"),
         ("paper", {"sparsity": 0.3}, r"sparsity 0.3 is neither 0.5 nor 0.25"),
