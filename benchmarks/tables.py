@@ -143,14 +143,10 @@ def compression() -> str:
 
 def whole_command() -> str:
     """What compressing a whole model takes: by end_to_end.py, and as read off by hand of an earlier version."""
-    rows = []
-    for name, label in {"qwen3-30b-a3b": "Qwen3-30B-A3B"}.items():
-        result = load(f"end-to-end-{name}-h100.json")
-        run = result["compress"]
-        before = run["bytes"]["experts_before"] + run["bytes"]["other"]
-        after = run["bytes"]["experts_after"] + run["bytes"]["other"]
-        size = f"{before / 1e9:.1f} -> {after / 1e9:.1f} GB"
-        rows.append([label, "H100", size, *_took(run), f"{run['peak_gpu_bytes'] / 1e9:.1f} GB"])
+    run = load("end-to-end-qwen3-30b-a3b-h100.json")["compress"]
+    before, after = (run["bytes"][f"experts_{when}"] + run["bytes"]["other"] for when in ("before", "after"))
+    size, memory = f"{before / 1e9:.1f} -> {after / 1e9:.1f} GB", f"{run['peak_gpu_bytes'] / 1e9:.1f} GB"
+    rows = [["Qwen3-30B-A3B", "H100", size, *_took(run), memory]]
     for run in load("whole-command-h200.json")["compress"]:
         size = f"{run['gigabytes']['before']} -> {run['gigabytes']['after']} GB"
         memory = f"{run['gpu_gigabytes']} GB" if run["gpu_gigabytes"] else "not read"

@@ -103,7 +103,7 @@ class PairRecipe(BaseModel):
         if self.compensate and not self.calibrated:
             raise ValueError("compensation needs calibration: use --saliency wanda, or --no-compensate")
         if self.pairing in ("coactivation", "balanced") and not self.calibrated:
-            raise ValueError(f"{self.pairing} pairing needs calibration: use --saliency wanda, or --pairing search")
+            raise ValueError(f"--pairing {self.pairing} needs calibration: use --saliency wanda, or --pairing search")
         return self
 
     @field_validator("sparsity")

@@ -91,15 +91,19 @@ def find_fault(
             scores = torch.rand(tokens, loaded.total, generator=draw, dtype=torch.float32, device="cpu")
             topk_weights, topk_ids = scores.topk(TOPK)
             inputs = [tensor.to(device) for tensor in (x, topk_weights, topk_ids)]
-            checked = [(kernel, reference, TOLERANCE) for kernel in sorted(kernels(code))]
-            checked += [(kernel, reference_fp8, FP8_TOLERANCE) for kernel in sorted(fp8_kernels(code))]
-            for kernel, truth, tolerance in checked:
+            for truth, tolerance, names in (
+                (reference, TOLERANCE, sorted(kernels(code))),
+                (reference_fp8, FP8_TOLERANCE, sorted(fp8_kernels(code))),
+            ):
+                if not names:
+                    continue
                 expected = truth.fused_experts(x.double(), topk_weights, topk_ids, loaded)
-                try:
-                    out = fused_experts(*inputs, prepared, kernel=kernel).double().cpu()
-                except RuntimeError as reason:
-                    return f"{kernel} fails: {reason}"
-                error = ((out - expected).norm() / expected.norm()).item()
-                if not error < tolerance:
-                    return f"{kernel} gives wrong products of {code.name} words, relative error {error:.2g}"
+                for kernel in names:
+                    try:
+                        out = fused_experts(*inputs, prepared, kernel=kernel).double().cpu()
+                    except RuntimeError as reason:
+                        return f"{kernel} fails: {reason}"
+                    error = ((out - expected).norm() / expected.norm()).item()
+                    if not error < tolerance:
+                        return f"{kernel} gives wrong products of {code.name} words, relative error {error:.2g}"
     return None

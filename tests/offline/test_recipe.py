@@ -39,7 +39,7 @@ def test_the_default_and_changes_to_it():
         (
             "paper",
             {"pairing": "coactivation", "saliency": "magnitude"},
-            r"coactivation pairing needs .* --pairing search",
+            r"coactivation needs .* --pairing search",
         ),
         ("paper", {"group_size": 64}, r"mask16 has no group steps"),
         ("default", {"group_size": 48}, r"angle8 has one step per group of 32, 64, 128 columns"),

@@ -124,7 +124,7 @@ def test_experts_that_no_token_chose_cost_nothing():
 @pytest.mark.parametrize("sparsity", [0.5, 0.25])
 def test_what_the_pairings_are_for(family, sparsity, tmp_path):
     """Search loses less than random partners do, coactivation loads less, in groups and at 25% too."""
-    source = build(family, tmp_path / "source")
+    source = build(family, tmp_path / "source", seed=1)  # which has tokens that choose two experts of those that merge
     checkpoint, calibration = Checkpoint(source), sentences(source, 8, 128)
     reports = {}
     for pairing in ("random", "search", "coactivation", "balanced"):
@@ -137,9 +137,9 @@ def test_what_the_pairings_are_for(family, sparsity, tmp_path):
     assert lost["search"] <= 1.01 * lost["random"]
     loaded = {pairing: report["bytes_per_token"] for pairing, report in reports.items()}
     assert loaded["coactivation"]["this pairing"] <= min(loaded[p]["this pairing"] for p in ("random", "search"))
-    assert loaded["coactivation"]["this pairing"] <= loaded["coactivation"]["random partners"]
-    # The quarter that saw the fewest tokens may have none in common.
-    assert loaded["random"]["before"] - loaded["coactivation"]["random partners"] >= (sparsity == 0.5)
+    assert (
+        loaded["coactivation"]["this pairing"] <= loaded["coactivation"]["random partners"] < loaded["random"]["before"]
+    )
     assert loaded["coactivation"]["this pairing"] <= loaded["balanced"]["this pairing"]
     assert loaded["balanced"]["this pairing"] <= 1.001 * loaded["search"]["this pairing"]
     assert loaded["random"]["before"] == expert_bytes_per_token(reports["random"], checkpoint)
