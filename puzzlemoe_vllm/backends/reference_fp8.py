@@ -7,6 +7,8 @@ sums are exact, but for the rounding of float32 or float64; the tensor cores sum
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,12 +18,16 @@ from puzzlemoe_vllm.format.codes import TableCode, get_code
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
+SMALLEST = 2.0**-100
+"""Of a row's largest magnitude; rows below are zeros, since float32 does not hold the inverse of every scale."""
+
 
 def quantised(rows: Tensor) -> Tensor:
     """[M, K] rounded to e4m3 times a scale per row, in the dtype of the input."""
-    scale = rows.abs().amax(dim=-1, keepdim=True).float() / LARGEST
-    bits = (rows.float() * (1 / scale).where(scale > 0, 0)).to(torch.float8_e4m3fn)
-    return bits.to(rows.dtype) * scale.to(rows.dtype)
+    largest = rows.abs().amax(dim=-1, keepdim=True).float()
+    inverse = (LARGEST / largest).where(~(largest < SMALLEST), 0)  # NaN stays what it is
+    bits = (rows.float() * inverse).to(torch.float8_e4m3fn)
+    return bits.to(rows.dtype) * (largest / LARGEST).to(rows.dtype)
 
 
 def decode(code: TableCode, words: Tensor, position: int, steps: Tensor) -> Tensor:
@@ -58,9 +64,7 @@ def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: Ex
     dense_ids = ids.where(~merged, -1)
     out = torch.zeros_like(x)
     if bool((dense_ids >= 0).any()):
-        without_map = ExpertWeights(weights.w13_pairs, weights.w2_pairs, weights.w13_dense, weights.w2_dense, None,
-                                    weights.code, weights.w13_steps, weights.w2_steps)  # fmt: skip
-        out += reference.fused_experts(x, topk_weights, dense_ids, without_map)
+        out += reference.fused_experts(x, topk_weights, dense_ids, dataclasses.replace(weights, expert_map=None))
     for expert in ids.where(merged, -1).unique().tolist():
         if expert < 0:
             continue
