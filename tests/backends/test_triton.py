@@ -21,6 +21,7 @@ from support.triton_device import (
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights, reference
+from puzzlemoe_vllm.backends.cuda_self_check import on_device
 from puzzlemoe_vllm.format.codes import Decoder, get_code
 
 TOLERANCE = 1.2e-2 if INTERPRETED else 6e-3  # the interpreter truncates to bf16 where a GPU rounds
@@ -175,7 +176,7 @@ def test_scratch_is_never_read_before_it_is_written(tokens, monkeypatch):
 
 @runs
 def test_chunks_of_tokens(monkeypatch):
-    monkeypatch.setattr(backend, "CHUNK", 16)
+    monkeypatch.setattr(backend, "CALL_TOKENS", 16)
     check(*make_routing(TINY, 37, 4), make_weights(TINY))
 
 
@@ -183,6 +184,15 @@ def test_chunks_of_tokens(monkeypatch):
 def test_no_tokens():
     out = backend.fused_experts(*make_routing(TINY, 0, 4), make_weights(TINY))
     assert out.shape == (0, TINY.hidden)
+
+
+@on_a_gpu
+def test_every_device_of_the_process():
+    """Not the current one alone, where there are several."""
+    inputs, weights = make_routing(TINY, 37, 4), make_weights(TINY)
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        check(*(held.to(device) for held in inputs), on_device(weights, device))
 
 
 @runs

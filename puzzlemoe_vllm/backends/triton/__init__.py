@@ -22,8 +22,8 @@ from puzzlemoe_vllm.backends.triton import gemm
 from puzzlemoe_vllm.format.codes import get_code
 
 READS_CHECKPOINT_ORDER = True
-CHUNK = 16384
-"""Tokens per pass, which bounds the scratch memory."""
+CALL_TOKENS = 16384
+"""More are multiplied in several passes, which bounds the scratch memory."""
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
@@ -52,7 +52,8 @@ def fused_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weights: Ex
         raise TypeError(f"{code.name} words are {code.dtype}, not {weights.w13_pairs.dtype}")
     x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
     out = torch.empty_like(x)
-    for start in range(0, x.shape[0], CHUNK):
-        part = slice(start, start + CHUNK)
-        gemm.layer(x[part], topk_weights[part], topk_ids[part], weights, out[part])
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        for start in range(0, x.shape[0], CALL_TOKENS):
+            part = slice(start, start + CALL_TOKENS)
+            gemm.layer(x[part], topk_weights[part], topk_ids[part], weights, out[part])
     return out
