@@ -8,7 +8,7 @@ import torch
 from puzzlemoe_vllm import ops
 from puzzlemoe_vllm.backends import cuda, reference, reference_fp8
 from puzzlemoe_vllm.backends.cuda_self_check import find_fault
-from puzzlemoe_vllm.format.codes import CODES
+from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES
 
 CPU = torch.device("cpu")
 
@@ -61,6 +61,19 @@ def test_every_code_is_checked():
 
     find_fault(CPU, lambda code: {"kernel"}, no_kernels, reference.prepare, fused_experts)
     assert seen == set(CODES)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_every_group_size_is_checked(group_size):
+    """There is a kernel for each in e4m3, and paths for some in bf16."""
+
+    def fused_experts(x, topk_weights, topk_ids, weights, kernel):
+        steps = weights.w13_steps
+        own = steps is not None and x.shape[1] // steps.shape[2] == group_size
+        return reference.fused_experts(x, topk_weights, topk_ids, weights) * (1.1 if own else 1)
+
+    fault = find_fault(CPU, lambda code: {"kernel"}, no_kernels, reference.prepare, fused_experts)
+    assert "kernel gives wrong products of " in fault
 
 
 @pytest.mark.parametrize("factor, found", [(1.0, False), (1.1, True)])
