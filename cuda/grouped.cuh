@@ -1,4 +1,4 @@
-// What the two grouped GEMM kernels share: the work items, which strip of which weights they read, the epilogues.
+// What the grouped GEMM kernels share: the work items, which strip of which weights they read, how sums are stored.
 #pragma once
 #include "host_device.h"
 #include "launch.cuh"

@@ -2,6 +2,7 @@
 
 #include <cuda_fp8.h>
 
+#include "block_sums.cuh"
 #include "launch.cuh"
 
 namespace {
@@ -11,26 +12,6 @@ constexpr int kChunks = 4;  // of 16 columns, of a thread
 
 constexpr float kLargestE4m3 = 448.0f;
 constexpr float kSmallest = 0x1p-100f;  // of a row's largest magnitude; rows below are zeros
-
-// Sum over the threads before this one, and over all threads.
-__device__ int sum_before(int value, int& total) {
-  __shared__ int warp_sums[kMaxExperts / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int sum = value;
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) warp_sums[warp] = sum;
-  __syncthreads();
-  int before = sum - value;
-  total = 0;
-  for (int w = 0; w < kMaxExperts / 32; ++w) {
-    if (w < warp) before += warp_sums[w];
-    total += warp_sums[w];
-  }
-  return before;
-}
 
 // One block, a thread per expert.
 __global__ __launch_bounds__(kMaxExperts) void plan_tiles(Routing routing, Fp8Plan plan) {
@@ -152,6 +133,6 @@ cudaError_t quantise(const __nv_bfloat16* from, int depth, bool sorted, const Ro
   while (team * kChunks < chunks) team *= 2;
   const int threads = std::max(team, kUsualThreads);
   const int blocks = plan.max_tiles() * (kFp8TileTokens / (threads / team));
-  return launch_early(sorted ? quantise_rows<true> : quantise_rows<false>, blocks, threads, 0, stream, from, depth, team,
-                      routing, plan);
+  return launch_early(sorted ? quantise_rows<true> : quantise_rows<false>, blocks, threads, 0, stream, from, depth,
+                      team, routing, plan);
 }

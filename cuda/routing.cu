@@ -1,5 +1,6 @@
 #include "routing.cuh"
 
+#include "block_sums.cuh"
 #include "launch.cuh"
 
 namespace {
@@ -14,27 +15,6 @@ __device__ int local_expert(const Routing& routing, int slot) {
   return id < routing.experts() ? id : -1;
 }
 
-// Sums of the threads before this one, and over all threads.
-__device__ int2 exclusive_sum(int2 value, int2& total) {
-  __shared__ int2 warp_sums[kPlanThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int2 inclusive = value;
-  for (int step = 1; step < 32; step *= 2) {
-    int2 other = {__shfl_up_sync(~0u, inclusive.x, step), __shfl_up_sync(~0u, inclusive.y, step)};
-    if (lane >= step) inclusive.x += other.x, inclusive.y += other.y;
-  }
-  if (lane == 31) warp_sums[warp] = inclusive;
-  __syncthreads();
-  int2 before = {inclusive.x - value.x, inclusive.y - value.y};
-  total = {0, 0};
-  for (int w = 0; w < kPlanThreads / 32; ++w) {
-    const int2 sum = warp_sums[w];
-    if (w < warp) before.x += sum.x, before.y += sum.y;
-    total.x += sum.x, total.y += sum.y;
-  }
-  return before;
-}
-
 // One thread per expert, each with its expert's count: returns the expert's first row in expert order, writes the
 // groups and zeroes the arrivals.
 __device__ int plan(const Routing& routing, int part_tokens, int count) {
@@ -46,7 +26,7 @@ __device__ int plan(const Routing& routing, int part_tokens, int count) {
   const int parts = leader_parts + (counts[1] + part_tokens - 1) / part_tokens;
   const int groups = leads ? (parts + 1) / 2 : 0;
   int2 total;
-  const int2 before = exclusive_sum({count, groups}, total);
+  const int2 before = sum_before(make_int2(count, groups), total);
   if (expert == 0) routing.group_counts[1] = total.y;
   if (expert == min(2 * routing.pairs, kPlanThreads - 1))
     routing.group_counts[0] = 2 * routing.pairs < kPlanThreads ? before.y : total.y;

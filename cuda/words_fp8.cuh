@@ -59,7 +59,8 @@ class Fp8Words {
   }
 
   __device__ uint32_t signed_bytes(uint32_t level, uint32_t direction, uint32_t signs) const {
-    const uint32_t sums = __byte_perm(levels_.x, levels_.y, level) + __byte_perm(directions_.x, directions_.y, direction);
+    const uint32_t sums =
+        __byte_perm(levels_.x, levels_.y, level) + __byte_perm(directions_.x, directions_.y, direction);
     uint32_t bytes;  // the sums' seven bits and the signs
     asm("lop3.b32 %0, %1, %2, 0x7F7F7F7F, 0xE4;" : "=r"(bytes) : "r"(sums >> 1), "r"(signs * sign_factor_));
     return bytes;

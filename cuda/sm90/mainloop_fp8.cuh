@@ -6,7 +6,7 @@
 // by the last step.
 #pragma once
 #include "stages_fp8.cuh"
-#include "wgmma_e4m3.cuh"
+#include "wgmma.cuh"
 
 // The steps of a lane's two rows, as they come.
 class StepQuotients {

@@ -2,6 +2,7 @@
 // memory.
 #pragma once
 #include "sums.cuh"
+#include "wgmma.cuh"
 
 template <class Code, class Tile, bool kGateUp>
 struct WgmmaMainloop {

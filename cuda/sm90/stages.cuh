@@ -71,6 +71,15 @@ struct SharedLayout {
   }
 };
 
+// One of the kSlots stages that are held at once, and the parity of its barriers' next phase.
+template <int kSlots>
+struct RingSlot {
+  int index = 0, parity = 0;
+  __device__ void next() {
+    if (++index == kSlots) index = 0, parity ^= 1;
+  }
+};
+
 template <class Code, class Tile, bool kGateUp>
 struct Stages {
   static constexpr int kStripBytes = Tile::kDepthTiles * Code::kTileBytes;  // of a stage
@@ -111,12 +120,7 @@ struct Stages {
     barrier_init_visible();
   }
 
-  struct Slot {
-    int index = 0, parity = 0;
-    __device__ void next() {
-      if (++index == kSlots) index = 0, parity ^= 1;
-    }
-  };
+  using Slot = RingSlot<kSlots>;
 
   // One warp: a bulk copy for every eight strips of a stage, and one for every group of steps.  Reads nothing that the
   // kernel before writes, so that the first words of the down projection arrive while gate and up still run elsewhere.

@@ -56,12 +56,7 @@ struct Fp8Stages {
     barrier_init_visible();
   }
 
-  struct Slot {
-    int index = 0, parity = 0;
-    __device__ void next() {
-      if (++index == kSlots) index = 0, parity ^= 1;
-    }
-  };
+  using Slot = RingSlot<kSlots>;
 
   // Where a warp's strip begins in one of a stage's two blocks of tiles; `left`: tiles of the depth from the stage on.
   __device__ static uint32_t tiles_at(const Slot& slot, int block, int left) {
