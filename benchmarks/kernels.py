@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import Backend, ExpertWeights, cuda, triton
+from puzzlemoe_vllm.backends.cuda_self_check import random_words
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, TableCode, get_code
 
 WARM_SECONDS = 0.02
@@ -110,20 +111,13 @@ def copies(layers: list, tokens: int) -> list:
 Call = Callable[[Tensor, Tensor, Tensor], object]
 
 
-def random_words(shape: tuple[int, ...], code: str) -> Tensor:
-    """Stored words; those of the 16-bit codes with the exponents of usual weights."""
-    if get_code(code).has_steps:
-        return torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
-    words = torch.randint(0, 1 << 16, shape, dtype=torch.int32, device="cuda")
-    return ((words & 0xF07F) | ((words >> 7 & 3) + 6 << 7)).to(torch.int16)
-
-
 def pair_weights(model: Model, code: str) -> ExpertWeights:
     pairs, hidden, intermediate = model.experts // 2, model.hidden, model.intermediate
+    draw = torch.Generator("cuda").manual_seed(0)
     words, steps = [], []
     for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
-        shape = get_code(code).words_shape(rows, columns)
-        words.append(torch.stack([random_words(shape, code) for _ in range(pairs)]))
+        one_by_one = (random_words(get_code(code), 1, rows, columns, draw) for _ in range(pairs))
+        words.append(torch.cat(list(one_by_one)))
         size = group_size(code)
         groups = (pairs, rows, columns // size) if size else None
         steps.append(torch.full(groups, columns**-0.5, dtype=torch.bfloat16, device="cuda") if groups else None)
@@ -290,6 +284,16 @@ Losses = dict[float, dict[str, list[float]]]
 """By slots per expert and kernel, each model's times over its best."""
 
 
+STAND_FOR_THEIR_KIND = ("mask16", "angle8", "trellis6")
+"""A code for each row of the dispatch table."""
+
+
+def candidates(code: str, names: list[str] | None, fp8: bool = False) -> list[str]:
+    """The kernels that this GPU can run on words of a code; of those with names, if they are given."""
+    runnable = cuda.runnable_kernels(torch.device("cuda"), get_code(code), fp8)
+    return [kernel for kernel in runnable if names is None or kernel in names]
+
+
 def time_kernels(models: list[str], tokens: list[int], kernels: list[str], code: str) -> Losses:
     """Kernels that are far behind with some tokens are not timed with more."""
     losses: Losses = {}
@@ -298,20 +302,20 @@ def time_kernels(models: list[str], tokens: list[int], kernels: list[str], code:
         prepared = [pair_weights(model, code) for _ in range(model.copies)]
         for weights in prepared:
             cuda.prepare(weights)
-        candidates = kernels
+        fast = kernels
         generator = torch.Generator("cuda").manual_seed(0)
         for count in tokens:
             ids = [routing(model, count, 0.0, generator) for _ in copies(prepared, count)]
             x = torch.randn(count, model.hidden, device="cuda", dtype=torch.bfloat16)
             topk_weights = torch.rand(count, model.topk, device="cuda")
             times = {}
-            for kernel in candidates:
+            for kernel in fast:
                 calls = [
                     partial(cuda.fused_experts, x, topk_weights, chosen, weights, kernel=kernel)
                     for weights, chosen in zip(prepared, ids, strict=False)
                 ]
                 times[kernel] = graph_microseconds(calls)
-            candidates = [kernel for kernel in candidates if times[kernel] < 2 * min(times.values())]
+            fast = [kernel for kernel in fast if times[kernel] < 2 * min(times.values())]
             best, load = min(times.values()), count * model.topk / model.experts
             print(f"{code} {name:18s} {count:6d} tokens, {load:8.2f} slots per expert: "
                   + "  ".join(f"{kernel} {time:.1f}" for kernel, time in times.items()))  # fmt: skip
@@ -357,15 +361,19 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.tune:
-        kernels = arguments.kernels or cuda.runnable_kernels(torch.device("cuda"))
+        if unknown := set(arguments.kernels or ()) - set(cuda.kernel_names()):
+            parser.error(f"the library has no kernel {', '.join(sorted(unknown))}")
+        kernels = {code: candidates(code, arguments.kernels) for code in STAND_FOR_THEIR_KIND}
+        if none := [code for code, names in kernels.items() if not names]:
+            parser.error(f"no kernel of --kernels multiplies words of {', '.join(none)} on this GPU")
         table = json.loads(cuda.DISPATCH.read_text())
         table["kernels"][capability()] = {
-            cuda.kind_of(get_code(code)): rows_of(time_kernels(arguments.models, arguments.tokens, kernels, code))
-            for code in ("mask16", "angle8", "trellis6")  # they stand for the other codes of their kind
+            cuda.kind_of(get_code(code)): rows_of(time_kernels(arguments.models, arguments.tokens, names, code))
+            for code, names in kernels.items()
         }
-        for kernel in cuda.runnable_kernels(torch.device("cuda"), fp8=True):
+        for kernel in candidates("angle8", None, fp8=True):
             many = [tokens for tokens in arguments.tokens if tokens >= 512]  # few would leave it too far behind
-            losses = time_kernels(arguments.models, many, [kernel, *kernels], "angle8")
+            losses = time_kernels(arguments.models, many, [kernel, *kernels["angle8"]], "angle8")
             table["fp8_prefill"][capability()] = fp8_row(losses, kernel)
         table.setdefault("measured", {})[capability()] = machine()
         text = json.dumps(table, indent=2) + "\n"

@@ -16,6 +16,27 @@ int fail(const char* reason) {
   return 1;
 }
 
+// Why a layer cannot be multiplied with a kernel, or null when it can.
+const char* refusal(const pm_layer& layer, const Kernel* kernel) {
+  if (!kernel) return "no such kernel";
+  if (!kernel->takes(layer.code)) return "that kernel is not built for words of this code";
+  if (kernel->launch_fp8 && !(layer.fp8_unit > 0)) return "these words have no values in e4m3";
+  if (layer.tokens < 0 || layer.topk < 0 || layer.pairs < 0 || layer.dense < 0) return "a size is below 0";
+  if (layer.hidden <= 0 || layer.intermediate <= 0) return "hidden and intermediate must be above 0";
+  if (layer.hidden % 16 || layer.intermediate % 16) return "hidden and intermediate must be multiples of 16";
+  if (2 * int64_t(layer.pairs) + layer.dense > kMaxExperts) return "more than 512 experts on one device";
+  if (int64_t(layer.tokens) * layer.topk > INT32_MAX) return "more than 2^31 - 1 (token, expert) slots";
+  if (layer.topk > 32) return "more than 32 experts per token";
+  if (kernel->launch_fp8 && std::max(layer.hidden, layer.intermediate) > kFp8MaxDepth)
+    return "e4m3 kernels take no hidden or intermediate size above 65536";
+  if (layer.code < PM_CODE_TABLE8) return nullptr;
+  if (layer.group_size != 128 && layer.group_size != 64 && layer.group_size != 32)
+    return "a code with steps needs group_size 128, 64 or 32";
+  if (layer.hidden % layer.group_size || layer.intermediate % layer.group_size)
+    return "hidden and intermediate must be multiples of group_size";
+  return nullptr;
+}
+
 // Hands out consecutive, 256-byte aligned pieces; of a null buffer, to learn the size.
 struct Scratch {
   uint8_t* base;
@@ -145,6 +166,11 @@ int pm_kernel_runs(int kernel) {
   return found->min_capability <= capability && capability <= found->max_capability;
 }
 
+int pm_kernel_takes(int kernel, int code) {
+  const Kernel* found = find_kernel(kernel);
+  return found && found->takes(code);
+}
+
 int pm_kernel_is_fp8(int kernel) {
   const Kernel* found = find_kernel(kernel);
   return found && found->launch_fp8;
@@ -152,23 +178,13 @@ int pm_kernel_is_fp8(int kernel) {
 
 int64_t pm_scratch_bytes(const pm_layer* layer) {
   const Kernel* kernel = find_kernel(layer->kernel);
-  return kernel ? Workspace(*layer, *kernel).bytes : 0;
+  if (const char* reason = refusal(*layer, kernel)) return fail(reason), -1;
+  return Workspace(*layer, *kernel).bytes;
 }
 
 int pm_fused_experts(const pm_layer* layer, void* stream_handle) {
   const Kernel* kernel = find_kernel(layer->kernel);
-  if (!kernel) return fail("no such kernel");
-  if (layer->hidden % 16 || layer->intermediate % 16) return fail("hidden and intermediate must be multiples of 16");
-  if (2 * layer->pairs + layer->dense > kMaxExperts) return fail("more than 512 experts on one device");
-  if (int64_t(layer->tokens) * layer->topk > INT32_MAX) return fail("more than 2^31 - 1 (token, expert) slots");
-  if (layer->topk > 32) return fail("more than 32 experts per token");
-  if (layer->code >= PM_CODE_TABLE8 && layer->group_size != 128 && layer->group_size != 64 && layer->group_size != 32)
-    return fail("a code with steps needs group_size 128, 64 or 32");
-  if (layer->code >= PM_CODE_TABLE8 && (layer->hidden % layer->group_size || layer->intermediate % layer->group_size))
-    return fail("hidden and intermediate must be multiples of group_size");
-  if (kernel->launch_fp8 && layer->code < PM_CODE_TABLE8) return fail("e4m3 kernels take codes with steps alone");
-  if (kernel->launch_fp8 && std::max(layer->hidden, layer->intermediate) > kFp8MaxDepth)
-    return fail("e4m3 kernels take no hidden or intermediate size above 65536");
+  if (const char* reason = refusal(*layer, kernel)) return fail(reason);
   if (layer->tokens == 0) return 0;
 
   const auto stream = static_cast<cudaStream_t>(stream_handle);

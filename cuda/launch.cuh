@@ -50,3 +50,12 @@ cudaError_t launch_early(void (*kernel)(Parameters...), int blocks, int threads,
   config.numAttrs = starts_early() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
+
+// The same on as many blocks as the current device holds at once.
+template <auto kKernel, int kThreads, int kSharedBytes, class Parameter>
+cudaError_t launch_resident(const Parameter& parameter, cudaStream_t stream) {
+  static std::atomic<int> known[kMaxDevices];
+  int blocks;
+  if (cudaError_t error = resident_blocks(kKernel, kThreads, kSharedBytes, known, blocks)) return error;
+  return launch_early(kKernel, blocks, kThreads, kSharedBytes, stream, parameter);
+}

@@ -7,7 +7,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PM_ABI_VERSION 6
+#define PM_ABI_VERSION 7
 #define PM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -49,7 +49,7 @@ typedef struct {
   int32_t group_size;         /* columns per step: 128, 64 or 32; 0 for codes without steps */
   int32_t kernel;             /* index below pm_kernel_count */
   /* Of the kernels that multiply in e4m3, as words_fp8.cuh says: the bytes of a word's level, of its direction at
-   * position 0 and 1, and what their e4m3 values times a step are multiplied by. */
+   * position 0 and 1, and what their e4m3 values times a step are multiplied by, above 0. */
   uint8_t fp8_levels[8], fp8_directions[2][8];
   float fp8_unit;
 } pm_layer;
@@ -65,11 +65,12 @@ PM_API int pm_kernel_count(void);
 PM_API const char* pm_kernel_name(int kernel);
 /* 1 if the current device can run that variant. */
 PM_API int pm_kernel_runs(int kernel);
-/* 1 if that variant quantises activations and multiplies merged experts in e4m3; it takes PM_CODE_TABLE8 and
- * PM_CODE_TABLE6 alone. */
+/* 1 if that variant is built for words of a code, PM_CODE_*. */
+PM_API int pm_kernel_takes(int kernel, int code);
+/* 1 if that variant quantises activations and multiplies merged experts in e4m3. */
 PM_API int pm_kernel_is_fp8(int kernel);
 
-/* Bytes of scratch that a call with these shapes and this kernel needs. */
+/* Bytes of scratch that a call with these shapes and this kernel needs; -1 where that call would fail. */
 PM_API int64_t pm_scratch_bytes(const pm_layer* layer);
 
 /* out[m] = sum over local experts of topk_weights[m, k] * down(SiLU(gate x[m]) * up x[m]).  0, or an error. */

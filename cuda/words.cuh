@@ -213,16 +213,11 @@ class TableWords {
 // and 1.
 template <class Code>
 __device__ inline void take_pairs(const Code& code, const typename Code::Entries& entries, uint32_t (&pairs)[8]) {
-  if constexpr (Code::kTableEntries > 0) {
+  uint32_t first[4], second[4];
+  code.template take_apart<true>(entries, first, second);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) pairs[i] = entries.of[i];
-  } else {
-    uint32_t first[4], second[4];
-    code.template take_apart<true>(entries, first, second);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      pairs[2 * j] = __byte_perm(first[j], second[j], 0x5410);
-      pairs[2 * j + 1] = __byte_perm(first[j], second[j], 0x7632);
-    }
+  for (int j = 0; j < 4; ++j) {
+    pairs[2 * j] = __byte_perm(first[j], second[j], 0x5410);
+    pairs[2 * j + 1] = __byte_perm(first[j], second[j], 0x7632);
   }
 }

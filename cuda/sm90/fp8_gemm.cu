@@ -64,22 +64,13 @@ __global__ __launch_bounds__(Fp8Tile::kThreads, 1) void fp8_gemm(const __grid_co
   }
 }
 
-template <class Code, int kGroups, bool kGateUp>
-cudaError_t launch_product(const Fp8Gemm& gemm, cudaStream_t stream) {
-  constexpr auto kFunction = fp8_gemm<Code, kGroups, kGateUp>;
-  constexpr int kShared = Fp8Stages<Code>::kSharedBytes;
-  static std::atomic<int> known[kMaxDevices];
-  int blocks;
-  if (cudaError_t error = resident_blocks(kFunction, Fp8Tile::kThreads, kShared, known, blocks)) return error;
-  return launch_early(kFunction, blocks, Fp8Tile::kThreads, kShared, stream, gemm);
-}
-
 template <class Code, bool kGateUp>
 cudaError_t launch_groups(const Fp8Gemm& gemm, cudaStream_t stream) {
+  constexpr int kThreads = Fp8Tile::kThreads, kShared = Fp8Stages<Code>::kSharedBytes;
   switch (Fp8Tile::kDepthTiles >> gemm.group_shift) {
-    case 1: return launch_product<Code, 1, kGateUp>(gemm, stream);
-    case 2: return launch_product<Code, 2, kGateUp>(gemm, stream);
-    case 4: return launch_product<Code, 4, kGateUp>(gemm, stream);
+    case 1: return launch_resident<fp8_gemm<Code, 1, kGateUp>, kThreads, kShared>(gemm, stream);
+    case 2: return launch_resident<fp8_gemm<Code, 2, kGateUp>, kThreads, kShared>(gemm, stream);
+    case 4: return launch_resident<fp8_gemm<Code, 4, kGateUp>, kThreads, kShared>(gemm, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -100,4 +91,5 @@ cudaError_t launch(int code, bool gate_up, const Fp8Gemm& gemm, cudaStream_t str
 }  // namespace
 
 extern const Kernel sm90_wgmma128;
-extern const Kernel sm90_fp8_256{"sm90_fp8_256", 128, 0, 90, 90, nullptr, launch, &sm90_wgmma128};
+extern const Kernel sm90_fp8_256{
+    "sm90_fp8_256", 128, 0, 90, 90, codes(PM_CODE_TABLE8, PM_CODE_TABLE6), nullptr, launch, &sm90_wgmma128};

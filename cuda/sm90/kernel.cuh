@@ -16,7 +16,7 @@ constexpr int partial_floats() {
   return Tile::kCuts ? kMaxMultiprocessors * Tile::kBlocks * 16 * Tile::kStrips * 2 * Tile::kPartTokens : 0;
 }
 
-template <class Tile>
+template <class Tile, uint32_t kCodes = kAllCodes>
 constexpr Kernel sm90_kernel(const char* name) {
-  return {name, Tile::kPartTokens, partial_floats<Tile>(), 90, 90, launch<Sm90Product, Tile>};
+  return {name, Tile::kPartTokens, partial_floats<Tile>(), 90, 90, kCodes, Launcher<Sm90Product, Tile, kCodes>::launch};
 }

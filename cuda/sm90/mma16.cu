@@ -1,3 +1,4 @@
 #include "kernel.cuh"
 
-extern const Kernel sm90_mma16 = sm90_kernel<Mma16>("sm90_mma16");
+// Of other words sm90_wgmma16 is as fast.
+extern const Kernel sm90_mma16 = sm90_kernel<Mma16, kTrellises | codes(PM_CODE_MASK16)>("sm90_mma16");

@@ -19,10 +19,11 @@ from torch import Tensor
 from puzzlemoe_vllm.backends import ExpertWeights, wants_fp8_prefill
 from puzzlemoe_vllm.backends.cuda_self_check import find_fault
 from puzzlemoe_vllm.format.codes import CODES, Decoder, PairCode, TableCode, TrellisCode, get_code
+from puzzlemoe_vllm.format.codes.table import ByteSums
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 READS_CHECKPOINT_ORDER = False
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
 CALL_TOKENS = 32768
@@ -86,7 +87,7 @@ def load_library() -> ctypes.CDLL:
 def unavailable(device: torch.device | None = None) -> str | None:
     """Why the library cannot serve a device, the current GPU by default, or None when it can.
 
-    The first time that a device is asked about, its kernels multiply a small layer.
+    The first time that a device is asked about, its kernels multiply small layers.
     """
     if not torch.cuda.is_available() or torch.version.hip or (device is not None and device.type != "cuda"):
         return f"{device or 'this machine'} is not an NVIDIA GPU"
@@ -125,15 +126,30 @@ def kernel_names() -> tuple[str, ...]:
     return tuple(library.pm_kernel_name(index).decode() for index in range(library.pm_kernel_count()))
 
 
-def runnable_kernels(device: torch.device, fp8: bool = False) -> list[str]:
-    """The kernels that this device can run: those that multiply in bf16, or those that multiply merged experts in
-    e4m3."""
+def _kernel_number(kernel: str) -> int:
+    if kernel not in kernel_names():
+        raise ValueError(f"{library_path()} has no kernel {kernel}, but {', '.join(kernel_names())}")
+    return kernel_names().index(kernel)
+
+
+def kernel_takes(kernel: str, code: PairCode) -> bool:
+    """Whether a kernel of the library multiplies words of a code.  Raises ValueError for a name of no kernel."""
+    library, number = load_library(), _kernel_number(kernel)
+    in_its_numbers = not library.pm_kernel_is_fp8(number) or _byte_sums(code) is not None
+    return in_its_numbers and bool(library.pm_kernel_takes(number, int(code.decoder)))
+
+
+def runnable_kernels(device: torch.device, code: PairCode, fp8: bool = False) -> list[str]:
+    """The kernels that multiply words of a code and that this device can run: those that multiply in bf16, or those
+    that multiply merged experts in e4m3."""
     library = load_library()
     with torch.cuda.device(device):
         return [
             name
-            for index, name in enumerate(kernel_names())
-            if library.pm_kernel_runs(index) and bool(library.pm_kernel_is_fp8(index)) == fp8
+            for number, name in enumerate(kernel_names())
+            if bool(library.pm_kernel_is_fp8(number)) == fp8
+            and kernel_takes(name, code)
+            and library.pm_kernel_runs(number)
         ]
 
 
@@ -151,9 +167,14 @@ def kind_of(code: PairCode) -> str:
     return "table" if code.has_steps else "16-bit"
 
 
+def _byte_sums(code: PairCode) -> ByteSums | None:
+    """What a code's words are in e4m3, None for codes that have no such values."""
+    return code.sums if isinstance(code, TableCode) else None
+
+
 def why_no_fp8(code: PairCode) -> str | None:
     """Why the current GPU, which the library serves, cannot multiply words of a code in e4m3, or None when it can."""
-    if not isinstance(code, TableCode) or code.sums is None:
+    if _byte_sums(code) is None:
         return f"words of {code.name} have no values in e4m3"
     major, minor = torch.cuda.get_device_capability()
     row = _fp8_row(10 * major + minor)
@@ -352,13 +373,14 @@ def _call(
         dense=weights.w13_dense.shape[0],
         code=code.decoder,
         group_size=0 if weights.w13_steps is None else hidden // weights.w13_steps.shape[2],
-        kernel=kernel_names().index(kernel),
+        kernel=_kernel_number(kernel),
     )
-    if isinstance(code, TableCode) and code.sums is not None:
-        layer.fp8_levels[:] = code.sums.e4m3_levels
-        layer.fp8_directions[:] = code.sums.both_directions
-        layer.fp8_unit = code.sums.e4m3_unit
-    scratch = torch.empty(library.pm_scratch_bytes(layer), dtype=torch.uint8, device=x.device)
+    if sums := _byte_sums(code):
+        layer.fp8_levels[:] = sums.e4m3_levels
+        layer.fp8_directions[:] = sums.both_directions
+        layer.fp8_unit = sums.e4m3_unit
+    # Below 0 where the call fails; that says why.
+    scratch = torch.empty(max(library.pm_scratch_bytes(layer), 0), dtype=torch.uint8, device=x.device)
     layer.scratch = scratch.data_ptr()
     if library.pm_fused_experts(layer, torch.cuda.current_stream().cuda_stream):
         raise RuntimeError(f"puzzlemoe CUDA kernels: {library.pm_last_error().decode()}")

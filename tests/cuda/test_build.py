@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from puzzlemoe_vllm.backends import cuda
-from puzzlemoe_vllm.format.codes import CODES, get_code
+from puzzlemoe_vllm.format.codes import CODES, Decoder, TrellisCode, get_code
 
 CUDA = Path(__file__).parents[2] / "cuda"
 
@@ -68,8 +68,66 @@ def test_the_dispatch_table_names_kernels_of_the_library(cuda_library, loaded):
     loaded(cuda_library.path)
     for capability, code in itertools.product((80, 90), CODES.values()):
         rows = cuda._dispatch_rows(capability, cuda.kind_of(code))
-        assert {kernel for _, kernel in rows} <= set(cuda.kernel_names())
+        assert all(cuda.kernel_takes(kernel, code) for _, kernel in rows)
         assert cuda.served_capability(capability) == capability
+
+
+def test_kernels_say_which_codes_they_take(cuda_library, loaded):
+    loaded(cuda_library.path)
+    takes = {kernel: {name for name, code in CODES.items() if cuda.kernel_takes(kernel, code)} for kernel in
+             cuda.kernel_names()}  # fmt: skip
+    trellises = {name for name, code in CODES.items() if isinstance(code, TrellisCode)}
+    assert takes.pop("sm90_fp8_256") == {"angle8", "angle6"}
+    assert takes.pop("sm90_mma16") == {"mask16", *trellises}
+    assert all(codes == set(CODES) for codes in takes.values())
+    with pytest.raises(ValueError, match=r"has no kernel sm90_mma8, but sm80_mma8, .*sm90_wgmma128"):
+        cuda.kernel_takes("sm90_mma8", get_code("angle8"))
+
+
+LAYER = {"tokens": 3, "topk": 2, "hidden": 256, "intermediate": 128, "pairs": 2, "group_size": 128}
+
+
+@pytest.mark.parametrize(
+    "kernel, code, changes, reason",
+    [
+        ("sm80_mma8", Decoder.TABLE8, {"tokens": 1 << 27, "topk": 32}, "more than 2^31 - 1 (token, expert) slots"),
+        ("sm80_mma8", Decoder.TABLE8, {"tokens": -1}, "below 0"),
+        ("sm80_mma8", Decoder.TABLE8, {"topk": 33}, "more than 32 experts per token"),
+        ("sm80_mma8", Decoder.TABLE8, {"pairs": 1 << 30}, "more than 512 experts"),
+        ("sm80_mma8", Decoder.TABLE8, {"pairs": 256, "dense": 1}, "more than 512 experts"),
+        ("sm80_mma8", Decoder.TABLE8, {"group_size": 16}, "group_size 128, 64 or 32"),
+        ("sm80_mma8", Decoder.TRELLIS3, {"hidden": 192}, "multiples of group_size"),
+        ("sm80_mma8", Decoder.MASK16, {"intermediate": 24}, "multiples of 16"),
+        ("sm80_mma8", Decoder.MASK16, {"hidden": 0}, "above 0"),
+        ("sm80_mma8", 9, {}, "not built for words of this code"),
+        ("sm90_mma16", Decoder.TABLE8, {}, "not built for words of this code"),
+        ("sm90_fp8_256", Decoder.TRELLIS8, {"fp8_unit": 1.0}, "not built for words of this code"),
+        ("sm90_fp8_256", Decoder.TABLE6, {}, "no values in e4m3"),
+        ("sm90_fp8_256", Decoder.TABLE6, {"fp8_unit": 1.0, "hidden": 1 << 17}, "above 65536"),
+    ],
+)
+def test_what_cannot_be_multiplied_is_refused_before_anything_starts(
+    kernel, code, changes, reason, cuda_library, loaded
+):
+    loaded(cuda_library.path)
+    library = cuda.load_library()
+    layer = cuda._Layer(**LAYER | {"code": code, "kernel": cuda.kernel_names().index(kernel)} | changes)
+    assert library.pm_scratch_bytes(layer) == -1
+    assert library.pm_fused_experts(layer, None) != 0
+    assert reason in library.pm_last_error().decode()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 32768])
+def test_scratch_grows_with_what_is_kept_in_it(tokens, cuda_library, loaded):
+    """Sizes whose bytes no 32 bits hold."""
+    loaded(cuda_library.path)
+    library = cuda.load_library()
+    sizes = {"tokens": tokens, "topk": 10, "hidden": 7168, "intermediate": 2048, "pairs": 256, "fp8_unit": 1.0}
+    for number, kernel in enumerate(cuda.kernel_names()):
+        code = get_code("angle8" if cuda.kernel_takes(kernel, get_code("angle8")) else "trellis4")
+        layer = cuda._Layer(**LAYER | sizes | {"code": code.decoder, "kernel": number})
+        kept = 2 * 10 * tokens * (7168 + 2048)
+        assert kept <= library.pm_scratch_bytes(layer) < 1.5 * kept + (1 << 28)
 
 
 def test_without_the_sm90_kernels_those_of_sm80_serve(cuda_library, loaded, tmp_path, caplog):
