@@ -1,4 +1,4 @@
-"""The CUDA library against the float64 reference, on a GPU.
+"""The CUDA library against the float64 reference, on a GPU: every kernel with words of every code that it takes.
 
 Under the sanitizer, where everything is slow: compute-sanitizer --tool memcheck python -m pytest -k test_sizes, and the
 same with racecheck.
@@ -6,132 +6,72 @@ same with racecheck.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import itertools
 
 import pytest
 import torch
-from support.layers import DEEPSEEK, MIXTRAL, QWEN3, QWEN15, Layer, copied, generator, random_inputs, random_weights
+from support.kernel_cases import REASON, Case, cases, draw, kernels, poison
+from support.layers import DEEPSEEK, MIXTRAL, QWEN3, QWEN15, Layer
 from torch import Tensor
 
-from puzzlemoe_vllm.backends import ExpertWeights, cuda, reference
+from puzzlemoe_vllm.backends import ExpertWeights, cuda
+from puzzlemoe_vllm.backends.cuda_self_check import on_device
 from puzzlemoe_vllm.format.codes import CODES, TrellisCode, get_code
 from puzzlemoe_vllm.format.codes.base import EntrywiseCode
 
-REASON = cuda.unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
-KERNELS = [] if REASON else cuda.runnable_kernels(torch.device("cuda"))
-TOLERANCE = 5e-3
-"""Hidden activations, expert outputs and the result are rounded to bf16: 2^-9 each at most."""
+MODELS = (
+    MIXTRAL,
+    QWEN3,
+    DEEPSEEK,
+    QWEN15,
+    MIXTRAL.coded("angle16"),
+    *(MIXTRAL.coded(code, 128) for code in ("angle8", "angle6", "mask6", "trellis8", "trellis5", "trellis3")),
+    QWEN3.coded("angle8", 128),
+    QWEN3.coded("trellis6", 64),
+    DEEPSEEK.coded("trellis4", 128),
+)
+SMALL = (
+    Layer(pairs=3, dense=2, top_k=2, hidden=256, intermediate=176),
+    Layer(3, 2, 2, 256, 176, "angle16"),
+    Layer(3, 2, 2, 256, 224, "angle8", 32),
+    Layer(3, 2, 2, 256, 192, "angle6", 64),
+    Layer(3, 2, 2, 384, 128, "mask6", 128),
+    Layer(3, 2, 2, 256, 224, "trellis6", 32),
+    Layer(3, 2, 2, 384, 128, "trellis3", 128),
+)
+SMALL_IN_E4M3 = (
+    Layer(3, 2, 2, 256, 384, "angle8", 128),
+    Layer(3, 0, 2, 320, 192, "angle8", 64),
+    Layer(3, 2, 2, 352, 224, "angle8", 32),
+    Layer(3, 2, 2, 384, 128, "angle6", 128),
+    Layer(3, 0, 2, 192, 448, "angle6", 64),
+    Layer(3, 2, 2, 32, 96, "angle6", 32),
+)
+EDGES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 2049, 4097)
 
-STEP_TOLERANCE = 8e-3
-"""With steps: kernels for few tokens multiply sums by them, which leaves out the rounding of each weight."""
+of_all = pytest.mark.parametrize("case", cases(*SMALL) + cases(*SMALL_IN_E4M3, fp8=True), ids=str)
+"""Small layers by every kernel."""
 
-
-MODELS = {
-    "Mixtral-8x7B": MIXTRAL,
-    "Qwen3-30B-A3B": QWEN3,
-    "DeepSeek-MoE-16B": DEEPSEEK,
-    "Qwen1.5-MoE": QWEN15,
-    "Mixtral-8x7B angle16": MIXTRAL.coded("angle16"),
-    **{
-        f"Mixtral-8x7B {code}": MIXTRAL.coded(code, 128)
-        for code in ("angle8", "angle6", "mask6", "trellis8", "trellis5", "trellis3")
-    },
-    "Qwen3-30B-A3B angle8": QWEN3.coded("angle8", 128),
-    "Qwen3-30B-A3B trellis6": QWEN3.coded("trellis6", 64),
-    "DeepSeek-MoE-16B trellis4": DEEPSEEK.coded("trellis4", 128),
-}
-
-
-def make_weights(layer: Layer) -> tuple[ExpertWeights, ExpertWeights]:
-    """The same random layer as loaded and as prepared for the kernels."""
-    loaded = random_weights(layer, generator(0, "cuda"))
-    prepared = copied(loaded)
-    cuda.prepare(prepared)
-    return loaded, prepared
-
-
-@functools.cache
-def draw() -> torch.Generator:
-    """Of all inputs, no two alike."""
-    return generator(1, "cuda")
+by_the_table = pytest.mark.parametrize("case", [Case(layer) for layer in SMALL], ids=str)
 
 
-def make_inputs(layer: Layer, tokens: int, experts: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    return random_inputs(layer, tokens, draw(), experts)
-
-
-def poison() -> None:
-    """Fills the allocator's free memory with NaN, so that scratch or outputs left unwritten show."""
-    torch.cuda.synchronize()
-    blocks = [torch.full((size,), float("nan"), device="cuda") for size in (1 << 24, 1 << 20, 1 << 16, 1 << 12, 1 << 8)]
-    del blocks
-
-
-def error(out: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, loaded: ExpertWeights) -> float:
-    """Relative error against the float64 reference; NaN fails every comparison."""
-    expected = reference.fused_experts(x.double(), topk_weights, topk_ids, loaded)
-    return ((out.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-
-
-def tolerance(weights: ExpertWeights) -> float:
-    return TOLERANCE if weights.w13_steps is None else STEP_TOLERANCE
-
-
-def check(loaded: ExpertWeights, prepared: ExpertWeights, inputs: tuple[Tensor, Tensor, Tensor], kernel: str) -> None:
-    poison()
-    copies = [tensor.clone() for tensor in inputs]
-    out = cuda.fused_experts(*inputs, prepared, kernel=kernel)
-    assert error(out, *inputs, loaded) < tolerance(loaded)
-    assert all(torch.equal(before, after) for before, after in zip(copies, inputs, strict=True))
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def model(request):
-    layer = MODELS[request.param]
-    yield layer, *make_weights(layer)
-    torch.cuda.empty_cache()
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_real_shapes(model, kernel):
-    layer, loaded, prepared = model
+@pytest.mark.parametrize("case", cases(*MODELS), ids=str)
+def test_real_shapes(case):
     for tokens in (1, 3, 33, 257):
-        check(loaded, prepared, make_inputs(layer, tokens), kernel)
+        case.check(case.inputs(tokens))
 
 
-SMALL = {
-    "mask16": Layer(pairs=3, dense=2, top_k=2, hidden=256, intermediate=176),
-    "angle16": Layer(3, 2, 2, 256, 176, "angle16"),
-    "angle8": Layer(3, 2, 2, 256, 224, "angle8", 32),
-    "angle6": Layer(3, 2, 2, 256, 192, "angle6", 64),
-    "mask6": Layer(3, 2, 2, 384, 128, "mask6", 128),
-    "trellis6": Layer(3, 2, 2, 256, 224, "trellis6", 32),
-    "trellis3": Layer(3, 2, 2, 384, 128, "trellis3", 128),
-}
-EDGE_TOKENS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513)
+@of_all
+def test_token_counts(case):
+    for tokens in EDGES:
+        case.check(case.inputs(tokens))
 
 
-@pytest.fixture(scope="module", params=SMALL)
-def small(request):
-    layer = SMALL[request.param]
-    return layer, *make_weights(layer)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_token_counts(small, kernel):
-    layer, loaded, prepared = small
-    for tokens in EDGE_TOKENS:
-        check(loaded, prepared, make_inputs(layer, tokens), kernel)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    "layer",
-    [
+    "case",
+    cases(
         *(Layer(2, 1, 2, *size) for size in ((16, 16), (48, 96), (128, 96), (144, 352), (2048, 176), (272, 80))),
         *(Layer(2, 1, 2, *size, "angle16") for size in ((16, 16), (144, 352))),
         *(
@@ -143,104 +83,94 @@ def test_token_counts(small, kernel):
         *(Layer(2, 0, 2, *size, f"trellis{bits}", 32) for bits in (8, 6, 5, 4, 3) for size in ((32, 32), (352, 96))),
         *(Layer(2, 1, 2, 2048, 192, f"trellis{bits}", 64) for bits in (8, 5, 4)),
         *(Layer(2, 1, 2, 128, 384, f"trellis{bits}", 128) for bits in (6, 3)),
-    ],
+    ),
     ids=str,
 )
-def test_sizes(layer, kernel):
-    loaded, prepared = make_weights(layer)
+def test_sizes(case):
     for tokens in (1, 17, 200):
-        check(loaded, prepared, make_inputs(layer, tokens), kernel)
+        case.check(case.inputs(tokens))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_only_dense_and_only_pairs(kernel):
-    for pairs, dense in ((0, 3), (2, 0)):
-        for code in ((), ("angle8", 32)):
-            layer = Layer(pairs, dense, 2, 128, 96, *code)
-            loaded, prepared = make_weights(layer)
-            check(loaded, prepared, make_inputs(layer, 40), kernel)
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        *(Layer(*of, 2, 128, 96, *code) for of in ((0, 3), (2, 0)) for code in ((), ("angle8", 32), ("trellis4", 32)))
+    ),
+    ids=str,
+)
+def test_only_dense_and_only_pairs(case):
+    case.check(case.inputs(40))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_one_expert_takes_all(small, kernel):
-    layer, loaded, prepared = small
-    for expert in (0, 3, 7):
-        for tokens in (9, 32, 300):
-            x, topk_weights, topk_ids = make_inputs(layer, tokens)
-            topk_ids.fill_(expert)
-            check(loaded, prepared, (x, topk_weights, topk_ids), kernel)
+@of_all
+def test_one_expert_takes_all(case):
+    for expert in (0, 3, case.layer.experts - 1):
+        for tokens in (9, 32, 256, 300, 1300):
+            x, topk_weights, topk_ids = case.inputs(tokens)
+            case.check((x, topk_weights, topk_ids.fill_(expert)))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_only_position_one_is_active(small, kernel):
-    layer, loaded, prepared = small
+@of_all
+def test_only_position_one_is_active(case):
     for tokens in (1, 50):
-        x, topk_weights, topk_ids = make_inputs(layer, tokens)
-        check(loaded, prepared, (x, topk_weights, (topk_ids % 3) * 2 + 1), kernel)
+        x, topk_weights, topk_ids = case.inputs(tokens)
+        case.check((x, topk_weights, (topk_ids % 3) * 2 + 1))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_skipped_rows_are_zero(small, kernel):
-    layer, loaded, prepared = small
+@of_all
+def test_skipped_rows_are_zero(case):
     for tokens in (1, 5, 300, 4000):
-        x, topk_weights, topk_ids = make_inputs(layer, tokens)
+        x, topk_weights, topk_ids = case.inputs(tokens)
         poison()
-        out = cuda.fused_experts(x, topk_weights, torch.full_like(topk_ids, -1), prepared, kernel=kernel)
-        assert not out.any()
+        assert not case.multiply((x, topk_weights, torch.full_like(topk_ids, -1))).any()
         topk_ids[torch.rand(topk_ids.shape, device="cuda") < 0.5] = -1
         topk_ids[0] = -1
-        check(loaded, prepared, (x, topk_weights, topk_ids), kernel)
+        case.check((x, topk_weights, topk_ids))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_expert_map(small, kernel):
-    layer, loaded, prepared = small
+@of_all
+def test_expert_map(case):
+    experts = case.layer.experts
     expert_map = torch.full((20,), -1, dtype=torch.int32, device="cuda")
-    expert_map[6:14] = torch.arange(8, dtype=torch.int32, device="cuda")
-    loaded, prepared = (dataclasses.replace(weights, expert_map=expert_map) for weights in (loaded, prepared))
-    for tokens in (1, 90):
-        check(loaded, prepared, make_inputs(layer, tokens, experts=20), kernel)
+    expert_map[6 : 6 + experts] = torch.arange(experts, dtype=torch.int32, device="cuda")
+    for tokens in (1, 90, 900):
+        case.check(case.inputs(tokens, experts=20), expert_map)
 
 
-def test_many_experts():
-    layer = Layer(200, 112, 8, 64, 32)
-    loaded, prepared = make_weights(layer)
-    for kernel in KERNELS:
-        for tokens in (1, 100, 3000):
-            check(loaded, prepared, make_inputs(layer, tokens), kernel)
+@pytest.mark.parametrize("case", cases(Layer(200, 112, 8, 64, 32)), ids=str)
+def test_many_experts(case):
+    for tokens in (1, 100, 3000):
+        case.check(case.inputs(tokens))
 
 
-@pytest.mark.parametrize("tokens", [512, 513, 4097, 65536])
-def test_long_batches(small, tokens):
-    layer, loaded, prepared = small
-    inputs = make_inputs(layer, tokens)
-    for kernel in {KERNELS[0], KERNELS[-1]}:
-        check(loaded, prepared, inputs, kernel)
+@by_the_table
+def test_long_batches(case):
+    """The last is more than one call."""
+    for tokens in (512, 513, 4097, 65536):
+        case.check(case.inputs(tokens))
 
 
-def test_no_tokens(small):
-    layer, _, prepared = small
-    assert cuda.fused_experts(*make_inputs(layer, 0), prepared).shape == (0, layer.hidden)
+@by_the_table
+def test_no_tokens(case):
+    assert case.multiply(case.inputs(0)).shape == (0, case.layer.hidden)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_equal_bits_for_equal_inputs(small, kernel):
-    layer, _, prepared = small
+@of_all
+def test_equal_bits_for_equal_inputs(case):
     for tokens in (2, 20, 400):
-        inputs = make_inputs(layer, tokens)
-        outs = [cuda.fused_experts(*inputs, prepared, kernel=kernel) for _ in range(5)]
+        inputs = case.inputs(tokens)
+        outs = [case.multiply(inputs) for _ in range(5)]
         assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_graphs_on_two_streams(small, kernel):
-    layer, _, prepared = small
-    inputs = [make_inputs(layer, tokens) for tokens in (3, 8)]
-    expected = [cuda.fused_experts(*given, prepared, kernel=kernel) for given in inputs]
+@of_all
+def test_graphs_on_two_streams(case):
+    inputs = [case.inputs(tokens) for tokens in (3, 8)]
+    expected = [case.multiply(given) for given in inputs]
     graphs, outs = [torch.cuda.CUDAGraph() for _ in inputs], []
     for graph, given in zip(graphs, inputs, strict=True):
         with torch.cuda.graph(graph):
-            outs.append(cuda.fused_experts(*given, prepared, kernel=kernel))
+            outs.append(case.multiply(given))
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
     for _ in range(100):
@@ -251,58 +181,64 @@ def test_graphs_on_two_streams(small, kernel):
     assert all(torch.equal(out, right) for out, right in zip(outs, expected, strict=True))
 
 
-def test_long_batches_in_several_calls(small, monkeypatch):
-    layer, loaded, prepared = small
+@by_the_table
+def test_long_batches_in_several_calls(case, monkeypatch):
     monkeypatch.setattr(cuda, "CALL_TOKENS", 100)
     for tokens in (100, 257):
-        inputs = make_inputs(layer, tokens)
-        poison()
-        assert error(cuda.fused_experts(*inputs, prepared), *inputs, loaded) < tolerance(loaded)
+        case.check(case.inputs(tokens))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_graph_replay_with_changing_routing(small, kernel):
-    layer, loaded, prepared = small
+@of_all
+def test_graph_replay_with_changing_routing(case):
     for tokens in (4, 3000):
-        static = make_inputs(layer, tokens)
-        cuda.fused_experts(*static, prepared, kernel=kernel)
+        static = case.inputs(tokens)
+        case.multiply(static)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = cuda.fused_experts(*static, prepared, kernel=kernel)
+            out = case.multiply(static)
         for _ in range(3):
-            inputs = make_inputs(layer, tokens)
+            inputs = case.inputs(tokens)
             inputs[2][torch.rand(inputs[2].shape, device="cuda") < 0.3] = -1
             for held, fresh in zip(static, inputs, strict=True):
                 held.copy_(fresh)
             out.fill_(float("nan"))
             graph.replay()
-            assert error(out, *inputs, loaded) < tolerance(loaded)
+            assert case.error(out, inputs) < case.tolerance
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_two_streams(small, kernel):
-    layer, loaded, prepared = small
+@of_all
+def test_two_streams(case):
     streams = [torch.cuda.Stream() for _ in range(4)]
-    inputs = [make_inputs(layer, tokens) for tokens in (150, 150, 3, 8)]
+    inputs = [case.inputs(tokens) for tokens in (150, 150, 3, 8)]
+    case.multiply(inputs[0])  # the weights are there before the streams begin
     torch.cuda.synchronize()
     outs: list[list[Tensor]] = [[] for _ in streams]
     for _ in range(20):
         for stream, given, kept in zip(streams, inputs, outs, strict=True):
             with torch.cuda.stream(stream):
-                kept.append(cuda.fused_experts(*given, prepared, kernel=kernel))
+                kept.append(case.multiply(given))
     torch.cuda.synchronize()
     for given, kept in zip(inputs, outs, strict=True):
-        assert error(kept[0], *given, loaded) < tolerance(loaded)
+        assert case.error(kept[0], given) < case.tolerance
         assert all(torch.equal(kept[0], out) for out in kept)
 
 
-def test_dispatch_table_serves_every_load(small):
-    layer, loaded, prepared = small
+@by_the_table
+def test_dispatch_table_serves_every_load(case):
     for tokens in (1, 20, 40, 80, 160, 900):
-        inputs = make_inputs(layer, tokens)
-        poison()
-        assert error(cuda.fused_experts(*inputs, prepared), *inputs, loaded) < tolerance(loaded)
+        case.check(case.inputs(tokens))
+
+
+@by_the_table
+def test_every_device_of_the_process(case):
+    """Not the current one alone, where there are several."""
+    inputs = case.inputs(40)
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        out = cuda.fused_experts(*(held.to(device) for held in inputs), on_device(case.weights()[1], device))
+        assert out.device == device
+        assert case.error(out.to(inputs[0].device), inputs) < case.tolerance
 
 
 def every_word(code: str) -> Tensor:
@@ -358,7 +294,7 @@ def test_every_word_decodes_as_the_format_says(code):
         activation = torch.nn.functional.silu(value * size / 64) * value * size / 64
         expected = decoded(code, down, position, step) * activation.bfloat16().float()
         ids = torch.full((size, 1), position, dtype=torch.int32, device="cuda")
-        for kernel in KERNELS:
+        for kernel in kernels(code):
             out = cuda.fused_experts(x, torch.ones(size, 1, device="cuda"), ids, weights, kernel=kernel)
             torch.testing.assert_close(out.T.float(), expected, rtol=2**-7, atol=1e-30)
 
@@ -399,7 +335,7 @@ def test_every_state_decodes_as_the_format_says(code):
             x[own, place[own]] = 1
             factor = activation.gather(1, place[:, None]).bfloat16().float()
             expected[own] = (factor * kind.decode(tall, p, tall_steps).float().T)[own]
-        for kernel, tokens in itertools.product(KERNELS, (16, intermediate)):
+        for kernel, tokens in itertools.product(kernels(code), (16, intermediate)):
             for first in range(0, intermediate, tokens):
                 some = slice(first, first + tokens)
                 ones = torch.ones(tokens, 1, device="cuda")
