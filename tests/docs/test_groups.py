@@ -73,6 +73,7 @@ def test_a_group_that_could_run_and_was_skipped_fails(tmp_path, there):
         (Candidate("/tests/cuda/test_build.py", fixtures=frozenset({"cuda_library"})), "CUDA library"),
         (Candidate("/tests/backends/test_cuda_kernels.py"), "CUDA kernels"),
         (Candidate("/tests/offline/words/test_trellis_kernels.py"), "CUDA kernels"),
+        (Candidate("/tests/backends/test_cuda_fp8.py"), "CUDA kernels in e4m3"),
         (Candidate("/tests/plugin/test_vllm_releases.py", "test_release[0.26.0]"), "other vLLM releases"),
         (Candidate("/tests/plugin/test_vllm_releases.py", "test_release[installed]"), "vLLM plugin"),
         (Candidate("/tests/plugin/test_op.py", marks=frozenset({"without_vllm"})), "needing nothing"),

@@ -69,6 +69,14 @@ def library_missing() -> str | None:
     return gpu_missing() or nvcc_missing()
 
 
+def hopper_missing() -> str | None:
+    if missing := library_missing():
+        return missing
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return None if "9.0" in found else "a GPU of compute capability 9.0"
+
+
 def vllm_missing() -> str | None:
     spec = importlib.util.find_spec("vllm")
     return None if spec and spec.origin else "vLLM"
@@ -103,6 +111,7 @@ GROUPS = (
         lambda test: test.path.endswith(("backends/test_cuda_kernels.py", "words/test_trellis_kernels.py")),
         library_missing,
     ),
+    Group("CUDA kernels in e4m3", lambda test: test.path.endswith("backends/test_cuda_fp8.py"), hopper_missing),
     Group("CUDA library", lambda test: "cuda_library" in test.fixtures, nvcc_missing),
     Group(
         "other vLLM releases",
