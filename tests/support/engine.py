@@ -7,6 +7,7 @@ names; vLLM itself writes to stdout as it likes.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import random
@@ -41,6 +42,10 @@ SMALL = {
     "skip_tokenizer_init": True,
 }
 """Arguments of vllm.LLM that make loading a tiny model quick."""
+
+
+STAND_INS = Path(__file__).with_name("stand_ins")
+"""A folder with modules for packages that vLLM's CPU build imports and does not bring."""
 
 
 class EngineError(Exception):
@@ -125,7 +130,7 @@ class Engine:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, str(writer)],
-                env={**os.environ, **ENVIRONMENT, **self.environment},
+                env={**os.environ, **ENVIRONMENT, **_stand_ins(), **self.environment},
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -134,6 +139,32 @@ class Engine:
             )
         os.close(writer)
         self.answers = os.fdopen(reader)
+
+
+def _stand_ins() -> dict[str, str]:
+    """The environment variable by which vLLM, and processes that it starts, find the stand-ins where they are needed."""
+    if importlib.util.find_spec("torchvision"):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(STAND_INS)]))}
+
+
+def _route_by_sigmoid_on_a_cpu() -> None:
+    """vLLM's CPU router asserts softmax scores where experts are in no groups, as those of MiniMax-M2.  All experts in
+    one group are in none: the same router's grouped choice serves them."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    make = CPURouter.__init__
+
+    def in_one_group(router: Any, **options: Any) -> None:
+        if options["scoring_func"] == "sigmoid" and not options["use_grouped_topk"]:
+            options |= {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}
+        make(router, **options)
+
+    CPURouter.__init__ = in_one_group
 
 
 def _generate(model: str, options: dict[str, Any]) -> list[Any]:
@@ -222,6 +253,7 @@ def main() -> None:
     answers = os.fdopen(int(sys.argv[1]), "w")
     # vLLM collects garbage nine times per engine, half a second each; these models leave little of it.
     gc.collect = lambda generation=2: 0
+    _route_by_sigmoid_on_a_cpu()
     for line in sys.stdin:
         try:
             request = json.loads(line)
