@@ -142,7 +142,7 @@ class Engine:
 
 
 def _stand_ins() -> dict[str, str]:
-    """The environment variable by which vLLM, and processes that it starts, find the stand-ins where they are needed."""
+    """What makes vLLM, and processes that it starts, find the stand-ins where they are needed."""
     if importlib.util.find_spec("torchvision"):
         return {}
     return {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(STAND_INS)]))}
