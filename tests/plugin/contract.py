@@ -217,7 +217,7 @@ def test_sum_over_ranks(ranks, merged):
     check_sum_over_ranks(ranks, random_layer(merged))
 
 
-# Six experts on four ranks are two, two, one and one; on five, pairs are cut between ranks of two experts and of one; on
+# Six experts on four ranks are two, two, one and one; on five, the rank of two has a pair and the others halves; on
 # seven, one rank has no expert at all.  Round robin leaves no pair whole.
 UNEVEN = [Ranks(count, True, placement) for count in (4, 5, 7) for placement in ("linear", "round_robin")]
 

@@ -236,7 +236,7 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_written(tmp_path)
 def test_dropping_beside_a_layer_for_multi_token_prediction_is_refused(family, tmp_path):
     """That layer is copied with all its experts, which one number of experts in config.json could not say."""
     source = build(family, tmp_path / "source")
-    with pytest.raises(MethodError, match="multi-token prediction is copied with all 8 experts.*hc-smoe-50"):
+    with pytest.raises(MethodError, match=r"multi-token prediction is copied with all 8 experts.*hc-smoe-50"):
         write(source, tmp_path / "out", "drop-50")
     assert not (tmp_path / "out").exists()
 
