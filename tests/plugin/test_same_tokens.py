@@ -62,6 +62,26 @@ def test_a_quarter_of_the_memory_saved(family, engine, models):
     assert_same_generation(expected, engine.generate(both.packed, enforce_eager=True, **options(family)))
 
 
+# Projections that vLLM fuses: of attention, of MLA where a block is cut, of linear attention under names that it maps.
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("qwen3_moe", {"head_dim": 64}),
+        ("deepseek_v3", {"q_lora_rank": 128, "kv_lora_rank": 128}),
+        ("qwen3_5_moe", {}),
+    ],
+    indirect=["family"],
+)
+def test_linear_layers_in_fp8(family, sizes, engine, models):
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("only kernels of vLLM's CPU build leave tokens in bf16")
+    both = models(family, fp8="deepseek", **sizes)
+    expected = engine.generate(both.unpacked, enforce_eager=True, **options(family))
+    assert_same_generation(expected, engine.generate(both.packed, enforce_eager=True, **options(family)))
+
+
 @pytest.mark.parametrize("code", ["angle16", "angle8", "angle6", "mask6", "trellis8", "trellis3"])
 def test_every_code(code, engine, models):
     both = models("qwen3_moe", sparsity="0.25", code=code)

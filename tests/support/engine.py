@@ -130,7 +130,7 @@ class Engine:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, str(writer)],
-                env={**os.environ, **ENVIRONMENT, **_stand_ins(), **self.environment},
+                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": _search_path(), **self.environment},
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -141,30 +141,10 @@ class Engine:
         self.answers = os.fdopen(reader)
 
 
-def _stand_ins() -> dict[str, str]:
-    """What makes vLLM, and processes that it starts, find the stand-ins where they are needed."""
-    if importlib.util.find_spec("torchvision"):
-        return {}
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(STAND_INS)]))}
-
-
-def _route_by_sigmoid_on_a_cpu() -> None:
-    """vLLM's CPU router asserts softmax scores where experts are in no groups, as those of MiniMax-M2.  All experts in
-    one group are in none: the same router's grouped choice serves them."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
-    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-
-    make = CPURouter.__init__
-
-    def in_one_group(router: Any, **options: Any) -> None:
-        if options["scoring_func"] == "sigmoid" and not options["use_grouped_topk"]:
-            options |= {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}
-        make(router, **options)
-
-    CPURouter.__init__ = in_one_group
+def _search_path() -> str:
+    """PYTHONPATH of vLLM and the processes that it starts: as here, and with the stand-ins that are needed."""
+    needed = [] if importlib.util.find_spec("torchvision") else [str(STAND_INS)]
+    return os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).parents[1]), *needed])
 
 
 def _generate(model: str, options: dict[str, Any]) -> list[Any]:
@@ -248,12 +228,13 @@ def _puzzlemoe(arguments: list[str]) -> str:
 
 
 def main() -> None:
+    from support.vllm_on_cpu import help_along
     from vllm.distributed import cleanup_dist_env_and_memory
 
     answers = os.fdopen(int(sys.argv[1]), "w")
     # vLLM collects garbage nine times per engine, half a second each; these models leave little of it.
     gc.collect = lambda generation=2: 0
-    _route_by_sigmoid_on_a_cpu()
+    help_along()
     for line in sys.stdin:
         try:
             request = json.loads(line)
