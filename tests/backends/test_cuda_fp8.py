@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.kernel_cases import REASON, cases, kernels
-from support.layers import MIXTRAL, QWEN3, Layer, copied
+from support.layers import DEEPSEEK_V3_RANK, GLM_AIR, MIXTRAL, QWEN3, QWEN3_NEXT, Layer, copied
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda, reference, reference_fp8
 from puzzlemoe_vllm.format.codes import get_code
@@ -57,10 +57,12 @@ def test_equal_bits_where_slots_are_in_no_fixed_order(case):
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
+MODELS = (MIXTRAL, QWEN3, GLM_AIR, QWEN3_NEXT, DEEPSEEK_V3_RANK)
+
+
 @pytest.mark.parametrize(
-    "case", cases(*(model.coded(code, 128) for model in (MIXTRAL, QWEN3) for code in ("angle8", "angle6")), fp8=True),
-    ids=str,
-)  # fmt: skip
+    "case", cases(*(model.coded(code, 128) for model in MODELS for code in ("angle8", "angle6")), fp8=True), ids=str
+)
 def test_real_shapes(case):
     """At a depth of 14336 too, sums in fewer bits stay far below what quantising changes; nor do they shrink."""
     inputs = case.inputs(600)

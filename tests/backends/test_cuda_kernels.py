@@ -10,8 +10,19 @@ import itertools
 
 import pytest
 import torch
-from support.kernel_cases import REASON, Case, cases, draw, kernels, poison
-from support.layers import DEEPSEEK, MIXTRAL, QWEN3, QWEN15, Layer
+from support.kernel_cases import REASON, Case, cases, distance, draw, kernels, poison
+from support.layers import (
+    DEEPSEEK,
+    DEEPSEEK_V3,
+    DEEPSEEK_V3_RANK,
+    GLM_AIR,
+    MINIMAX_M2,
+    MIXTRAL,
+    QWEN3,
+    QWEN3_NEXT,
+    QWEN15,
+    Layer,
+)
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda
@@ -61,6 +72,34 @@ by_the_table = pytest.mark.parametrize("case", [Case(layer) for layer in SMALL],
 def test_real_shapes(case):
     for tokens in (1, 3, 33, 257):
         case.check(case.inputs(tokens))
+
+
+LARGE = (
+    GLM_AIR,
+    GLM_AIR.coded("angle8", 128),
+    QWEN3_NEXT,
+    QWEN3_NEXT.coded("trellis6", 64),
+    MINIMAX_M2.coded("angle8", 128),
+    MINIMAX_M2.coded("trellis4", 128),
+    DEEPSEEK_V3_RANK,
+    DEEPSEEK_V3_RANK.coded("angle8", 128),
+)
+
+
+@pytest.mark.parametrize("layer", LARGE, ids=str)
+def test_shapes_of_large_models(layer):
+    """A token, a few and a prefill; what is expected is computed once, of the experts that some token chose."""
+    experts, expert_map = layer.experts, None
+    if layer.hidden == DEEPSEEK_V3_RANK.hidden:
+        experts = DEEPSEEK_V3.experts
+        expert_map = torch.arange(experts, dtype=torch.int32, device="cuda") - layer.experts
+        expert_map = expert_map.where((expert_map >= 0) & (expert_map < layer.experts), -1)
+    for tokens in (1, 20, 300):
+        inputs = Case(layer).inputs(tokens, experts)
+        expected = Case(layer).expected(inputs, expert_map)
+        for case in cases(layer):
+            poison()
+            assert distance(case.multiply(inputs, expert_map), expected) < case.tolerance, case.kernel
 
 
 @of_all
@@ -137,7 +176,10 @@ def test_expert_map(case):
         case.check(case.inputs(tokens, experts=20), expert_map)
 
 
-@pytest.mark.parametrize("case", cases(Layer(200, 112, 8, 64, 32)), ids=str)
+# Qwen3-Next's and Kimi-K2's numbers of experts, all in pairs; a quarter saved, in which most are dense.
+@pytest.mark.parametrize(
+    "case", cases(*(Layer(*of, 64, 32) for of in ((256, 0, 10), (192, 0, 8), (200, 112, 8)))), ids=str
+)
 def test_many_experts(case):
     for tokens in (1, 100, 3000):
         case.check(case.inputs(tokens))

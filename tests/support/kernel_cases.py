@@ -52,6 +52,11 @@ def poison() -> None:
     del blocks
 
 
+def distance(out: Tensor, expected: Tensor) -> float:
+    """||difference|| / ||expected||; NaN fails every comparison."""
+    return ((out.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel, and the layer that it multiplies; fp8: in e4m3, but for dense experts.  Without a kernel, the dispatch
@@ -83,12 +88,14 @@ class Case:
     def multiply(self, inputs: Inputs, expert_map: Tensor | None = None) -> Tensor:
         return cuda.fused_experts(*inputs, self.weights(expert_map)[1], kernel=self.kernel)
 
-    def error(self, out: Tensor, inputs: Inputs, expert_map: Tensor | None = None) -> float:
-        """Relative error against the float64 reference of the kernel's arithmetic; NaN fails every comparison."""
+    def expected(self, inputs: Inputs, expert_map: Tensor | None = None) -> Tensor:
+        """By the float64 reference of the kernel's arithmetic."""
         x, *routing = inputs
         truth = reference_fp8 if self.fp8 else reference
-        expected = truth.fused_experts(x.double(), *routing, self.weights(expert_map)[0])
-        return ((out.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+        return truth.fused_experts(x.double(), *routing, self.weights(expert_map)[0])
+
+    def error(self, out: Tensor, inputs: Inputs, expert_map: Tensor | None = None) -> float:
+        return distance(out, self.expected(inputs, expert_map))
 
     def check(self, inputs: Inputs, expert_map: Tensor | None = None) -> None:
         poison()
