@@ -8,6 +8,7 @@ in rising order; and the rows of gate and up count by that as well.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
@@ -28,6 +29,13 @@ def neuron_energies(expert: Expert, seen: ProjectionInputs) -> Tensor:
 def facing_orders(energies: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Orders of two experts' neurons, int64 [I]: the strongest of one beside the weakest of the other."""
     return energies[0].argsort(descending=True, stable=True), energies[1].argsort(stable=True)
+
+
+def facing_order(energies: Tensor) -> Tensor:
+    """The same for one expert whose neighbouring neurons share words, int64 [I], I even: the strongest beside the
+    weakest, the second strongest beside the second weakest."""
+    order = energies.argsort(descending=True, stable=True)
+    return torch.stack([order, order.flip(0)], dim=1)[: len(order) // 2].flatten()
 
 
 def reordered(expert: Expert, order: Tensor) -> Expert:
