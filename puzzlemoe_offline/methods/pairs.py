@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,18 +10,11 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.sampled_tokens import OutputErrors, SampledTokens
-from puzzlemoe_offline.calibration.statistics import (
-    FEW_TOKENS,
-    ExpertStatistics,
-    ProjectionInputs,
-    few_tokens,
-    projection_inputs,
-)
+from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics, few_tokens
 from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, SourceLayer
+from puzzlemoe_offline.methods.packed_layer import PackedLayer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
-from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.model.families import expert_groups
-from puzzlemoe_offline.model.tensors import dense_tensors, experts_name
 from puzzlemoe_offline.pairing.lost import LOST
 from puzzlemoe_offline.pairing.pair_cost import LOAD_PRICE, loads_saved, merge_errors
 from puzzlemoe_offline.pairing.partners import (
@@ -34,165 +26,11 @@ from puzzlemoe_offline.pairing.partners import (
     shared_choices,
 )
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.relative_error import relative_error
-from puzzlemoe_offline.words.compensate import MomentsError, inverse_factors
-from puzzlemoe_offline.words.nearest import PackedMatrix
-from puzzlemoe_offline.words.neurons import (
-    facing_orders,
-    neuron_energies,
-    reordered,
-    reordered_inputs,
-    row_importance,
-)
-from puzzlemoe_offline.words.pack import Losses, pack_matrices, pairs_at_once
-from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, PairCode, TrellisCode, UnencodableWeight, get_code
-from puzzlemoe_vllm.format.layout import PuzzleConfig, steps_name, words_name
+from puzzlemoe_offline.words.compensate import MomentsError
+from puzzlemoe_offline.words.pack import Losses, PackedPair, pack_pairs, pairs_at_once
+from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, PairCode, UnencodableWeight, get_code
+from puzzlemoe_vllm.format.layout import PuzzleConfig
 from puzzlemoe_vllm.format.shards import shard_metadata
-
-PackedPair = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
-"""A pair's gate, up and down projection."""
-
-
-def pack_pairs(
-    experts: list[tuple[Expert, Expert]],
-    ids: list[tuple[int, int]],
-    statistics: ExpertStatistics | None,
-    recipe: PairRecipe,
-    group: int | None,
-    losses: list[Losses],
-) -> list[PackedPair]:
-    """Pairs of experts as words, on their device; gate, up and down are merged separately, each with its own input's
-    norms.
-
-    ids: the experts' ids in `statistics`; None there means magnitude saliency.  group: columns that share a step, for
-    codes that have steps.  Several pairs only where `pairs_at_once` allows them.
-    Raises UnencodableWeight or MomentsError naming the experts, if it is one pair, and the projection.
-    """
-    facing = None
-    if isinstance(get_code(recipe.code), TrellisCode):
-        facing = [_face(pair, its_ids, statistics) for pair, its_ids in zip(experts, ids, strict=True)]
-        experts = [pair.experts for pair in facing]
-    packed, factors = [], None
-    for index, projection in enumerate(PROJECTIONS):
-        weights = [(getattr(first, projection), getattr(second, projection)) for first, second in experts]
-        columns, device = weights[0][0].shape[1], weights[0][0].device
-        seen = [[projection_inputs(statistics, expert, index, columns, device) for expert in pair] for pair in ids]
-        inputs = [(first, second) for first, second in seen]
-        rows = None
-        if facing and projection == "down":
-            inputs = [pair.reordered_inputs(its_inputs) for pair, its_inputs in zip(facing, inputs, strict=True)]
-        elif facing:
-            rows = torch.stack([pair.row_importance[index] for pair in facing])
-        try:
-            if (
-                recipe.compensate and inputs[0][0].moments is not None and projection != "up"
-            ):  # which sees what gate does
-                factors = inverse_factors([one for pair in inputs for one in pair])
-            packed.append(pack_matrices(weights, inputs, factors, recipe, group, losses, index, rows))
-        except (UnencodableWeight, MomentsError) as error:
-            raise type(error)(f"experts {ids[0][0]} and {ids[0][1]}, {projection} projection: {error}") from None
-    return list(zip(*packed, strict=True))
-
-
-@dataclass(frozen=True)
-class _FacingPair:
-    """Two experts with their neurons facing each other.
-
-    orders: in which they stand, int64 [I] twice; row_importance: of gate and up, float32 [I, 2], how much their rows
-    count in the pair.
-    """
-
-    experts: tuple[Expert, Expert]
-    orders: tuple[Tensor, Tensor]
-    row_importance: tuple[Tensor, Tensor]
-
-    def reordered_inputs(
-        self, inputs: tuple[ProjectionInputs, ProjectionInputs]
-    ) -> tuple[ProjectionInputs, ProjectionInputs]:
-        """What the down projections see."""
-        return reordered_inputs(inputs[0], self.orders[0]), reordered_inputs(inputs[1], self.orders[1])
-
-
-def _face(experts: tuple[Expert, Expert], ids: tuple[int, int], statistics: ExpertStatistics | None) -> _FacingPair:
-    """ids: the experts' ids in `statistics`."""
-
-    def seen(expert: Expert, number: int, index: int) -> ProjectionInputs:
-        matrix = expert.matrices[index]
-        return projection_inputs(statistics, number, index, matrix.shape[1], matrix.device)
-
-    first, second = (neuron_energies(expert, seen(expert, it, 2)) for expert, it in zip(experts, ids, strict=True))
-    orders = facing_orders((first, second))
-    faced = reordered(experts[0], orders[0]), reordered(experts[1], orders[1])
-    both = []
-    for expert, number, energies, order in zip(faced, ids, (first, second), orders, strict=True):
-        inputs = seen(expert, number, 0)  # of gate and up
-        both.append([row_importance(expert.matrices[index], inputs, energies[order]) for index in (0, 1)])
-    gate, up = (torch.stack(rows, dim=1) for rows in zip(*both, strict=True))
-    return _FacingPair(faced, orders, (gate, up))
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """A layer after merging, under the new expert ids of `pairing`.  losses: of each pair."""
-
-    pairing: LayerPairing
-    pairs: list[PackedPair]
-    losses: list[Losses]
-    dense: list[Expert]
-    code: PairCode
-
-    def expert(self, source_id: int) -> Expert:
-        """The reconstructed bf16 weights of the expert that the source calls `source_id`."""
-        new = self.pairing.order.index(source_id)
-        if new >= self.pairing.merged:
-            return self.dense[new - self.pairing.merged]
-        return Expert(*(self.code.decode(matrix.words, new & 1, matrix.steps) for matrix in self.pairs[new >> 1]))
-
-    def without(self, pairing: LayerPairing, source: Callable[[int], Expert]) -> PackedLayer:
-        """The same with fewer pairs, those of `pairing`; source: the experts by the source's ids."""
-        kept = [self.pairing.pairs.index(pair) for pair in pairing.pairs]
-        return PackedLayer(
-            pairing,
-            [self.pairs[pair] for pair in kept],
-            [self.losses[pair] for pair in kept],
-            [source(number) for number in pairing.order[pairing.merged :]],
-            self.code,
-        )
-
-    @property
-    def pair_bytes(self) -> int:
-        """Of one pair's words and steps; 0 without pairs."""
-        matrices = self.pairs[0] if self.pairs else ()
-        steps = [matrix.steps.nbytes for matrix in matrices if matrix.steps is not None]
-        return sum(matrix.words.nbytes for matrix in matrices) + sum(steps)
-
-    @property
-    def weight_error(self) -> list[float | None]:
-        """||W - W'|| / ||W|| of all experts in pairs, per projection."""
-        error = sum((losses.error.sum(dim=0) for losses in self.losses), torch.zeros(3))
-        energy = sum((losses.energy.sum(dim=0) for losses in self.losses), torch.zeros(3))
-        return [relative_error(*both) for both in zip(error.tolist(), energy.tolist(), strict=True)]
-
-    @property
-    def expert_weight_error(self) -> list[list[float | None]]:
-        """The same of every expert, by the source's ids."""
-        errors: list[list[float | None]] = [[0.0] * len(PROJECTIONS) for _ in self.pairing.order]
-        for pair, losses in zip(self.pairing.pairs, self.losses, strict=True):
-            for position, expert in enumerate(pair):
-                errors[expert] = losses.relative(position)
-        return errors
-
-    def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
-        """Words, steps and dense weights by name."""
-        experts, tensors = experts_name(checkpoint, layer), {}
-        for pair, matrices in enumerate(self.pairs):
-            for name, matrix in zip(checkpoint.family.projections, matrices, strict=True):
-                tensors[words_name(experts, 2 * pair, name)] = matrix.words
-                if matrix.steps is not None:
-                    tensors[steps_name(experts, 2 * pair, name)] = matrix.steps
-        for number, expert in enumerate(self.dense, self.pairing.merged):
-            tensors |= dense_tensors(checkpoint, layer, number, expert)
-        return tensors
 
 
 @dataclass(frozen=True)

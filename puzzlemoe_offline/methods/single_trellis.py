@@ -12,19 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibration.statistics import ExpertStatistics, ProjectionInputs, projection_inputs
+from puzzlemoe_offline.calibration.statistics import ExpertStatistics
 from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, SourceLayer, dense_layer
 from puzzlemoe_offline.methods.rounding import group_of
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.words.compensate import MomentsError, fit_neighbours, inverse_factors
-from puzzlemoe_offline.words.neurons import (
-    facing_order,
-    neuron_energies,
-    reordered,
-    reordered_inputs,
-    row_importance,
-)
+from puzzlemoe_offline.words.neurons import FacingNeurons
 from puzzlemoe_offline.words.pack import pairs_at_once
 from puzzlemoe_vllm.format.codes import TrellisCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.codes.trellis import TILE_COLUMNS
@@ -85,8 +79,7 @@ class SingleTrellis(LayerMethod):
 
     def _coded(self, layer: SourceLayer, ids: range, statistics: ExpertStatistics) -> list[Expert]:
         """Raises UnencodableWeight or MomentsError naming the experts and the projection."""
-
-        faced = [_FacedExpert.of(layer.expert(number), number, statistics) for number in ids]
+        faced = [FacingNeurons.of(layer.expert(number), number, statistics) for number in ids]
         matrices = []
         for index, projection in enumerate(PROJECTIONS):
             weights = [its.expert.matrices[index] for its in faced]
@@ -99,26 +92,3 @@ class SingleTrellis(LayerMethod):
                 which = f"experts {ids[0]} to {ids[-1]}"
                 raise type(error)(f"layer {layer.index}, {which}, {projection} projection: {error}") from None
         return [Expert(*its) for its in zip(*matrices, strict=True)]
-
-
-@dataclass(frozen=True)
-class _FacedExpert:
-    """An expert whose neurons stand in `facing_order`; by projection what it sees, and how much its rows count."""
-
-    expert: Expert
-    inputs: list[ProjectionInputs]
-    rows: list[Tensor]
-
-    @classmethod
-    def of(cls, expert: Expert, number: int, statistics: ExpertStatistics) -> _FacedExpert:
-        """number: the expert's id in `statistics`."""
-        gate, up, down = (
-            projection_inputs(statistics, number, index, matrix.shape[1], matrix.device)
-            for index, matrix in enumerate(expert.matrices)
-        )
-        energies = neuron_energies(expert, down)
-        order = facing_order(energies)
-        faced, energies = reordered(expert, order), energies[order]
-        rows = [row_importance(faced.gate, gate, energies), row_importance(faced.up, up, energies)]
-        every_row = rows[0].new_ones(len(faced.down))
-        return cls(faced, [gate, up, reordered_inputs(down, order)], [*rows, every_row])

@@ -1,4 +1,4 @@
-"""The words of two matrices, block by block, and what they lose."""
+"""The words of pairs of experts and of their matrices, block by block, and what they lose."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibration.statistics import ProjectionInputs
+from puzzlemoe_offline.calibration.statistics import ExpertStatistics, ProjectionInputs, projection_inputs
+from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.relative_error import relative_error
-from puzzlemoe_offline.words.compensate import fit_compensated
+from puzzlemoe_offline.words.compensate import MomentsError, fit_compensated, inverse_factors
 from puzzlemoe_offline.words.nearest import PackedMatrix, column_importance, fit
-from puzzlemoe_vllm.format.codes import PairCode, UnencodableWeight, get_code
+from puzzlemoe_offline.words.neurons import face
+from puzzlemoe_vllm.format.codes import PairCode, TrellisCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.codes.trellis import TILE_ROWS
 
 ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}
@@ -20,6 +22,10 @@ ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}
 
 TOGETHER = 1 << 27
 """Entries of matrices, and of the factors of their inputs, of pairs that a GPU codes side by side."""
+
+
+PackedPair = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
+"""A pair's gate, up and down projection."""
 
 
 @dataclass
@@ -93,6 +99,46 @@ def _error_and_energy(code: PairCode, pair: tuple[Tensor, Tensor], packed: Packe
             sums[0, position] += (exact - code.decode(words, position, step)).square().sum()
             sums[1, position] += exact.square().sum()
     return sums
+
+
+def pack_pairs(
+    experts: list[tuple[Expert, Expert]],
+    ids: list[tuple[int, int]],
+    statistics: ExpertStatistics | None,
+    recipe: PairRecipe,
+    group: int | None,
+    losses: list[Losses],
+) -> list[PackedPair]:
+    """Pairs of experts as words, on their device; gate, up and down are merged separately, each with its own input's
+    norms.
+
+    ids: the experts' ids in `statistics`; None there means magnitude saliency.  group: columns that share a step, for
+    codes that have steps.  Several pairs only where `pairs_at_once` allows them.
+    Raises UnencodableWeight or MomentsError naming the experts, if it is one pair, and the projection.
+    """
+    facing = None
+    if isinstance(get_code(recipe.code), TrellisCode):
+        facing = [face(pair, its_ids, statistics) for pair, its_ids in zip(experts, ids, strict=True)]
+        experts = [pair.experts for pair in facing]
+    packed, factors = [], None
+    for index, projection in enumerate(PROJECTIONS):
+        weights = [(getattr(first, projection), getattr(second, projection)) for first, second in experts]
+        columns, device = weights[0][0].shape[1], weights[0][0].device
+        seen = [[projection_inputs(statistics, expert, index, columns, device) for expert in pair] for pair in ids]
+        inputs = [(first, second) for first, second in seen]
+        rows = None
+        if facing and projection == "down":
+            inputs = [pair.down_inputs(its_inputs) for pair, its_inputs in zip(facing, inputs, strict=True)]
+        elif facing:
+            rows = torch.stack([pair.row_importance[index] for pair in facing])
+        try:
+            # Up sees what gate does.
+            if recipe.compensate and projection != "up" and inputs[0][0].moments is not None:
+                factors = inverse_factors([one for pair in inputs for one in pair])
+            packed.append(pack_matrices(weights, inputs, factors, recipe, group, losses, index, rows))
+        except (UnencodableWeight, MomentsError) as error:
+            raise type(error)(f"experts {ids[0][0]} and {ids[0][1]}, {projection} projection: {error}") from None
+    return list(zip(*packed, strict=True))
 
 
 def pairs_at_once(code: PairCode, columns: int, rows: int, device: torch.device) -> int:

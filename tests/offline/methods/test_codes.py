@@ -52,7 +52,7 @@ def test_written_unpacked_and_served_weights_agree(name, compensate, tmp_path):
     unpack(tmp_path / "packed", tmp_path / "unpacked")
     unpacked = Checkpoint(tmp_path / "unpacked")
     for expert in range(8):
-        ours, theirs = packed.expert(1, expert), unpacked.expert(1, expert)
+        ours, theirs = packed.expert(0, expert), unpacked.expert(0, expert)
         served = reference.expert_weights(one_pair(packed, expert & ~1), expert & 1)
         assert torch.equal(torch.cat([ours.gate, ours.up]), served[0]) and torch.equal(ours.down, served[1])
         assert torch.equal(torch.cat([theirs.gate, theirs.up]), served[0]) and torch.equal(theirs.down, served[1])
@@ -64,9 +64,9 @@ def least_squares(name: str) -> dict[str, str]:
 
 
 def one_pair(packed: Checkpoint, leader: int) -> ExpertWeights:
-    """A pair of layer 1 as vLLM holds it."""
-    words = [packed.pair_words(1, leader, name) for name in packed.family.projections]
-    steps = [packed.pair_steps(1, leader, name) for name in packed.family.projections]
+    """A pair of layer 0 as vLLM holds it."""
+    words = [packed.pair_words(0, leader, name) for name in packed.family.projections]
+    steps = [packed.pair_steps(0, leader, name) for name in packed.family.projections]
     w13_steps, w2_steps = (None, None) if steps[0] is None else (torch.cat(steps[:2])[None], steps[2][None])
     none = torch.empty(0, 0, 0)
     w13 = torch.cat(words[:2])[None]

@@ -16,7 +16,7 @@ from torch import Tensor
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics, projection_inputs
 from puzzlemoe_offline.methods.base import LayerRecord, MethodError
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
-from puzzlemoe_offline.methods.pairs import PairMethod, pack_pairs
+from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.inspection import inspect
@@ -25,7 +25,7 @@ from puzzlemoe_offline.recipe import ClusterRecipe, PairRecipe, named_recipe
 from puzzlemoe_offline.run.card import model_card
 from puzzlemoe_offline.run.report import Report, worst_expert
 from puzzlemoe_offline.words.neurons import facing_orders, neuron_energies
-from puzzlemoe_offline.words.pack import Losses
+from puzzlemoe_offline.words.pack import Losses, pack_pairs
 from puzzlemoe_vllm.format.codes import CODES, TableCode, TrellisCode, UnencodableWeight, get_code
 
 RECIPES = [

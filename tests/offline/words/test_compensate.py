@@ -5,12 +5,11 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics, ProjectionInputs
-from puzzlemoe_offline.methods.pairs import pack_pairs
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.compensate import DAMPING, MomentsError, fit_compensated, inverse_factors
 from puzzlemoe_offline.words.nearest import BALANCE, PackedMatrix, column_importance, fit
-from puzzlemoe_offline.words.pack import Losses
+from puzzlemoe_offline.words.pack import Losses, pack_pairs
 from puzzlemoe_vllm.format.codes import CODES, TrellisCode, get_code
 
 LEAST_SQUARES = PairRecipe(rule="least-squares")
