@@ -79,7 +79,9 @@ def targets(source: Path, arches: Sequence[str]) -> list[str]:
 
 def compile_source(nvcc: str, source: Path, target: Path, arches: Sequence[str], flags: Sequence[str] = ()) -> str:
     """Compiles one source and returns what nvcc said.  Raises subprocess.CalledProcessError when it fails."""
-    command = [nvcc, *FLAGS, *flags, *targets(source, arches), "-c", str(source), "-o", str(target)]
+    # One thread an architecture: the longest source is compiled for all of them.
+    command = [nvcc, *FLAGS, *flags, f"--threads={len(arches)}", *targets(source, arches)]
+    command += ["-c", str(source), "-o", str(target)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         sys.stderr.write(done.stdout)

@@ -81,6 +81,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         check_backend(torch.empty(0).device.type, eager, self.code)
         local = self._local_experts(layer, extra["global_num_experts"])
         pairs = sorted({expert >> 1 for expert in local if expert < self.merged})
+        _warn_of_halves(local, pairs)
         dense = [expert for expert in local if expert >= self.merged]
         pair_rows = {2 * pair: row for row, pair in enumerate(pairs)}
         dense_rows = {expert: row for row, expert in enumerate(dense)}
@@ -372,4 +373,18 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             self.code.name,
             layer.w13_puzzle_grid if self.share.group_size else None,
             layer.w2_puzzle_grid if self.share.group_size else None,
+        )
+
+
+def _warn_of_halves(local: list[int], pairs: list[int]) -> None:
+    """A pair takes its whole memory on each rank that has one of its experts.  Ranks of neighbouring experts cut two
+    pairs at most, round robin cuts all."""
+    here = set(local)
+    halves = sum(not {2 * pair, 2 * pair + 1} <= here for pair in pairs)
+    if halves > 2:
+        logger.warning_once(
+            "puzzlemoe: %d of this rank's %d pairs have an expert on another rank, which holds their words as well: "
+            "--expert-placement-strategy linear keeps pairs together, in half the memory",
+            halves,
+            len(pairs),
         )

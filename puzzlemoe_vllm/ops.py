@@ -107,7 +107,7 @@ def _fused_experts(
 ) -> Tensor:
     weights = ExpertWeights(w13_pairs, w2_pairs, w13_dense, w2_dense, expert_map, code, w13_steps, w2_steps)
     if not weights.total:
-        # An expert-parallel rank none of whose experts is the centre of a cluster.
+        # An expert-parallel rank without experts, or none of whose experts is the centre of a cluster.
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     return backend_for(x.device.type).fused_experts(x, topk_weights, topk_ids, weights)
 

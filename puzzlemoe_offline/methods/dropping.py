@@ -30,12 +30,19 @@ class DropExperts(LayerMethod):
     sparsity: float
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises MethodError when fewer experts than a token needs would stay, or the router picks from groups."""
+        """Raises MethodError when fewer experts than a token needs would stay, the router picks from groups, or a part
+        that is copied has experts."""
         super().check(checkpoint)
         if (groups := expert_groups(checkpoint.text)) > 1:
             raise MethodError(
                 f"{checkpoint.folder}: its router picks from {groups} groups of experts, which dropping would leave "
                 "uneven; use --method hc-smoe-50 or hc-smoe-25, which keep the router"
+            )
+        if part := next((part for name, part in checkpoint.copied.items() if ".experts." in name), None):
+            raise MethodError(
+                f"{checkpoint.folder}: its {part} is copied with all {checkpoint.experts} experts, and config.json has "
+                "one number for it and for the layers that would have fewer; use --method hc-smoe-50 or hc-smoe-25, "
+                "which keep the number"
             )
         kept, needed = self.experts_left(checkpoint), checkpoint.experts_per_token
         if kept < needed:

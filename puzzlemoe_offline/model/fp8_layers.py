@@ -25,13 +25,15 @@ TOGETHER = (
     ("in_proj_qkv", "in_proj_z"),
     ("out_proj",),
 )
-"""Linear layers that may be in FP8, by the names that families have for them; those of a row are one layer to vLLM,
-and are all in FP8 or none.  vLLM holds others in bf16 whatever config.json says, e.g. gates of shared experts."""
+"""Linear layers that may be in FP8, by the names that families have for them; those of a row are one layer to vLLM, in
+that order, and are all in FP8 or none.  vLLM holds others in bf16 whatever config.json says, e.g. gates of shared
+experts."""
 
 
 def fp8_weights(checkpoint: Checkpoint) -> frozenset[str]:
     """Names of the weights that are written in FP8: those of `TOGETHER` that the source has in FP8 by blocks, or whose
-    rows and columns are whole blocks.  Routers, and all outside the decoder's layers, are not among them.
+    rows and columns are whole blocks.  Of layers that are one to vLLM, only the last may end within a block.  Routers,
+    and all outside the decoder's layers, are not among them.
 
     Raises Fp8Error when there are none.
     """
@@ -56,7 +58,8 @@ def _of_layer(checkpoint: Checkpoint, names: list[str]) -> set[str]:
     for weights in modules.values():
         for group in TOGETHER:
             together = [weights[layer] for layer in group if layer in weights]
-            if all(checkpoint.in_blocks(name) or _fits(checkpoint, name) for name in together):
+            cut = any(checkpoint.shape(name)[0] % FP8_BLOCK for name in together[:-1])
+            if not cut and all(checkpoint.in_blocks(name) or _fits(checkpoint, name) for name in together):
                 found |= set(together)
     return found
 

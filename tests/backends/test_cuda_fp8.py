@@ -6,7 +6,18 @@ import dataclasses
 
 import pytest
 import torch
-from support.layers import MIXTRAL, QWEN3, Layer, copied, generator, random_inputs, random_weights
+from support.layers import (
+    DEEPSEEK_V3,
+    GLM_AIR,
+    MIXTRAL,
+    QWEN3,
+    QWEN3_NEXT,
+    Layer,
+    copied,
+    generator,
+    random_inputs,
+    random_weights,
+)
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda, reference, reference_fp8
@@ -162,9 +173,19 @@ def test_equal_bits_for_equal_inputs_and_in_a_graph(small, kernel):
     assert (out.double() - expected).norm() <= TOLERANCE * expected.norm()
 
 
+MODELS = {
+    "Mixtral-8x7B": MIXTRAL,
+    "Qwen3-30B-A3B": QWEN3,
+    "GLM-4.5-Air": GLM_AIR,
+    "Qwen3-Next-80B-A3B": QWEN3_NEXT,
+    # Of eight expert-parallel ranks' experts, one's.
+    "DeepSeek-V3": dataclasses.replace(DEEPSEEK_V3, pairs=DEEPSEEK_V3.pairs // 8),
+}
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("code", ["angle8", "angle6"])
-@pytest.mark.parametrize("model", [MIXTRAL, QWEN3], ids=["Mixtral-8x7B", "Qwen3-30B-A3B"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_real_shapes(model, code, kernel):
     """At a depth of 14336 too, sums in fewer bits stay far below what quantising changes; nor do they shrink."""
     layer = model.coded(code, 128)

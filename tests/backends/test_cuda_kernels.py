@@ -12,7 +12,21 @@ import itertools
 
 import pytest
 import torch
-from support.layers import DEEPSEEK, MIXTRAL, QWEN3, QWEN15, Layer, copied, generator, random_inputs, random_weights
+from support.layers import (
+    DEEPSEEK,
+    DEEPSEEK_V3,
+    GLM_AIR,
+    MINIMAX_M2,
+    MIXTRAL,
+    QWEN3,
+    QWEN3_NEXT,
+    QWEN15,
+    Layer,
+    copied,
+    generator,
+    random_inputs,
+    random_weights,
+)
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import ExpertWeights, cuda, reference
@@ -73,7 +87,11 @@ def poison() -> None:
 
 def error(out: Tensor, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, loaded: ExpertWeights) -> float:
     """Relative error against the float64 reference; NaN fails every comparison."""
-    expected = reference.fused_experts(x.double(), topk_weights, topk_ids, loaded)
+    return distance(out, reference.fused_experts(x.double(), topk_weights, topk_ids, loaded))
+
+
+def distance(out: Tensor, expected: Tensor) -> float:
+    """||difference|| / ||expected||."""
     return ((out.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
@@ -101,6 +119,39 @@ def test_real_shapes(model, kernel):
     layer, loaded, prepared = model
     for tokens in (1, 3, 33, 257):
         check(loaded, prepared, make_inputs(layer, tokens), kernel)
+
+
+LARGE = {
+    "GLM-4.5-Air": GLM_AIR,
+    "GLM-4.5-Air angle8": GLM_AIR.coded("angle8", 128),
+    "Qwen3-Next-80B-A3B": QWEN3_NEXT,
+    "Qwen3-Next-80B-A3B trellis6": QWEN3_NEXT.coded("trellis6", 64),
+    "MiniMax-M2 angle8": MINIMAX_M2.coded("angle8", 128),
+    "MiniMax-M2 trellis4": MINIMAX_M2.coded("trellis4", 128),
+    # Of eight expert-parallel ranks' experts, one's.
+    "DeepSeek-V3": dataclasses.replace(DEEPSEEK_V3, pairs=DEEPSEEK_V3.pairs // 8),
+    "DeepSeek-V3 angle8": dataclasses.replace(DEEPSEEK_V3.coded("angle8", 128), pairs=DEEPSEEK_V3.pairs // 8),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_shapes_of_large_models(name):
+    """A token, a few and a prefill; what is expected is computed once, of the experts that some token chose."""
+    layer = LARGE[name]
+    loaded, prepared = make_weights(layer)
+    experts = DEEPSEEK_V3.experts if name.startswith("DeepSeek") else layer.experts
+    if experts > layer.experts:
+        local = torch.arange(experts, dtype=torch.int32, device="cuda") - layer.experts
+        local = local.where((local >= 0) & (local < layer.experts), -1)
+        loaded, prepared = (dataclasses.replace(weights, expert_map=local) for weights in (loaded, prepared))
+    for tokens in (1, 20, 300):
+        inputs = make_inputs(layer, tokens, experts)
+        expected = reference.fused_experts(inputs[0].double(), *inputs[1:], loaded)
+        for kernel in KERNELS:
+            poison()
+            assert distance(cuda.fused_experts(*inputs, prepared, kernel=kernel), expected) < tolerance(loaded), kernel
+    del loaded, prepared
+    torch.cuda.empty_cache()
 
 
 SMALL = {
@@ -202,8 +253,9 @@ def test_expert_map(small, kernel):
         check(loaded, prepared, make_inputs(layer, tokens, experts=20), kernel)
 
 
-def test_many_experts():
-    layer = Layer(200, 112, 8, 64, 32)
+# Qwen3-Next's and Kimi-K2's numbers of experts, all in pairs; a quarter saved, in which most are dense.
+@pytest.mark.parametrize("layer", [Layer(256, 0, 10, 64, 32), Layer(192, 0, 8, 64, 32), Layer(200, 112, 8, 64, 32)])
+def test_many_experts(layer):
     loaded, prepared = make_weights(layer)
     for kernel in KERNELS:
         for tokens in (1, 100, 3000):

@@ -6,7 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.layers import DEEPSEEK, MIXTRAL, QWEN3, Layer, generator, random_inputs, random_weights
+from support.layers import (
+    DEEPSEEK,
+    DEEPSEEK_V3,
+    GLM_AIR,
+    MINIMAX_M2,
+    MIXTRAL,
+    QWEN3,
+    QWEN3_NEXT,
+    Layer,
+    generator,
+    random_inputs,
+    random_weights,
+)
 from support.triton_device import (
     DEVICE,
     GPU,
@@ -31,6 +43,7 @@ if GPU or INTERPRETED:
 
     from puzzlemoe_vllm.backends import triton as backend
     from puzzlemoe_vllm.backends.triton.decode import decode
+    from puzzlemoe_vllm.backends.triton.route import route
 
     @triton.jit
     def decode_kernel(words, out, POSITION: tl.constexpr, DECODER: tl.constexpr, BLOCK: tl.constexpr):
@@ -155,6 +168,54 @@ def test_expert_map(tokens):
     check(x, topk_weights, topk_ids, weights)
 
 
+# Qwen3-Next's and Kimi-K2's numbers of experts, and those of a rank that has a share of them; a quarter saved.  Up to
+# 128 slots one program counts and aligns; what 12 tokens with top 10 have are few of these, what 13 have one too many.
+@runs
+@pytest.mark.parametrize("pairs, dense, top_k", [(256, 0, 10), (128, 256, 10), (192, 0, 8), (96, 192, 8), (0, 384, 8)])
+@pytest.mark.parametrize("on_a_rank", [False, True])
+def test_blocks_of_many_experts(pairs, dense, top_k, on_a_rank):
+    local = 2 * pairs + dense
+    total = 2 * local if on_a_rank else local
+    expert_map = None
+    if on_a_rank:
+        expert_map = torch.full((total,), -1, dtype=torch.int32, device=DEVICE)
+        expert_map[local // 2 : local // 2 + local] = torch.arange(local, dtype=torch.int32, device=DEVICE)
+    for shared in {0, pairs}:
+        for tokens, rows in ((1, 16), (12, 16), (13, 16), (100, 16), (300, 64)):
+            scores = torch.rand(tokens, total, generator=generator(tokens, DEVICE), device=DEVICE)
+            topk_ids = scores.topk(top_k).indices.int()
+            topk_ids[tokens // 2, 3] = -1
+            check_blocks(topk_ids, expert_map, local, shared, rows)
+
+
+def check_blocks(topk_ids: Tensor, expert_map: Tensor | None, experts: int, shared_pairs: int, rows: int) -> None:
+    """Every slot with a local expert is in one block, at a position that has its expert; no block has too many."""
+    blocks, most, slot_expert = route(topk_ids, expert_map, experts, shared_pairs, rows)
+    expected = reference.local_ids(topk_ids, expert_map).flatten()
+    assert torch.equal(slot_expert.long(), expected)
+    order, found = blocks.order.tolist(), {}
+    used = blocks.used.item()
+    assert used <= most
+    for expert, first, count, partner_first, partner_count in blocks.table[:used].tolist():
+        parts = [(expert, first, count)]
+        if expert < 2 * shared_pairs:
+            assert expert % 2 == 0
+            parts.append((expert + 1, partner_first, partner_count))
+        assert any(size > 0 for _, _, size in parts)
+        for owner, start, size in parts:
+            assert size <= rows
+            for slot in order[start : start + max(size, 0)]:
+                assert slot not in found
+                found[slot] = owner
+    assert found == {slot: expert for slot, expert in enumerate(expected.tolist()) if expert >= 0}
+
+
+@runs
+def test_many_experts():
+    layer = Layer(pairs=240, dense=32, top_k=10, hidden=16, intermediate=16)
+    check(*make_routing(layer, 13, layer.experts), make_weights(layer))
+
+
 @runs
 @pytest.mark.parametrize("tokens", [5, 140])
 def test_scratch_is_never_read_before_it_is_written(tokens, monkeypatch):
@@ -227,6 +288,10 @@ def test_compiles_for_hopper(code, group_size):
         ("angle8", QWEN3.coded("angle8", 128)),
         ("trellis6", QWEN3.coded("trellis6", 64)),
         ("trellis3", MIXTRAL.coded("trellis3", 128)),
+        ("glm-4.5-air", GLM_AIR.coded("angle8", 128)),
+        ("qwen3-next", QWEN3_NEXT),
+        ("minimax-m2", MINIMAX_M2.coded("angle8", 128)),
+        ("deepseek-v3", replace(DEEPSEEK_V3, pairs=DEEPSEEK_V3.pairs // 8)),  # an expert-parallel rank's of eight
     ],
 )
 def test_real_shapes(name, layer):

@@ -45,10 +45,14 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks that share a layer: by splitting every expert (tensor parallel), or by splitting the list of experts."""
+    """Ranks that share a layer: by splitting every expert (tensor parallel), or by splitting the list of experts.
+
+    placement: vLLM's name of how the list is split.
+    """
 
     count: int
     expert_parallel: bool = False
+    placement: str = "linear"
 
     def parallel_config(self, rank: int, **fields) -> FusedMoEParallelConfig:
         tensor, expert = ((self.count, rank), (1, 0)) if not self.expert_parallel else ((1, 0), (self.count, rank))
@@ -136,16 +140,16 @@ def layer() -> Layer:
     return random_layer(merged=4)
 
 
-def routed_experts(parallel: FusedMoEParallelConfig, layer: Layer) -> RoutedExperts:
+def routed_experts(parallel: FusedMoEParallelConfig, layer: Layer, placement: str = "linear") -> RoutedExperts:
     """One rank's layer, without weights, as vLLM's FusedMoE factory builds it."""
     manager = ExpertMapManager(
         max_num_batched_tokens=64,
         top_k=TOP_K,
         global_num_experts=EXPERTS,
         num_redundant_experts=0,
-        num_expert_group=None,
+        num_expert_group=2,  # round robin is for routers with groups alone
         moe_parallel_config=parallel,
-        placement_strategy="linear",
+        placement_strategy=placement,
         enable_eplb=parallel.enable_eplb,
     )
     config = FusedMoEConfig(
@@ -166,8 +170,8 @@ def routed_experts(parallel: FusedMoEParallelConfig, layer: Layer) -> RoutedExpe
     return RoutedExperts(PREFIX, torch.bfloat16, config, quantization, manager)
 
 
-def loaded(parallel: FusedMoEParallelConfig, layer: Layer) -> RoutedExperts:
-    module = routed_experts(parallel, layer)
+def loaded(parallel: FusedMoEParallelConfig, layer: Layer, placement: str = "linear") -> RoutedExperts:
+    module = routed_experts(parallel, layer, placement)
     record_metadata_for_reloading(module)
     list(module.load_weights(layer.tensors.items()))
     module.quant_method.process_weights_after_loading(module)
@@ -211,6 +215,30 @@ def test_registering_twice():
 @pytest.mark.parametrize("ranks", [Ranks(1), Ranks(2), Ranks(2, expert_parallel=True)], ids=str)
 def test_sum_over_ranks(ranks, merged):
     check_sum_over_ranks(ranks, random_layer(merged))
+
+
+# Six experts on four ranks are two, two, one and one; on five, the rank of two has a pair and the others halves; on
+# seven, one rank has no expert at all.  Round robin leaves no pair whole.
+UNEVEN = [Ranks(count, True, placement) for count in (4, 5, 7) for placement in ("linear", "round_robin")]
+
+
+@pytest.mark.parametrize("layer", [random_layer(4), random_layer(6, "angle8"), clustered_layer((0, 4, 0, 0, 4, 5))])
+@pytest.mark.parametrize("ranks", [*UNEVEN, Ranks(2, True, "round_robin")], ids=str)
+def test_sum_over_ranks_with_uneven_shares_of_the_experts(ranks, layer):
+    check_sum_over_ranks(ranks, layer)
+
+
+def test_pairs_that_most_ranks_hold_in_half_are_warned_of(monkeypatch):
+    """A pair takes its whole memory on each rank that has one of its experts."""
+    warnings: list[str] = []
+    monkeypatch.setattr(method.logger, "warning_once", lambda text, *values: warnings.append(text % values))
+    layer = random_layer(6)
+    for count in (2, 4, 5):
+        for rank in range(count):
+            routed_experts(Ranks(count, True).parallel_config(rank), layer)
+    assert warnings == []
+    routed_experts(Ranks(2, True).parallel_config(1), layer, "round_robin")
+    assert len(warnings) == 1 and "3 of this rank's 3 pairs" in warnings[0] and "linear" in warnings[0]
 
 
 @pytest.mark.parametrize("code", ["angle16", "angle8", "angle6", "mask6", "trellis8", "trellis3"])
@@ -266,7 +294,7 @@ def test_only_layers_of_the_decoder_are_packed(prefix, packed):
 
 def check_sum_over_ranks(ranks: Ranks, layer: Layer) -> None:
     x, routing, ids = batch()
-    modules = [loaded(ranks.parallel_config(rank), layer) for rank in range(ranks.count)]
+    modules = [loaded(ranks.parallel_config(rank), layer, ranks.placement) for rank in range(ranks.count)]
     parts = [module.forward_modular(x, routing, ids) for module in modules]
     out, want = sum(part.double() for part in parts), exact(layer, x, routing, ids)
     assert (out - want).norm() < 0.01 * want.norm()

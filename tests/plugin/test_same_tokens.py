@@ -19,39 +19,31 @@ from support.runs import compress_pairs, unpack
 from puzzlemoe_offline.model import families
 from puzzlemoe_vllm.format.shards import save_shard
 
-NOT_ON_A_CPU = {
-    "minimax_m2": "its CPU router asserts softmax scores where experts are in no groups (cpu_router.py)",
-    "qwen3_5_moe": "its qwen3_5.py needs torchvision, through transformers, which the CPU build does not bring",
-}
-"""Families that vLLM 0.32's CPU build does not run, packed or not.  The plugin's part is that of Mixtral, whose names
-and loader MiniMax-M2 has, and of Qwen3-Next, whose classes Qwen3.5 has; contract.py has prefixes of layers."""
-
 FAMILIES = list(CONFIGS)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and (reason := NOT_ON_A_CPU.get(request.param)):
-        pytest.skip(reason)
     return request.param
 
 
-def trust(family: str) -> bool:
-    """Whether vLLM reads the family's config.json with code of the checkpoint."""
-    return families.FAMILIES[family].remote_config
+def options(family: str) -> dict[str, bool]:
+    """vLLM's, to serve a family: whether it reads config.json with code of the checkpoint, and whether it leaves out a
+    vision tower, whose processor would want a tokenizer."""
+    return {
+        "trust_remote_code": families.FAMILIES[family].remote_config,
+        "language_model_only": "vision_config" in CONFIGS[family],
+    }
 
 
 @pytest.fixture(scope="module")
 def expected(family: str, engine: Engine, models: Callable[..., Models]) -> list[list[Step]]:
     """The unpacked model's continuations."""
-    unpacked = models(family).unpacked
-    return engine.generate(unpacked, enforce_eager=True, trust_remote_code=trust(family))
+    return engine.generate(models(family).unpacked, enforce_eager=True, **options(family))
 
 
 def test_packed_model_generates_what_the_unpacked_one_does(family, engine, models, expected):
-    found = engine.generate(models(family).packed, enforce_eager=True, trust_remote_code=trust(family))
+    found = engine.generate(models(family).packed, enforce_eager=True, **options(family))
     assert_same_generation(expected, found)
 
 
@@ -59,16 +51,35 @@ def test_packed_model_generates_what_the_unpacked_one_does(family, engine, model
 # departs from its eager run without the plugin, too.)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek"], indirect=True)
 def test_compiled(family, compiling_engine, models, expected):
-    options = {"enforce_eager": False, "trust_remote_code": trust(family)}
-    assert_same_generation(expected, compiling_engine.generate(models(family).packed, **options))
+    found = compiling_engine.generate(models(family).packed, enforce_eager=False, **options(family))
+    assert_same_generation(expected, found)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "glm4_moe", "lfm2_moe"], indirect=True)
 def test_a_quarter_of_the_memory_saved(family, engine, models):
     both = models(family, sparsity="0.25")
-    options = {"enforce_eager": True, "trust_remote_code": trust(family)}
-    expected = engine.generate(both.unpacked, **options)
-    assert_same_generation(expected, engine.generate(both.packed, **options))
+    expected = engine.generate(both.unpacked, enforce_eager=True, **options(family))
+    assert_same_generation(expected, engine.generate(both.packed, enforce_eager=True, **options(family)))
+
+
+# Projections that vLLM fuses: of attention, of MLA where a block is cut, of linear attention under names that it maps.
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("qwen3_moe", {"head_dim": 64}),
+        ("deepseek_v3", {"q_lora_rank": 128, "kv_lora_rank": 128}),
+        ("qwen3_5_moe", {}),
+    ],
+    indirect=["family"],
+)
+def test_linear_layers_in_fp8(family, sizes, engine, models):
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("only kernels of vLLM's CPU build leave tokens in bf16")
+    both = models(family, fp8="deepseek", **sizes)
+    expected = engine.generate(both.unpacked, enforce_eager=True, **options(family))
+    assert_same_generation(expected, engine.generate(both.packed, enforce_eager=True, **options(family)))
 
 
 @pytest.mark.parametrize("code", ["angle16", "angle8", "angle6", "mask6", "trellis8", "trellis3"])

@@ -7,6 +7,7 @@ names; vLLM itself writes to stdout as it likes.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import random
@@ -41,6 +42,10 @@ SMALL = {
     "skip_tokenizer_init": True,
 }
 """Arguments of vllm.LLM that make loading a tiny model quick."""
+
+
+STAND_INS = Path(__file__).with_name("stand_ins")
+"""A folder with modules for packages that vLLM's CPU build imports and does not bring."""
 
 
 class EngineError(Exception):
@@ -125,7 +130,7 @@ class Engine:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, str(writer)],
-                env={**os.environ, **ENVIRONMENT, **self.environment},
+                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": _search_path(), **self.environment},
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -134,6 +139,12 @@ class Engine:
             )
         os.close(writer)
         self.answers = os.fdopen(reader)
+
+
+def _search_path() -> str:
+    """PYTHONPATH of vLLM and the processes that it starts: as here, and with the stand-ins that are needed."""
+    needed = [] if importlib.util.find_spec("torchvision") else [str(STAND_INS)]
+    return os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).parents[1]), *needed])
 
 
 def _generate(model: str, options: dict[str, Any]) -> list[Any]:
@@ -217,11 +228,13 @@ def _puzzlemoe(arguments: list[str]) -> str:
 
 
 def main() -> None:
+    from support.vllm_on_cpu import help_along
     from vllm.distributed import cleanup_dist_env_and_memory
 
     answers = os.fdopen(int(sys.argv[1]), "w")
     # vLLM collects garbage nine times per engine, half a second each; these models leave little of it.
     gc.collect = lambda generation=2: 0
+    help_along()
     for line in sys.stdin:
         try:
             request = json.loads(line)

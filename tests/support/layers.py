@@ -40,6 +40,10 @@ MIXTRAL = Layer(pairs=4, dense=0, top_k=2, hidden=4096, intermediate=14336)
 QWEN3 = Layer(pairs=64, dense=0, top_k=8, hidden=2048, intermediate=768)
 DEEPSEEK = Layer(pairs=32, dense=0, top_k=6, hidden=2048, intermediate=1408)
 QWEN15 = Layer(pairs=30, dense=0, top_k=4, hidden=2048, intermediate=1408)
+GLM_AIR = Layer(pairs=64, dense=0, top_k=8, hidden=4096, intermediate=1408)
+QWEN3_NEXT = Layer(pairs=256, dense=0, top_k=10, hidden=2048, intermediate=512)
+DEEPSEEK_V3 = Layer(pairs=128, dense=0, top_k=8, hidden=7168, intermediate=2048)
+MINIMAX_M2 = Layer(pairs=128, dense=0, top_k=8, hidden=3072, intermediate=1536)
 
 
 def generator(seed: int, device: str = "cpu") -> Generator:

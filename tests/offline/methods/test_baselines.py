@@ -186,9 +186,10 @@ def test_a_written_mixtral_loads_in_transformers(name, mixtral, tmp_path):
 @pytest.mark.parametrize("family", NATIVE)
 def test_every_family_is_written_under_its_own_names(family, tmp_path):
     source = build(family, tmp_path / "source")
-    grouped = expert_groups(Checkpoint(source).text) > 1
-    written = write(source, tmp_path / "out", "hc-smoe-50" if grouped else "drop-50")
-    assert written.experts == (8 if grouped else 4)
+    opened = Checkpoint(source)
+    keeps = expert_groups(opened.text) > 1 or any(".experts." in name for name in opened.copied)
+    written = write(source, tmp_path / "out", "hc-smoe-50" if keeps else "drop-50")
+    assert written.experts == (8 if keeps else 4)
     assert logits(tmp_path / "out").isfinite().all()
 
 
@@ -230,6 +231,21 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_written(tmp_path)
     with pytest.raises(MethodError, match="leave 4 of 8 experts, and every token needs 5"):
         write(hungry, tmp_path / "out", "drop-50")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "qwen3_next", "qwen3_5_moe"])
+def test_dropping_beside_a_layer_for_multi_token_prediction_is_refused(family, tmp_path):
+    """That layer is copied with all its experts, which one number of experts in config.json could not say."""
+    source = build(family, tmp_path / "source")
+    with pytest.raises(MethodError, match=r"multi-token prediction is copied with all 8 experts.*hc-smoe-50"):
+        write(source, tmp_path / "out", "drop-50")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dropping_beside_a_dense_layer_for_multi_token_prediction(tmp_path):
+    source = Checkpoint(build("ernie4_5_moe", tmp_path / "source"))
+    assert source.copied
+    assert write(source.folder, tmp_path / "out", "drop-50").experts == 4
 
 
 def test_a_packed_source_is_refused(mixtral, tmp_path):

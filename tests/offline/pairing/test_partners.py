@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from itertools import permutations
 
 import networkx
@@ -123,6 +124,15 @@ def test_costs_choose_partners_inside_groups_and_inside_the_merged_half():
     assert {frozenset(pair) for pair in grouped.pairs} == {frozenset(p) for p in ((0, 3), (1, 2), (5, 7), (4, 6))}
     quarter = pair_experts(8, 0.25, 1, torch.tensor([1, 1, 1, 1, 9, 9, 9, 9]), 0, costs_of(matrix))
     assert {frozenset(pair) for pair in quarter.pairs} == {frozenset((0, 3)), frozenset((1, 2))}
+
+
+def test_matching_512_experts_takes_seconds():
+    """One layer of Qwen3-Next has so many; of its 48 each is matched once."""
+    matrix = symmetric(512, 1)
+    began = time.process_time()
+    pairing = pair_experts(512, 0.5, 1, None, 0, costs_of(matrix))
+    assert time.process_time() - began < 10
+    assert pairing.merged == 512 and total(pairing, matrix) < 0.1 * float(matrix.mean()) * 256
 
 
 @pytest.mark.parametrize("groups", [1, 2])
