@@ -25,6 +25,7 @@ from puzzlemoe_offline.calibration.text import load_calibration, text_tokens
 from puzzlemoe_offline.methods.base import LayerMethod
 from puzzlemoe_offline.methods.gptq import Gptq
 from puzzlemoe_offline.methods.pairs import PairMethod
+from puzzlemoe_offline.methods.single_trellis import SingleTrellis
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.recipe import PairRecipe
@@ -53,6 +54,7 @@ RECIPES: dict[str, PairRecipe | LayerMethod] = {
     "angle8, compensated, balanced": PairRecipe(code="angle8", compensate=True, pairing="balanced"),
     "angle8, compensated, coactivation": PairRecipe(code="angle8", compensate=True, pairing="coactivation"),
     **{f"GPTQ int{bits}": Gptq(bits) for bits in (4, 3, 2)},
+    **{f"trellis{bits}, two weights of one expert": SingleTrellis(bits) for bits in (8, 6, 4)},
 }
 """What is compared; partners are searched for but where the title says otherwise, or is the paper's."""
 

@@ -172,6 +172,36 @@ def over_http() -> str:
     return table([f"{served['model']}, GPUs", *(f"{count} at once" for count in clients)], rows)
 
 
+CARDS = (16, 24, 48, 80, 141)
+"""Memory of cards that models are to fit, GB of 10^9 bytes."""
+
+ROOM = 0.9
+"""Of a card's memory, what weights may take, so that the rest is left for the KV cache."""
+
+
+def sizes() -> str:
+    """GB of a packed model by `--bits` and `--dense`, with the smallest card that has room for it."""
+    results = load("sizes.json")["bytes"]
+    bits = sorted({row["bits"] for model in results.values() for row in model["packed"]}, key=float, reverse=True)
+    rows = []
+    for model, its in results.items():
+        for dense in ("bf16", "fp8"):
+            packed = {row["bits"]: row for row in its["packed"] if row["dense"] == dense}
+            first = dense == "bf16"
+            copied = f"{its['copied'] / 1e9:.1f}" if its["copied"] and first else ""
+            cells = [_sized(its["bf16"]) if first else "", *(_sized(packed[each]) for each in bits), copied]
+            rows.append([model if first else "", dense, *cells])
+    columns = ["`--dense`", "in bf16", *(f"`--bits {each}`" for each in bits), "copied"]
+    return table(["model", *columns], rows)
+
+
+def _sized(weights: Any) -> str:
+    """GB of weights, and the smallest card in brackets, if any has room."""
+    total = (weights["experts"] + weights["other"]) / 1e9
+    card = next((card for card in CARDS if total <= ROOM * card), None)
+    return f"{total:.1f} ({card})" if card else f"{total:.1f}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": lambda: accuracy("accuracy-mixtral-30m-cpu.json"),
     "comparison": comparison,
@@ -183,6 +213,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compression": compression,
     "whole command": whole_command,
     "over http": over_http,
+    "sizes": sizes,
 }
 
 

@@ -9,6 +9,7 @@ from puzzlemoe_offline.methods.gptq import Gptq
 from puzzlemoe_offline.methods.hc_smoe import HcSmoe
 from puzzlemoe_offline.methods.merge_three import MergeThree
 from puzzlemoe_offline.methods.rounding import RoundToNearest
+from puzzlemoe_offline.methods.single_trellis import SingleTrellis
 from puzzlemoe_offline.methods.wanda import Wanda
 
 BASELINES: dict[str, LayerMethod] = {
@@ -19,6 +20,9 @@ BASELINES: dict[str, LayerMethod] = {
     "gptq-int4": Gptq(4),
     "gptq-int3": Gptq(3),
     "gptq-int2": Gptq(2),
+    "trellis8-single": SingleTrellis(8),
+    "trellis6-single": SingleTrellis(6),
+    "trellis4-single": SingleTrellis(4),
     "wanda-2:4": Wanda(),
     "drop-50": DropExperts(0.5),
     "drop-25": DropExperts(0.25),

@@ -35,7 +35,7 @@ DAMPING = 0.1
 too much: an expert sees only its share of them."""
 
 BLOCK = 128
-"""Columns whose errors reach the rest of the matrix in one matrix product."""
+"""Columns of words whose errors reach the rest of the matrix in one matrix product."""
 
 
 FACTORED_TOGETHER = 2048
@@ -66,16 +66,40 @@ def fit_compensated(
     check_finite((left,))
     importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
     importance /= torch.stack([pair.mean() for pair in importance.split(2)]).repeat_interleave(2)[:, None]
-    coder = coder_of(code, group, left, rows)
-    words = []
-    for start in range(0, left.shape[1], BLOCK):
-        block, weighed = left[:, start : start + BLOCK], importance[:, start : start + BLOCK]
-        factor = factors[:, start : start + BLOCK]
-        coded, errors = coder.code_block(block, weighed, factor[:, :, start : start + BLOCK])
+    return _code_columns(coder_of(code, group, left, rows), left, importance, factors).split(len(weights))
+
+
+def fit_neighbours(
+    code: TrellisCode, matrices: list[Tensor], factors: Tensor, group: int, rows: Tensor
+) -> list[PackedMatrix]:
+    """The same of matrices [N, K] by themselves: a word holds an entry of an even column and the one after it, so that
+    the words of each matrix are those of a pair [N, K / 2].
+
+    factors: [matrices, K, K]; group: words that share a step; rows: float32 [matrices, N].
+    """
+    left = torch.stack([matrix.float().T for matrix in matrices])
+    check_finite((left,))
+    importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
+    importance /= importance.mean(dim=1, keepdim=True)
+    coder = NeighbourTiles(code, group, rows[..., None].expand(-1, -1, 2))
+    return _code_columns(coder, left, importance, factors).split(len(matrices))
+
+
+def _code_columns(
+    coder: Columns | ColumnsInKernel | Tiles, left: Tensor, importance: Tensor, factors: Tensor
+) -> PackedMatrix:
+    """Columns float32 [matrices, K, N], a block after the other; they change until they are coded.
+
+    importance: [matrices, K]; factors: [matrices, K, K].
+    """
+    words, size = [], BLOCK * coder.columns
+    for start in range(0, left.shape[1], size):
+        here, later = slice(start, start + size), slice(start + size, None)
+        factor = factors[:, here]
+        coded, errors = coder.code_block(left[:, here], importance[:, here], factor[:, :, here])
         words.append(coded)
-        later = slice(start + BLOCK, None)
         left[:, later].baddbmm_(factor[:, :, later].mT, errors, alpha=-1)
-    return coder.packed(torch.cat(words).T).split(len(weights))
+    return coder.packed(torch.cat(words).T)
 
 
 def inverse_factors(inputs: list[ProjectionInputs]) -> Tensor:
@@ -135,7 +159,12 @@ def coder_of(
 
 
 class Columns:
-    """Codes the columns of one block after another, for the codes without steps."""
+    """Codes the columns of one block after another, for the codes without steps.
+
+    columns: of a matrix, in a column of words.
+    """
+
+    columns = 1
 
     def __init__(self, pair_code: PairCode):
         self.pair_code = pair_code
@@ -225,6 +254,8 @@ class ColumnsWithSteps(Columns):
 class ColumnsInKernel:
     """The same on a GPU, a block of the columns of one or several pairs at a time."""
 
+    columns = 1
+
     def __init__(self, table_code: TableCode, group: int):
         self.table_code, self.group = table_code, group
         self.steps: list[Tensor] = []
@@ -251,6 +282,8 @@ class Tiles:
     The rows of one pair lie below those of another wherever pairs are matrices, as the words and steps are.
     """
 
+    columns = 1
+
     def __init__(self, code: TrellisCode, group: int, rows: Tensor):
         """rows: float32 [pairs, N, 2], how much the squared errors of rows count."""
         self.code, self.group, self.rows = code, group, rows
@@ -261,20 +294,22 @@ class Tiles:
         """As in `ColumnsInKernel`."""
         left = block.clone()
         words, errors = [], torch.empty_like(block)
-        for first in range(0, block.shape[1], self.group):
-            here, later = slice(first, first + self.group), slice(first + self.group, None)
+        size = self.group * self.columns
+        for first in range(0, block.shape[1], size):
+            here, later = slice(first, first + size), slice(first + size, None)
             coded, errors[:, here] = self._code_group(left[:, here], importance[:, here], factor[:, here, here])
             left[:, later].baddbmm_(factor[:, here, later].mT, errors[:, here], alpha=-1)
             words.append(coded)
         return torch.cat(words), errors
 
     def _code_group(self, group: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        weighed = (self.rows[:, :, None] * importance.unflatten(0, (-1, 2)).mT[:, None]).flatten(0, 1)
-        steps = stored_steps(typical_steps(_by_row(group), weighed, self.group) * self.code.unit_step)
+        weighed = (self.rows[:, :, None] * self._by_word(importance[..., None])[:, None]).flatten(0, 1)
+        steps = stored_steps(typical_steps(self._by_word(group), weighed, self.group) * self.code.unit_step)
         left, stored = group.clone(), []
-        for first in range(0, self.group, TILE_COLUMNS):
-            here, later = slice(first, first + TILE_COLUMNS), slice(first + TILE_COLUMNS, None)
-            stored.append(encode_matrix(self.code, _by_row(left[:, here]), weighed[:, here], steps))
+        for first, importances in enumerate(weighed.split(TILE_COLUMNS, dim=1)):
+            size = TILE_COLUMNS * self.columns
+            here, later = slice(first * size, (first + 1) * size), slice((first + 1) * size, None)
+            stored.append(encode_matrix(self.code, self._by_word(left[:, here]), importances, steps))
             errors = self._errors(left[:, here], stored[-1], steps, factor[:, here, here])
             left[:, later].baddbmm_(factor[:, here, later].mT, errors, alpha=-1)
         words = torch.cat(stored, dim=1)
@@ -283,25 +318,28 @@ class Tiles:
         return self.code.unpack(words).T, self._errors(group, words, steps, factor)
 
     def _errors(self, exact: Tensor, words: Tensor, steps: Tensor, factor: Tensor) -> Tensor:
-        """Errors [2 * pairs, columns, N] of stored words in place of columns, over the factor, [2 * pairs, columns,
+        """Errors [matrices, columns, N] of stored words in place of columns, over the factor, [matrices, columns,
         columns]: each over its diagonal element, with what the earlier ones push into it."""
-        decoded = self._by_expert([self.code.decode(words, position, steps).float() for position in (0, 1)])
+        decoded = self._by_matrix([self.code.decode(words, position, steps).float() for position in (0, 1)])
         errors: Tensor = torch.linalg.solve_triangular(factor, exact.mT - decoded, upper=True, left=False).mT
         return errors
 
     def _refitted(self, exact: Tensor, words: Tensor, steps: Tensor, factor: Tensor) -> Tensor:
         """bf16 steps [pairs * N, 1] with the least squares of such errors."""
-        value = self._by_expert(values(self.code.states(words)))
+        value = self._by_matrix(values(self.code.states(words)))
         over, wanted = (
             torch.linalg.solve_triangular(factor, each, upper=True, left=False) for each in (value, exact.mT)
         )
-        weighed = self.rows.mT.flatten(0, 1)[..., None] * over
-        product, square = (
-            (weighed * each).unflatten(0, (-1, 2)).sum(dim=(1, 3)).flatten()[:, None] for each in (wanted, over)
-        )
+        rows = self.rows.flatten(0, 1)[:, None]
+        product, square = ((rows * self._by_word((over * each).mT)).sum(dim=(1, 2))[:, None] for each in (wanted, over))
         return stored_steps((product / square).where(square > 0, steps.float()))
 
-    def _by_expert(self, positions: Sequence[Tensor]) -> Tensor:
+    def _by_word(self, columns: Tensor) -> Tensor:
+        """[pairs * N, columns, 2], by position, of columns [2 * pairs, columns, N]."""
+        by_word: Tensor = columns.unflatten(0, (-1, 2)).permute(0, 3, 2, 1).flatten(0, 1)
+        return by_word
+
+    def _by_matrix(self, positions: Sequence[Tensor]) -> Tensor:
         """[2 * pairs, N, columns] of what both positions of all pairs are, [pairs * N, columns] each."""
         return torch.stack([matrix.unflatten(0, self.rows.shape[:2]) for matrix in positions], dim=1).flatten(0, 1)
 
@@ -310,10 +348,20 @@ class Tiles:
         return packed_with_steps(self.code, words, self.steps)
 
 
-def _by_row(columns: Tensor) -> Tensor:
-    """[pairs * N, columns, 2] of columns [2 * pairs, columns, N]."""
-    by_row: Tensor = columns.unflatten(0, (-1, 2)).permute(0, 3, 2, 1).flatten(0, 1)
-    return by_row
+class NeighbourTiles(Tiles):
+    """The same with one matrix in place of a pair: a word's positions are an even column and the one after it."""
+
+    columns = 2
+
+    def _by_word(self, columns: Tensor) -> Tensor:
+        """[matrices * N, columns / 2, 2] of columns [matrices, columns, N]."""
+        by_word: Tensor = columns.mT.flatten(0, 1).unflatten(1, (-1, 2))
+        return by_word
+
+    def _by_matrix(self, positions: Sequence[Tensor]) -> Tensor:
+        """[matrices, N, columns] of what both positions are, [matrices * N, columns / 2] each."""
+        by_matrix: Tensor = torch.stack([*positions], dim=-1).flatten(1).unflatten(0, self.rows.shape[:2])
+        return by_matrix
 
 
 def packed_with_steps(code: TableCode | TrellisCode, words: Tensor, steps: list[Tensor]) -> PackedMatrix:

@@ -33,6 +33,13 @@ def facing_orders(energies: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return energies[0].argsort(descending=True, stable=True), energies[1].argsort(stable=True)
 
 
+def facing_order(energies: Tensor) -> Tensor:
+    """The same for one expert whose neighbouring neurons share words, int64 [I], I even: the strongest beside the
+    weakest, the second strongest beside the second weakest."""
+    order = energies.argsort(descending=True, stable=True)
+    return torch.stack([order, order.flip(0)], dim=1)[: len(order) // 2].flatten()
+
+
 def _reordered(expert: Expert, order: Tensor) -> Expert:
     """The same expert with its neurons in another order."""
     return Expert(expert.gate[order], expert.up[order], expert.down[:, order])
@@ -91,3 +98,29 @@ def face(experts: tuple[Expert, Expert], ids: tuple[int, int], statistics: Exper
         both.append([_row_importance(expert.matrices[index], inputs, energies[order]) for index in (0, 1)])
     gate, up = (torch.stack(rows, dim=1) for rows in zip(*both, strict=True))
     return FacingPair(faced, orders, (gate, up))
+
+
+@dataclass(frozen=True)
+class FacingNeurons:
+    """One expert with its own neurons facing each other: in `facing_order`.
+
+    inputs: what its projections see; rows: float32 [rows] of each, how much they count.
+    """
+
+    expert: Expert
+    inputs: list[ProjectionInputs]
+    rows: list[Tensor]
+
+    @classmethod
+    def of(cls, expert: Expert, number: int, statistics: ExpertStatistics) -> FacingNeurons:
+        """number: the expert's id in `statistics`."""
+        gate, up, down = (
+            projection_inputs(statistics, number, index, matrix.shape[1], matrix.device)
+            for index, matrix in enumerate(expert.matrices)
+        )
+        energies = neuron_energies(expert, down)
+        order = facing_order(energies)
+        faced, energies = _reordered(expert, order), energies[order]
+        rows = [_row_importance(faced.gate, gate, energies), _row_importance(faced.up, up, energies)]
+        every_row = rows[0].new_ones(len(faced.down))
+        return cls(faced, [gate, up, _reordered_inputs(down, order)], [*rows, every_row])

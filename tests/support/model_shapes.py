@@ -103,7 +103,8 @@ def _attention_shapes(family: str, text: dict[str, Any]) -> Shapes:
         shapes |= {f"self_attn.{name}.bias": (size,) for name, size in sizes.items()}
     if family == "phimoe":
         shapes["self_attn.o_proj.bias"] = (hidden,)
-    if family in ("qwen3_moe", "glm4_moe", "dots1", "qwen3_next", "qwen3_5_moe"):
+    normed = text.get("use_qk_norm", True)  # GLM-4.5 has these norms, GLM-4.5-Air has not
+    if normed and family in ("qwen3_moe", "glm4_moe", "dots1", "qwen3_next", "qwen3_5_moe"):
         shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
     if family in ("olmoe", "minimax_m2"):
         shapes |= {"self_attn.q_norm.weight": (query,), "self_attn.k_norm.weight": (key,)}
