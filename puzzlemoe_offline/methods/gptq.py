@@ -1,7 +1,7 @@
 """GPTQ (arXiv 2210.17323): rounding column by column, the error of each pushed into the columns still to come.
 
 Columns keep their order, and every expert has the second moments of its own tokens.  Inputs are those of the dense
-model, from the calibration pass that compression uses too.  So is the damping, `compensate.DAMPING`: GPTQ's usual
+model, from the calibration pass that compression uses too.  So is the damping, `factors.DAMPING`: GPTQ's usual
 hundredth trusts the few thousand tokens of an expert too much.
 """
 
@@ -17,7 +17,8 @@ from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, SourceLayer, d
 from puzzlemoe_offline.methods.rounding import Grid, group_of, stored_bits
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
-from puzzlemoe_offline.words.compensate import BLOCK, inverse_factors
+from puzzlemoe_offline.words.column_coders import BLOCK
+from puzzlemoe_offline.words.factors import inverse_factors
 
 
 def gptq(weight: Tensor, inputs: ProjectionInputs, bits: int) -> Tensor:

@@ -26,7 +26,7 @@ from puzzlemoe_offline.pairing.partners import (
     shared_choices,
 )
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.words.compensate import MomentsError
+from puzzlemoe_offline.words.factors import MomentsError
 from puzzlemoe_offline.words.pack import Losses, PackedPair, pack_pairs, pairs_at_once
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, PairCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.layout import PuzzleConfig

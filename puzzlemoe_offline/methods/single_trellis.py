@@ -17,7 +17,8 @@ from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, S
 from puzzlemoe_offline.methods.rounding import group_of
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
-from puzzlemoe_offline.words.compensate import MomentsError, fit_neighbours, inverse_factors
+from puzzlemoe_offline.words.compensate import fit_neighbours
+from puzzlemoe_offline.words.factors import MomentsError, inverse_factors
 from puzzlemoe_offline.words.neurons import FacingNeurons
 from puzzlemoe_offline.words.pack import pairs_at_once
 from puzzlemoe_vllm.format.codes import TrellisCode, UnencodableWeight, get_code

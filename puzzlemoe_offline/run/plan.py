@@ -18,7 +18,7 @@ from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.layerwise import ACTIVATION_BYTES, activation_dtype
 from puzzlemoe_offline.run.job import Job, Sizes
-from puzzlemoe_offline.words.compensate import inverse_factors
+from puzzlemoe_offline.words.factors import inverse_factors
 from puzzlemoe_offline.words.nearest import SCORES
 from puzzlemoe_offline.words.pack import ENTRIES, TOGETHER, Losses, pack_matrices, pairs_at_once
 from puzzlemoe_vllm.format.codes import TrellisCode

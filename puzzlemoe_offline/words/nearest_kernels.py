@@ -1,6 +1,6 @@
 """The fits of codes with steps as Triton kernels, for a GPU.
 
-They are those of nearest.py and compensate.py but for roundings.  There a matrix of scores, of every candidate for
+They are those of nearest.py and column_coders.py but for roundings.  There a matrix of scores, of every candidate for
 every pair of weights, goes through memory, and a column of compensation is a dozen operations; here both stay in
 registers.
 """

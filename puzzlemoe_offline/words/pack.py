@@ -11,7 +11,8 @@ from puzzlemoe_offline.calibration.statistics import ExpertStatistics, Projectio
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.relative_error import relative_error
-from puzzlemoe_offline.words.compensate import MomentsError, fit_compensated, inverse_factors
+from puzzlemoe_offline.words.compensate import fit_compensated
+from puzzlemoe_offline.words.factors import MomentsError, inverse_factors
 from puzzlemoe_offline.words.nearest import PackedMatrix, column_importance, fit
 from puzzlemoe_offline.words.neurons import face
 from puzzlemoe_vllm.format.codes import PairCode, TrellisCode, UnencodableWeight, get_code

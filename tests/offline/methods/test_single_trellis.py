@@ -16,7 +16,8 @@ from puzzlemoe_offline.methods import BASELINES
 from puzzlemoe_offline.methods.base import MethodError
 from puzzlemoe_offline.methods.single_trellis import SingleTrellis, single_words
 from puzzlemoe_offline.model.checkpoint import Checkpoint
-from puzzlemoe_offline.words.compensate import fit_compensated, fit_neighbours, inverse_factors
+from puzzlemoe_offline.words.compensate import fit_compensated, fit_neighbours
+from puzzlemoe_offline.words.factors import inverse_factors
 from puzzlemoe_offline.words.neurons import facing_order
 from puzzlemoe_vllm.format.codes import get_code
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics, ProjectionInputs
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.words.compensate import DAMPING, MomentsError, fit_compensated, inverse_factors
+from puzzlemoe_offline.words.compensate import fit_compensated
+from puzzlemoe_offline.words.factors import DAMPING, MomentsError, inverse_factors
 from puzzlemoe_offline.words.nearest import BALANCE, PackedMatrix, column_importance, fit
 from puzzlemoe_offline.words.pack import Losses, pack_pairs
 from puzzlemoe_vllm.format.codes import CODES, TrellisCode, get_code

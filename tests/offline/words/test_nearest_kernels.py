@@ -17,6 +17,8 @@ from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
 from puzzlemoe_offline.words import compensate
+from puzzlemoe_offline.words.column_coders import ColumnsInKernel
+from puzzlemoe_offline.words.factors import inverse_factors
 from puzzlemoe_offline.words.nearest import STEP_MULTIPLES, PackedMatrix, fit_table, stored_steps
 from puzzlemoe_vllm.format.codes import CODES, TableCode, UnencodableWeight, get_code
 
@@ -116,12 +118,12 @@ def test_compensation(name, group, columns, monkeypatch):
     for tokens in (600, 200):
         x = torch.randn(tokens, columns // 4) @ torch.randn(columns // 4, columns) + torch.randn(tokens, columns)
         seen.append(ProjectionInputs(x.norm(dim=0), tokens, x.T @ x))
-    (expected,) = compensate.fit_compensated(code, [weights], compensate.inverse_factors(seen), group)
-    monkeypatch.setattr(compensate, "coder_of", lambda code, group, *_: compensate.ColumnsInKernel(code, group))
+    (expected,) = compensate.fit_compensated(code, [weights], inverse_factors(seen), group)
+    monkeypatch.setattr(compensate, "coder_of", lambda code, group, *_: ColumnsInKernel(code, group))
     moved = tuple(ProjectionInputs(s.norms.to(DEVICE), s.tokens, s.moments.to(DEVICE)) for s in seen)
     other = tuple(w.flip(0) for w in weights)
     pairs = [tuple(w.to(DEVICE) for w in pair) for pair in (weights, other)]
-    factors = compensate.inverse_factors([*moved, *moved])
+    factors = inverse_factors([*moved, *moved])
     found, turned = compensate.fit_compensated(code, pairs, factors, group)
     assert torch.equal(turned.words.flip(0), found.words) and torch.equal(turned.steps.flip(0), found.steps)
     # After a near tie a row goes on differently, but as well.
@@ -138,12 +140,12 @@ def test_compensation(name, group, columns, monkeypatch):
 @runs
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_no_word_holds_is_refused(value, monkeypatch):
-    monkeypatch.setattr(compensate, "coder_of", lambda code, group, *_: compensate.ColumnsInKernel(code, group))
+    monkeypatch.setattr(compensate, "coder_of", lambda code, group, *_: ColumnsInKernel(code, group))
     weights = tuple(torch.randn(4, 32, device=DEVICE).bfloat16() for _ in (0, 1))
     weights[1][2, 3] = value
     seen = (ProjectionInputs(torch.ones(32, device=DEVICE), 1, torch.eye(32, device=DEVICE)),) * 2
     with pytest.raises(UnencodableWeight, match="NaN or infinite"):
-        compensate.fit_compensated(get_code("angle8"), [weights], compensate.inverse_factors([*seen]), 32)
+        compensate.fit_compensated(get_code("angle8"), [weights], inverse_factors([*seen]), 32)
 
 
 @on_a_gpu
