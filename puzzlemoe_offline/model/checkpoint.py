@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from puzzlemoe_offline.finite import all_finite
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.families import MTP, Family, family_of
 from puzzlemoe_offline.model.fp8 import ACTIVATIONS, BLOCKS, Fp8Form, check_scale, find_scales, form_of
@@ -325,7 +326,7 @@ class Checkpoint:
         self._require(name)
         self._check_dtype(name)
         tensor = self.tensor(name)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise CheckpointError(f"{shown(name)} in {self.file_of(name)} holds NaN or infinite values: fetch it again")
         return tensor
 
@@ -361,7 +362,7 @@ class Checkpoint:
             name, weight = stored, self.tensor(stored, device=device)
         self._check_shape(name, tuple(weight.shape), index)
         weight = weight.to(device, torch.bfloat16)
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise CheckpointError(
                 f"{shown(name)} in {shown(self.folder, 200)} holds NaN or infinite values: fetch or convert the source "
                 "again"
@@ -388,7 +389,7 @@ class Checkpoint:
         if steps.dtype != torch.bfloat16:
             raise CheckpointError(f"{name}: dtype {steps.dtype}, steps are {torch.bfloat16}")
         self._check_shape(name, tuple(steps.shape), self.family.projections.index(projection))
-        if not bool(torch.isfinite(steps).all()):
+        if not all_finite(steps):
             raise CheckpointError(
                 f"{shown(name)} in {shown(self.folder, 200)} holds NaN or infinite values: copy it again"
             )
