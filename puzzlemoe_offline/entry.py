@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from puzzlemoe_offline.cli.interrupts import exit_at_once
 from puzzlemoe_offline.extras import MissingExtra, require
@@ -10,6 +11,7 @@ from puzzlemoe_offline.extras import MissingExtra, require
 
 def main() -> None:
     """Runs the `puzzlemoe` command.  Importing what it needs takes seconds, in which Ctrl-C is no traceback either."""
+    began = time.perf_counter()
     exit_at_once()
     try:
         require("compress")
@@ -17,4 +19,4 @@ def main() -> None:
         sys.exit(f"error: {error}")
     from puzzlemoe_offline.cli.main import main as command
 
-    command()
+    command(began)
