@@ -55,6 +55,9 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 LARGEST_CONFIG = 10_000_000
 """Bytes of a config.json."""
 
+OPEN_FILES = 4
+"""Files of weights that are open at a time: two layers, one being read ahead, may lie in two each."""
+
 RECOMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 """What names of tensors end with that old checkpoints hold and no loader reads."""
 
@@ -306,9 +309,7 @@ class Checkpoint:
         if not self.has_weights:
             raise CheckpointError(f"{shown(self.folder, 200)}: the weights of this model were not fetched")
         try:
-            if file not in self._handles:
-                self._handles[file] = safe_open(self.folder / file, "pt")
-            return read(self._handles[file])
+            return read(self._opened(file))
         except (SafetensorError, OSError, AttributeError) as error:  # AttributeError: a dtype that torch lacks
             raise CheckpointError(
                 f"{shown(self.folder / file, 200)}: tensor {shown(name, 80)} cannot be read ({shown(error, 80)}): copy "
@@ -316,9 +317,13 @@ class Checkpoint:
             ) from None
 
     @functools.cached_property
-    def _handles(self) -> dict[str, Any]:
-        """Open files, by name."""
-        return {}
+    def _opened(self) -> Callable[[str], Any]:
+        """Opens a file by its name, or hands out the one that is open: the last `OPEN_FILES` are.
+
+        A file that was read stays mapped while it is open, and its pages are given back when it is closed: the thread
+        that reads ahead does that beside the work, the end of the process would do it for the whole model at once.
+        """
+        return functools.lru_cache(OPEN_FILES)(lambda file: safe_open(self.folder / file, "pt"))
 
     def plain_tensor(self, name: str) -> Tensor:
         """A tensor that belongs to no merged expert, as `tensor` gives it.  Raises CheckpointError when it is missing,

@@ -126,6 +126,7 @@ def _layers(
     experts = LayerExperts(checkpoint, device)
     if start == checkpoint.layers:
         return
+    experts.read_ahead(start)  # while the tokens are embedded
     if not job.method.passes:
         for index in range(start, checkpoint.layers):
             yield _new_layer(job, index, experts, None), None
