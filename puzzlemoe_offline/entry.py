@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 
@@ -17,6 +18,8 @@ def main() -> None:
         require("compress")
     except MissingExtra as error:
         sys.exit(f"error: {error}")
+    gc.disable()  # half a million objects that imports make, and stay: looking for garbage among them takes a second
     from puzzlemoe_offline.cli.main import main as command
 
+    gc.enable()
     command(began)

@@ -323,7 +323,8 @@ class Checkpoint:
         A file that was read stays mapped while it is open, and its pages are given back when it is closed: the thread
         that reads ahead does that beside the work, the end of the process would do it for the whole model at once.
         """
-        return functools.lru_cache(OPEN_FILES)(lambda file: safe_open(self.folder / file, "pt"))
+        folder = self.folder  # not self, which would then live until the garbage collector comes
+        return functools.lru_cache(OPEN_FILES)(lambda file: safe_open(folder / file, "pt"))
 
     def plain_tensor(self, name: str) -> Tensor:
         """A tensor that belongs to no merged expert, as `tensor` gives it.  Raises CheckpointError when it is missing,
