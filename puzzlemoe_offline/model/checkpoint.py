@@ -317,7 +317,7 @@ class Checkpoint:
             ) from None
 
     @functools.cached_property
-    def _opened(self) -> Callable[[str], Any]:
+    def _opened(self) -> functools._lru_cache_wrapper[Any]:
         """Opens a file by its name, or hands out the one that is open: the last `OPEN_FILES` are.
 
         A file that was read stays mapped while it is open, and its pages are given back when it is closed: the thread
@@ -325,6 +325,10 @@ class Checkpoint:
         """
         folder = self.folder  # not self, which would then live until the garbage collector comes
         return functools.lru_cache(OPEN_FILES)(lambda file: safe_open(folder / file, "pt"))
+
+    def close(self) -> None:
+        """Closes all files; one that is read again is opened again."""
+        self._opened.cache_clear()
 
     def plain_tensor(self, name: str) -> Tensor:
         """A tensor that belongs to no merged expert, as `tensor` gives it.  Raises CheckpointError when it is missing,

@@ -90,6 +90,7 @@ def _write(
     for number, tensors_of in enumerate((tensors_outside_layers, copied_tensors), checkpoint.layers):
         if len(finished) <= number < job.shards:
             folder.write_shard(number, tensors_of(checkpoint), None, None)
+    checkpoint.close()  # while the last shard is read for its digest
     folder.wait()
     stages.end("finish")
     report = build_report(job, calibration, records, stages.seconds)

@@ -388,3 +388,7 @@ def test_files_that_were_read_do_not_stay_mapped(source):
     for name, _ in tensors[1:]:
         checkpoint.tensor(name)
     assert torch.equal(held, tensors[0][1])  # a tensor outlives its file's turn
+    del held
+    checkpoint.close()
+    assert not mapped()
+    assert torch.equal(checkpoint.tensor(tensors[0][0]), tensors[0][1])
