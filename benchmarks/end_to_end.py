@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from serving import MODELS, config_of, driver, measure_server
+from serving import MODELS, VLLM, MeasurementError, config_of, driver, measure_server
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-moe"
 PARTS = ("write", "compress", "serve")
@@ -39,6 +39,8 @@ RIVALS = ("bf16", "fp8", "int4")
 WRITERS = 6
 """Threads that write files, and files that wait for one."""
 WINDOWS, WINDOW = 128, 2048
+CHARACTERS = 4
+"""Of text for each token that is asked for: the tokenizer makes one of 3.8 on average."""
 
 
 def write_checkpoint(name: str, folder: Path, layers: int | None) -> int:
@@ -108,35 +110,42 @@ def ones(size: int) -> torch.Tensor:
 
 
 def compress(source: Path, packed: Path, options: list[str]) -> dict[str, Any]:
-    """Seconds of the whole command, of its stages, summed over layers, and of those of the median layer; the most GPU
-    memory that was in use; bytes before and after."""
+    """Seconds of the whole command, of its stages and the rest (Python's own start and end), and of the median layer's
+    stages; the most GPU memory that was in use; bytes before and after."""
     text = (EXAMPLE / "calibration.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         calibration = Path(scratch, "text.txt")
-        calibration.write_text(text * (WINDOWS * WINDOW * 8 // len(text) + 1), encoding="utf-8")
+        calibration.write_text(text * (WINDOWS * WINDOW * CHARACTERS // len(text) + 1), encoding="utf-8")
         command = [sys.executable, "-m", "puzzlemoe_offline", "compress", source, packed, "--calibration", calibration]
         command += ["--samples", WINDOWS, "--sequence-length", WINDOW, *options]
         began, peak = time.perf_counter(), 0
         process = subprocess.Popen([str(word) for word in command])
-        while process.poll() is None:
+        while not ended(process, 2):  # the driver's answer holds up the work that is asked about
             peak = max(peak, gpu_bytes())
-            time.sleep(2)  # the driver's answer holds up the work that is asked about
         seconds = time.perf_counter() - began
         if process.returncode:
             sys.exit(f"compressing failed with status {process.returncode}")
     report = json.loads((packed / "puzzlemoe_report.json").read_text())
-    stages: dict[str, float] = {}
-    for layer in report["layers"]:
-        for stage, its in layer["seconds"].items():
-            stages[stage] = stages.get(stage, 0.0) + its
+    if (tokens := report["calibration"]["tokens"]) != WINDOWS * WINDOW:
+        sys.exit(f"the text gave {tokens} tokens, not {WINDOWS * WINDOW}: its windows are too few to be timed")
     layers = [layer["seconds"] for layer in report["layers"]]
     return {
         "seconds": seconds,
-        "stages": stages,
-        "median_layer": {stage: statistics.median(its[stage] for its in layers) for stage in stages},
+        "stages": report["seconds"],
+        "rest": seconds - sum(report["seconds"].values()),
+        "median_layer": {stage: statistics.median(its[stage] for its in layers) for stage in layers[0]},
         "peak_gpu_bytes": peak,
         "bytes": report["bytes"],
     }
+
+
+def ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether a process ends within that time."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def gpu_bytes() -> int:
@@ -147,7 +156,23 @@ def gpu_bytes() -> int:
 
 
 def serve(name: str, weights: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What `vllm bench serve` says of one kind of weights, by the number of clients."""
+    """What `vllm bench serve` says of one kind of weights, by the number of clients; the last row says why there are no
+    more, if they do not fit or a server or a measurement failed."""
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in served_rows(name, weights, folder, arguments):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    except MeasurementError as error:
+        rows.append({"weights": weights, "failed": str(error)})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def served_rows(name: str, weights: str, folder: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each number of clients.  Raises MeasurementError."""
+    if weights == "bf16":
+        check_room(folder, arguments.tensor_parallel)
     options = ["--max-model-len", "2048", "--no-enable-prefix-caching", "--port", str(arguments.port)]
     options += ["--tensor-parallel-size", str(arguments.tensor_parallel)]
     options += ["--enable-expert-parallel"] if arguments.expert_parallel else []
@@ -159,25 +184,30 @@ def serve(name: str, weights: str, folder: Path, arguments: argparse.Namespace) 
             Path(scratch, "config.json").write_text(json.dumps(config_of(name, weights)))
             folder, options = Path(scratch), [*options, "--load-format", "dummy"]
         began = time.perf_counter()
-        with running(["vllm", "serve", str(folder), *options], arguments.port):
+        with running([VLLM, "serve", str(folder), *options], arguments.port):
             started = time.perf_counter() - began
-            rows = []
             for clients in arguments.clients:
                 row = measure_server(f"http://127.0.0.1:{arguments.port}", clients, max(8, 4 * clients))
-                rows.append({"weights": weights, "start_seconds": started} | row)
-                print(json.dumps(rows[-1]), flush=True)
-            return rows
+                yield {"weights": weights, "start_seconds": started} | row
+
+
+def check_room(folder: Path, devices: int) -> None:
+    """Raises MeasurementError when a model's files do not fit into the memory of so many GPUs."""
+    needed = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    there = devices * torch.cuda.get_device_properties(0).total_memory
+    if needed > there:
+        raise MeasurementError(f"{needed / 1e9:.0f} GB of weights do not fit into {there / 1e9:.0f} GB of GPU memory")
 
 
 @contextmanager
 def running(command: list[str], port: int) -> Iterator[None]:
-    """A server, from when it answers; exits when it ends before."""
+    """A server, from when it answers.  Raises MeasurementError when it ends before."""
     environment = os.environ | {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}
     process = subprocess.Popen(command, env=environment)
     try:
         while not answers(f"http://127.0.0.1:{port}/health"):
             if process.poll() is not None:
-                sys.exit(f"{' '.join(command)} ended with status {process.returncode} before it served")
+                raise MeasurementError(f"vllm serve ended with status {process.returncode} before it answered")
             time.sleep(0.5)
         yield
     finally:
@@ -238,11 +268,13 @@ def main() -> None:
     if "compress" in parts:
         keep("compress", compress(arguments.source, arguments.packed, arguments.compress_option))
     if "serve" in parts:
-        rows = serve(arguments.model, "packed", arguments.packed, arguments)
-        for rival in arguments.rival or RIVALS:
-            rows += serve(arguments.model, rival, arguments.source, arguments)
+        rows: list[dict[str, Any]] = []
+        for weights in ("packed", *(arguments.rival or RIVALS)):
+            folder = arguments.packed if weights == "packed" else arguments.source
+            rows += serve(arguments.model, weights, folder, arguments)
             keep("serve", rows)
-        keep("serve", rows)
+        if any("failed" in row for row in rows if row["weights"] == "packed"):
+            sys.exit("the packed model was not served")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from typing import Any
 
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES
 
+VLLM = str(Path(sys.executable).with_name("vllm"))
+"""The command of this Python's vLLM, which need not be on the path."""
+
 PROMPT = 1024
 DECODE = (4, 36)
 """Output lengths whose difference in time gives a decode step."""
@@ -182,14 +185,24 @@ def parameter_bytes(model: Any) -> int:
     return sum(tensors.values())
 
 
+class MeasurementError(RuntimeError):
+    """A measurement that has no figures; the text says why."""
+
+
 def measure_server(url: str, concurrency: int, prompts: int) -> dict[str, Any]:
-    """Figures of a running server from `vllm bench serve` with random prompts."""
+    """Figures of a running server from `vllm bench serve` with random prompts.
+
+    Raises MeasurementError when it fails, or when some prompts were not answered: it has figures even then.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        command = ["vllm", "bench", "serve", "--base-url", url, "--dataset-name", "random", "--ignore-eos"]
+        command = [VLLM, "bench", "serve", "--base-url", url, "--dataset-name", "random", "--ignore-eos"]
         command += ["--random-input-len", str(PROMPT), "--random-output-len", "128", "--num-prompts", str(prompts)]
         command += ["--max-concurrency", str(concurrency), "--save-result", "--result-dir", folder]
-        subprocess.run(command, check=True)
+        if status := subprocess.run(command, check=False).returncode:
+            raise MeasurementError(f"vllm bench serve at {concurrency} clients failed with status {status}")
         result = json.loads(next(Path(folder).glob("*.json")).read_text())
+    if result["completed"] != prompts:
+        raise MeasurementError(f"{result['completed']} of {prompts} prompts of {concurrency} clients were answered")
     kept = ("model_id", "request_throughput", "output_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_tpot_ms")
     return {"url": url, "concurrency": concurrency} | {key: result[key] for key in kept}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import time
 
 from puzzlemoe_offline.cli.interrupts import exit_at_once
 from puzzlemoe_offline.extras import MissingExtra, require
@@ -10,11 +12,14 @@ from puzzlemoe_offline.extras import MissingExtra, require
 
 def main() -> None:
     """Runs the `puzzlemoe` command.  Importing what it needs takes seconds, in which Ctrl-C is no traceback either."""
+    began = time.perf_counter()
     exit_at_once()
     try:
         require("compress")
     except MissingExtra as error:
         sys.exit(f"error: {error}")
+    gc.disable()  # half a million objects that imports make, and stay: looking for garbage among them takes a second
     from puzzlemoe_offline.cli.main import main as command
 
-    command()
+    gc.enable()
+    command(began)

@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from puzzlemoe_offline.cli.main import app
@@ -58,6 +59,8 @@ def options(command: Callable[..., Any], left_out: Collection[str]) -> tuple[lis
     """Metavars of a command's arguments, and rows of its options."""
     arguments, rows = [], []
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if parameter.annotation is typer.Context:
+            continue
         kind, info = parameter.annotation.__origin__, parameter.annotation.__metadata__[0]
         if isinstance(info, ArgumentInfo):
             arguments.append(str(info.metavar))

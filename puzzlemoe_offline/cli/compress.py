@@ -51,6 +51,7 @@ from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.plan import make_plan
 from puzzlemoe_offline.run.report import summary
 from puzzlemoe_offline.run.runner import check, run
+from puzzlemoe_offline.run.stages import Stages
 
 
 class Dense(StrEnum):
@@ -61,6 +62,7 @@ class Dense(StrEnum):
 
 
 def compress_command(
+    context: typer.Context,
     source: SourceModel,
     out: OutFolder,
     method: Annotated[
@@ -100,6 +102,7 @@ def compress_command(
     resume: ResumeOption = False,
 ) -> None:
     """Merge a model's experts and write a packed model that vLLM serves."""
+    stages = context.find_object(Stages) or Stages()
     chosen = chosen_method(method, recipe, bits, recipe_fields)
     planned, commit = open_by_headers(source, revision)
     seed = recipe_fields.get("seed", 0)
@@ -114,9 +117,11 @@ def compress_command(
         console.print(_plan_table(job))
         return
     job = with_weights(job, source)
+    stages.end("start")
     data = text.read(job.checkpoint.folder) if chosen.passes else None
+    stages.end("text")
     with layer_progress("compressing", job.checkpoint.layers) as advance:
-        report = run(job, data, out, resume, advance)
+        report = run(job, data, out, resume, advance, stages)
     if report is None:
         print_finished(out)
     else:

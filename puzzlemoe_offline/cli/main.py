@@ -23,6 +23,7 @@ from puzzlemoe_offline.cli.perplexity import perplexity_command
 from puzzlemoe_offline.cli.terminal import console, errors
 from puzzlemoe_offline.cli.unpack import unpack_command
 from puzzlemoe_offline.run.files import WriteError
+from puzzlemoe_offline.run.stages import Stages
 from puzzlemoe_offline.version import VERSION
 from puzzlemoe_vllm.errors import UserError
 
@@ -52,12 +53,15 @@ app.command("baseline")(baseline_command)
 app.command("compare")(compare_command)
 
 
-def main() -> None:
-    """Runs the command: expected errors become one line and exit status 1, a signal one line and its own status."""
+def main(began: float | None = None) -> None:
+    """Runs the command: expected errors become one line and exit status 1, a signal one line and its own status.
+
+    began: `time.perf_counter()` of when the process began, if not now.
+    """
     transformers_logging.set_verbosity_error()
     with raising():
         try:
-            app()
+            app(obj=Stages(began))
         except UserError as error:
             advice = f"; {RESUME}" if isinstance(error, WriteError) and can_resume() else ""
             _fail(f"{error}{advice}")

@@ -27,8 +27,10 @@ class MethodError(UserError):
 class LayerRecord(BaseModel):
     """What is known of a layer once it is written: a row of puzzlemoe_report.json.
 
-    seconds: by stage of the work.  order: new expert id -> the source's.  merged: how many experts are in pairs;
-    pair_bytes: of one pair's words and steps; expert_bytes: of all tensors of routed experts.
+    seconds: by stage of the work: load (weights outside experts, for the model and to be written, and all that is no
+    other stage), calibrate, pair, merge, write (until the shard before is written).
+    order: new expert id -> the source's.  merged: how many experts are in pairs; pair_bytes: of one pair's words and
+    steps; expert_bytes: of all tensors of routed experts.
     centres: for each expert the one that serves in its place, of experts merged in clusters.
     tokens: calibration tokens that chose each expert of the source; few_tokens: experts with too few of them.
     weight_error, output_error: ||difference|| / ||original||, of gate, up and down projection of all experts in pairs,

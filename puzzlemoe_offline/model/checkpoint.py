@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from puzzlemoe_offline.finite import all_finite
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.families import MTP, Family, family_of
 from puzzlemoe_offline.model.fp8 import ACTIVATIONS, BLOCKS, Fp8Form, check_scale, find_scales, form_of
@@ -53,6 +54,9 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 LARGEST_CONFIG = 10_000_000
 """Bytes of a config.json."""
+
+OPEN_FILES = 4
+"""Files of weights that are open at a time: two layers, one being read ahead, may lie in two each."""
 
 RECOMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 """What names of tensors end with that old checkpoints hold and no loader reads."""
@@ -305,9 +309,7 @@ class Checkpoint:
         if not self.has_weights:
             raise CheckpointError(f"{shown(self.folder, 200)}: the weights of this model were not fetched")
         try:
-            if file not in self._handles:
-                self._handles[file] = safe_open(self.folder / file, "pt")
-            return read(self._handles[file])
+            return read(self._opened(file))
         except (SafetensorError, OSError, AttributeError) as error:  # AttributeError: a dtype that torch lacks
             raise CheckpointError(
                 f"{shown(self.folder / file, 200)}: tensor {shown(name, 80)} cannot be read ({shown(error, 80)}): copy "
@@ -315,9 +317,18 @@ class Checkpoint:
             ) from None
 
     @functools.cached_property
-    def _handles(self) -> dict[str, Any]:
-        """Open files, by name."""
-        return {}
+    def _opened(self) -> functools._lru_cache_wrapper[Any]:
+        """Opens a file by its name, or hands out the one that is open: the last `OPEN_FILES` are.
+
+        A file that was read stays mapped while it is open, and its pages are given back when it is closed: the thread
+        that reads ahead does that beside the work, the end of the process would do it for the whole model at once.
+        """
+        folder = self.folder  # not self, which would then live until the garbage collector comes
+        return functools.lru_cache(OPEN_FILES)(lambda file: safe_open(folder / file, "pt"))
+
+    def close(self) -> None:
+        """Closes all files; one that is read again is opened again."""
+        self._opened.cache_clear()
 
     def plain_tensor(self, name: str) -> Tensor:
         """A tensor that belongs to no merged expert, as `tensor` gives it.  Raises CheckpointError when it is missing,
@@ -325,7 +336,7 @@ class Checkpoint:
         self._require(name)
         self._check_dtype(name)
         tensor = self.tensor(name)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise CheckpointError(f"{shown(name)} in {self.file_of(name)} holds NaN or infinite values: fetch it again")
         return tensor
 
@@ -361,7 +372,7 @@ class Checkpoint:
             name, weight = stored, self.tensor(stored, device=device)
         self._check_shape(name, tuple(weight.shape), index)
         weight = weight.to(device, torch.bfloat16)
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise CheckpointError(
                 f"{shown(name)} in {shown(self.folder, 200)} holds NaN or infinite values: fetch or convert the source "
                 "again"
@@ -388,7 +399,7 @@ class Checkpoint:
         if steps.dtype != torch.bfloat16:
             raise CheckpointError(f"{name}: dtype {steps.dtype}, steps are {torch.bfloat16}")
         self._check_shape(name, tuple(steps.shape), self.family.projections.index(projection))
-        if not bool(torch.isfinite(steps).all()):
+        if not all_finite(steps):
             raise CheckpointError(
                 f"{shown(name)} in {shown(self.folder, 200)} holds NaN or infinite values: copy it again"
             )

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from puzzlemoe_offline.finite import all_finite
 from puzzlemoe_vllm.errors import UserError, shown
 from puzzlemoe_vllm.format.fp8 import FP8_BLOCK, scale_shape
 from puzzlemoe_vllm.format.shards import TensorInfo
@@ -133,5 +133,5 @@ def _scale_of(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo], fo
 
 def check_scale(name: str, scale: Tensor) -> None:
     """Raises Fp8Error for a scale that is NaN or infinite."""
-    if not bool(torch.isfinite(scale.float()).all()):
+    if not all_finite(scale.float()):
         raise Fp8Error(f"tensor {shown(name, 80)} holds NaN or infinite scales: fetch it again")

@@ -42,9 +42,14 @@ class LayerExperts:
             self._stacked = None
             ahead = self._ahead if self._ahead and self._ahead[0] == layer else self._begin(layer)
             self.layer, self._stacked, self._ahead = layer, ahead[1].result(), None
-            if following := [index for index in self.checkpoint.moe_layers if index > layer]:
-                self._ahead = self._begin(following[0])
+            self.read_ahead(layer + 1)
         return self._stacked
+
+    def read_ahead(self, start: int) -> None:
+        """On a GPU starts to read the first layer with experts from `start` on."""
+        following = [index for index in self.checkpoint.moe_layers if index >= start]
+        if self._on_gpu and following:
+            self._ahead = self._begin(following[0])
 
     def _begin(self, layer: int) -> tuple[int, Future[StackedExperts]]:
         """Starts reading a layer."""

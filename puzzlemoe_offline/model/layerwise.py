@@ -320,7 +320,8 @@ class LayerwiseModel:
                 value = self.checkpoint.plain_tensor(on_disk)
                 # What transformers computes in float32 whatever the model's dtype, e.g. a router's bias, or vLLM does.
                 dtype = torch.float32 if self.checkpoint.kept_in_float32(on_disk) else held.dtype
-                set_module_tensor_to_device(module, name, self.device, value=value, dtype=dtype)
+                # Emptying the GPU's cache after every tensor, the default, would have its memory asked for anew.
+                set_module_tensor_to_device(module, name, self.device, value=value, dtype=dtype, clear_cache=False)
         empty = [name for name, buffer in module.named_buffers() if buffer.device.type == "meta" != self.device.type]
         if empty:
             raise self._row_error(f"{prefix}.{empty[0]}")

@@ -7,6 +7,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
+from puzzlemoe_offline.finite import all_finite
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.model.fp8_layers import fp8_tensors
@@ -78,7 +79,7 @@ def as_written(checkpoint: Checkpoint, name: str) -> Tensor:
     if checkpoint.kept_in_float32(name):
         return stored
     tensor = stored.to(torch.bfloat16)
-    if not bool(torch.isfinite(tensor).all()):
+    if tensor is not stored and not all_finite(tensor):
         raise CheckpointError(f"{name} in {checkpoint.file_of(name)} holds values too large for bf16: fetch it again")
     return tensor
 

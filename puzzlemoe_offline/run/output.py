@@ -220,7 +220,7 @@ class ModelFolder:
         they are until that call.  The record gets the seconds that this call took.
         """
         began = time.perf_counter()
-        self._wait()
+        self.wait()
         files = {self._partial_shard: (to_host(tensors), self.metadata)}
         if state is not None:
             files[self._partial_state] = {"state": state}, {"format": "pt"}
@@ -277,8 +277,8 @@ class ModelFolder:
             self.work.write_json(self.work.record(number), finished)
             self.work.state(number - 1).unlink(missing_ok=True)
 
-    def _wait(self) -> None:
-        """For the shard before to be finished: no more than one is written behind."""
+    def wait(self) -> None:
+        """Returns when the shard before is finished: no more than one is written behind."""
         if self._outstanding:
             self._outstanding.result()
             self._outstanding = None
@@ -289,7 +289,7 @@ class ModelFolder:
 
     def finish(self, config: dict[str, Any], source: Path, files: dict[str, str]) -> None:
         """Copies the source's small files, writes `files`, then index and config.json, and drops the work folder."""
-        self._wait()
+        self.wait()
         with writing(self.folder):
             for path in small_files(source):
                 if path.name not in files:

@@ -29,6 +29,9 @@ class Report(BaseModel):
     """Sizes in bytes, errors relative (||difference|| / ||original||), times in seconds.
 
     recipe: what was chosen, and what it came to.  bytes_per_token: of experts that one token loads, see `_loaded`.
+    seconds: start (imports, checks, fetching), text (calibration text as tokens), embed (hidden states before the first
+    layer), those of all layers as `LayerRecord` has them, finish (what is outside layers, and the shards written
+    behind).  Of a resumed run those of its layers are of all, the others its own.
     """
 
     source: str
@@ -53,9 +56,16 @@ class Report(BaseModel):
         return [layer for layer in self.layers if layer.order or layer.centres]
 
 
-def build_report(job: Job, calibration: Calibration | None, records: list[LayerRecord]) -> Report:
-    """The report of a run that has written all layers."""
-    stages = sorted({stage for record in records for stage in record.seconds})
+def layer_seconds(records: list[LayerRecord]) -> dict[str, float]:
+    """Seconds of all layers by stage, in the order of the work."""
+    stages = dict.fromkeys(stage for record in records for stage in record.seconds)
+    return {stage: sum(record.seconds.get(stage, 0.0) for record in records) for stage in stages}
+
+
+def build_report(
+    job: Job, calibration: Calibration | None, records: list[LayerRecord], seconds: dict[str, float]
+) -> Report:
+    """The report of a run that has written all layers, and took so many seconds by stage."""
     return Report(
         source=job.source,
         revision=job.revision,
@@ -72,7 +82,7 @@ def build_report(job: Job, calibration: Calibration | None, records: list[LayerR
             update={"experts_after": sum(record.expert_bytes or 0 for record in records)} if job.method.packs else {}
         ),
         bytes_per_token=_loaded(job, calibration, records) if calibration else None,
-        seconds={stage: sum(record.seconds.get(stage, 0.0) for record in records) for stage in stages},
+        seconds=seconds,
         layers=records,
     )
 

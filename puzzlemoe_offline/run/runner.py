@@ -19,7 +19,8 @@ from puzzlemoe_offline.run.card import model_card
 from puzzlemoe_offline.run.files import OutputError
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.output import ModelFolder
-from puzzlemoe_offline.run.report import REPORT, Report, build_report, provenance
+from puzzlemoe_offline.run.report import REPORT, Report, build_report, layer_seconds, provenance
+from puzzlemoe_offline.run.stages import Stages
 from puzzlemoe_vllm.format.layout import TRANSFORMERS_WEIGHTS
 from puzzlemoe_vllm.format.shards import CARD
 
@@ -46,17 +47,18 @@ def run(
     out: Path,
     resume: bool = False,
     on_layer: Callable[[LayerRecord], None] = lambda record: None,
+    stages: Stages | None = None,
 ) -> Report | None:
     """Writes the model to `out` and returns the report; None when an earlier run of the same job has finished it and
     `resume` allows that.
 
     calibration: None for a method that needs none.  on_layer is called as each layer is written, also for those that
-    an earlier run finished.
+    an earlier run finished.  stages: of the command so far, which the report lists with those of the run.
     Raises UserError; finished layers stay and `resume` goes on from there.
     """
     folder = check(job, out, resume)
     with folder.opened(job.fingerprint(calibration), resume, job.disk_bytes) as finished:
-        return None if finished is None else _write(job, calibration, folder, finished, on_layer)
+        return None if finished is None else _write(job, calibration, folder, finished, on_layer, stages or Stages())
 
 
 def _write(
@@ -65,6 +67,7 @@ def _write(
     folder: ModelFolder,
     finished: list[LayerRecord | None],
     on_layer: Callable[[LayerRecord], None],
+    stages: Stages,
 ) -> Report:
     """Writes what is not finished yet."""
     checkpoint = job.checkpoint
@@ -72,19 +75,25 @@ def _write(
     records = [record for record in finished if record]
     for record in records:
         on_layer(record)
-    for new, states in _layers(job, calibration, folder, len(records)):
+    for new, states in _layers(job, calibration, folder, len(records), stages):
         record = new.record
         tensors = plain_tensors(checkpoint, record.layer, record.order, job.fp8) | new.tensors
         del new  # not to be held while the next layer is made
         last = record.layer + 1 == checkpoint.layers
+        record.seconds = {"load": stages.lap() - sum(record.seconds.values())} | record.seconds
         folder.write_shard(record.layer, tensors, None if last else states, record, behind=job.on_gpu)
         del tensors
         records.append(record)
         on_layer(record)
+        stages.lap()
+    stages.seconds |= layer_seconds(records)
     for number, tensors_of in enumerate((tensors_outside_layers, copied_tensors), checkpoint.layers):
         if len(finished) <= number < job.shards:
             folder.write_shard(number, tensors_of(checkpoint), None, None)
-    report = build_report(job, calibration, records)
+    checkpoint.close()  # while the last shard is read for its digest
+    folder.wait()
+    stages.end("finish")
+    report = build_report(job, calibration, records, stages.seconds)
     files = {REPORT: report.text(), CARD: model_card(job, report)}
     folder.finish(_config(job, calibration, records), checkpoint.folder, files | tokenizer)
     return report
@@ -111,13 +120,14 @@ def _config(job: Job, calibration: Calibration | None, records: list[LayerRecord
 
 
 def _layers(
-    job: Job, calibration: Calibration | None, folder: ModelFolder, start: int
+    job: Job, calibration: Calibration | None, folder: ModelFolder, start: int, stages: Stages
 ) -> Iterator[tuple[NewLayer, Tensor | None]]:
     """Every layer from `start` on, with the calibration tokens' hidden states after it."""
     checkpoint, device = job.checkpoint, job.device
     experts = LayerExperts(checkpoint, device)
     if start == checkpoint.layers:
         return
+    experts.read_ahead(start)  # while the tokens are embedded
     if not job.method.passes:
         for index in range(start, checkpoint.layers):
             yield _new_layer(job, index, experts, None), None
@@ -132,6 +142,7 @@ def _layers(
         batches = tokens.split(windows)
         for batch in (batches[0], batches[-1]):
             model.embed(batch)
+    stages.end("embed")
     for index, layer in model.layers(experts, start):
         passes = LayerPasses(layer, states, after, windows, device, job.method.passes if layer.experts else 1)
         if not layer.experts:

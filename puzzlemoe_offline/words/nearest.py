@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ProjectionInputs
+from puzzlemoe_offline.finite import all_finite
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.least_squares import merge_least_squares
 from puzzlemoe_offline.words.merged_pair import MergedPair
@@ -135,7 +136,7 @@ def fit_mask16(
 
 def check_finite(weights: tuple[Tensor, ...]) -> None:
     """Raises UnencodableWeight for a weight that no word holds."""
-    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+    if not all(map(all_finite, weights)):
         raise UnencodableWeight("a weight is NaN or infinite")
 
 

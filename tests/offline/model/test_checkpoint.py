@@ -17,7 +17,7 @@ from support.runs import compress_pairs, unpack
 from typer.testing import CliRunner
 
 from puzzlemoe_offline.cli.main import app
-from puzzlemoe_offline.model.checkpoint import Checkpoint
+from puzzlemoe_offline.model.checkpoint import OPEN_FILES, Checkpoint
 from puzzlemoe_offline.model.families import expert_groups
 from puzzlemoe_offline.model.hub import small_files
 from puzzlemoe_offline.model.inspection import inspect
@@ -366,3 +366,29 @@ def test_values_that_bf16_cannot_hold(source, tmp_path):
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight in model\.safetensors holds values too large"):
         compress_pairs(source, tmp_path / "out")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not say which files are mapped")
+def test_files_that_were_read_do_not_stay_mapped(source):
+    tensors = list(load_file(source / "model.safetensors").items())
+    (source / "model.safetensors").unlink()
+    for number in range(2 * OPEN_FILES):
+        save_file(dict(tensors[number :: 2 * OPEN_FILES]), source / f"part-{number}.safetensors")
+
+    def mapped() -> set[str]:
+        return {
+            line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if f"{source}/part-" in line
+        }
+
+    checkpoint = Checkpoint(source)
+    for name, tensor in tensors:  # one after the other, as they lie in different files
+        assert torch.equal(checkpoint.tensor(name), tensor)
+        assert 1 <= len(mapped()) <= OPEN_FILES
+    held = checkpoint.tensor(tensors[0][0])
+    for name, _ in tensors[1:]:
+        checkpoint.tensor(name)
+    assert torch.equal(held, tensors[0][1])  # a tensor outlives its file's turn
+    del held
+    checkpoint.close()
+    assert not mapped()
+    assert torch.equal(checkpoint.tensor(tensors[0][0]), tensors[0][1])

@@ -30,6 +30,7 @@ from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_offline.run.output import ModelFolder
 
+STAGES = ["start", "text", "embed", "load", "calibrate", "pair", "merge", "write", "finish"]
 OPTIONS = ["--recipe", "paper", "--samples", "8", "--sequence-length", "128", "--seed", "3"]
 
 
@@ -148,11 +149,34 @@ def test_the_report_measures_what_was_lost(packed, quarter):
     half, less = (json.loads((folder / "puzzlemoe_report.json").read_text()) for folder in (packed, quarter))
     assert half["bytes"]["experts_after"] * 2 == half["bytes"]["experts_before"]
     assert less["bytes"]["experts_after"] * 4 == less["bytes"]["experts_before"] * 3
-    assert set(half["seconds"]) == {"calibrate", "pair", "merge", "write"}
+    assert list(half["seconds"]) == STAGES
     for layer, kinder in zip(half["layers"], less["layers"], strict=True):
         assert sum(layer["tokens"]) == 8 * 128 * 2
         assert all(0.1 < error < 0.5 for error in layer["weight_error"])
         assert 0 < kinder["output_error"] < layer["output_error"] < 0.6
+
+
+def test_the_stages_leave_no_gap(example, tmp_path, monkeypatch):
+    plain_tensor = Checkpoint.plain_tensor
+
+    def slow(self: Checkpoint, name: str) -> torch.Tensor:
+        time.sleep(0.02)
+        return plain_tensor(self, name)
+
+    monkeypatch.setattr(Checkpoint, "plain_tensor", slow)
+    began = time.perf_counter()
+    done = puzzlemoe(
+        "compress", example / "model", tmp_path / "out", "--calibration", example / "calibration.txt", *OPTIONS
+    )
+    whole = time.perf_counter() - began
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "puzzlemoe_report.json").read_text())
+    assert 0.9 * whole < sum(report["seconds"].values()) < whole
+    for stage in ("load", "calibrate", "pair", "merge", "write"):
+        assert report["seconds"][stage] == pytest.approx(sum(layer["seconds"][stage] for layer in report["layers"]))
+    layers, plain = len(report["layers"]), len(Checkpoint(example / "model").layer(0).plain)
+    assert report["seconds"]["load"] > 2 * layers * plain * 0.02  # for the model, and to be written
+    assert report["seconds"]["finish"] > 0.02 * len(Checkpoint(example / "model").outside)
 
 
 def test_a_dry_run_writes_nothing(example, tmp_path):

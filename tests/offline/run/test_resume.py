@@ -262,7 +262,7 @@ def test_tensors_written_behind_are_those_written_before_the_call_returns(tmp_pa
         with folder.opened("run", False, 0):
             folder.write_shard(0, tensors, state, None, behind)
             folder.write_shard(1, tensors, None, None, behind)
-            folder._wait()
+            folder.wait()
     for file in ("model-00001-of-00002.safetensors", f"{WORK}/shard-00000.json", f"{WORK}/shard-00001.json"):
         assert (tmp_path / "now" / file).read_bytes() == (tmp_path / "behind" / file).read_bytes()
     folder = ModelFolder(tmp_path / "full", 2, {"format": "pt"})
