@@ -26,7 +26,7 @@ from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.recipe import CODE_OF_BITS
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.version import VERSION
-from puzzlemoe_vllm.format.shards import ShardHeader, TensorInfo
+from puzzlemoe_vllm.format.headers import ShardHeader, TensorInfo
 
 _SIGMOID = {
     "scoring_func": "sigmoid",

@@ -39,7 +39,7 @@ const Kernel* find_kernel(int index);
 // kFunction and kSharedBytes.
 template <template <class, class, bool> class Gemm, class Tile, uint32_t kCodes>
 struct Launcher {
-  static_assert(kCodes & codes(PM_CODE_MASK16), "dense experts are multiplied as mask16's");
+  static_assert(kCodes & codes(PM_CODE_MASK16), "its decoder is the one that reads dense experts");
 
   template <class Product>
   static cudaError_t launch_product(const GroupedGemm& gemm, cudaStream_t stream) {

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from puzzlemoe_vllm.format.files import read_json_object
 from puzzlemoe_vllm.format.fp8 import FP8_BLOCK
 from puzzlemoe_vllm.format.layout import (
     EXPERT_COUNTS,
@@ -23,7 +24,6 @@ from puzzlemoe_vllm.format.layout import (
     decoder_layer,
     parse_config,
 )
-from puzzlemoe_vllm.format.shards import read_json_object
 from puzzlemoe_vllm.served_files import ServedFiles, wants_digests
 
 logger = init_logger(__name__)

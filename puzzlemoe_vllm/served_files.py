@@ -14,7 +14,8 @@ from vllm.logger import init_logger
 
 from puzzlemoe_vllm.errors import shown
 from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig
-from puzzlemoe_vllm.format.shards import INDEX, check_digests, check_headers
+from puzzlemoe_vllm.format.packed_folder import check_headers
+from puzzlemoe_vllm.format.shards import INDEX, check_digests
 
 logger = init_logger(__name__)
 

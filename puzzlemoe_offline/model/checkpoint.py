@@ -30,7 +30,9 @@ from puzzlemoe_offline.model.other_formats import (
 from puzzlemoe_offline.model.weight_files import CheckpointError, read_headers
 from puzzlemoe_vllm.errors import shown
 from puzzlemoe_vllm.format.codes import PairCode, get_code
+from puzzlemoe_vllm.format.files import read_json_object
 from puzzlemoe_vllm.format.fp8 import dequantize
+from puzzlemoe_vllm.format.headers import DTYPE_BITS, FP8_DTYPES, ShardHeader, TensorInfo
 from puzzlemoe_vllm.format.layout import (
     STEPS,
     WORDS,
@@ -40,14 +42,7 @@ from puzzlemoe_vllm.format.layout import (
     weight_name,
     words_name,
 )
-from puzzlemoe_vllm.format.shards import (
-    DTYPE_BITS,
-    FP8_DTYPES,
-    ShardHeader,
-    TensorInfo,
-    check_headers,
-    read_json_object,
-)
+from puzzlemoe_vllm.format.packed_folder import check_headers
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """dtypes that weights may have, by their names in headers."""

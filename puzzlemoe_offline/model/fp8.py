@@ -15,7 +15,7 @@ from torch import Tensor
 from puzzlemoe_offline.finite import all_finite
 from puzzlemoe_vllm.errors import UserError, shown
 from puzzlemoe_vllm.format.fp8 import FP8_BLOCK, scale_shape
-from puzzlemoe_vllm.format.shards import TensorInfo
+from puzzlemoe_vllm.format.headers import TensorInfo
 
 FP8 = "F8_E4M3"
 """dtype of FP8 weights, as headers spell it."""

@@ -24,16 +24,9 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.weight_files import CheckpointError, check_places, files_without_index
 from puzzlemoe_vllm.errors import shown
-from puzzlemoe_vllm.format.shards import (
-    INDEX,
-    LFS_POINTER,
-    ShardHeader,
-    header_length,
-    open_regular,
-    parse_header,
-    read_header,
-    read_weight_map,
-)
+from puzzlemoe_vllm.format.files import open_regular
+from puzzlemoe_vllm.format.headers import LFS_POINTER, ShardHeader, header_length, parse_header, read_header
+from puzzlemoe_vllm.format.shards import INDEX, read_weight_map
 
 SMALL_FILES = (
     "*.json",

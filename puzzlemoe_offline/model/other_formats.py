@@ -9,8 +9,8 @@ from typing import Any
 
 from puzzlemoe_offline.model.fp8 import form_of
 from puzzlemoe_vllm.errors import UserError, shown
+from puzzlemoe_vllm.format.files import read_json_object
 from puzzlemoe_vllm.format.layout import QUANT_METHOD
-from puzzlemoe_vllm.format.shards import read_json_object
 
 ORIGINAL = "start from the 16-bit original, or from an FP8 one"
 

@@ -16,7 +16,7 @@ from transformers import (
 from puzzlemoe_offline.model.hub import small_files
 from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_vllm.errors import UserError, shown
-from puzzlemoe_vllm.format.shards import read_json_object
+from puzzlemoe_vllm.format.files import read_json_object
 
 CONFIG = "tokenizer_config.json"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from puzzlemoe_offline.model.other_formats import no_weights_reason
 from puzzlemoe_vllm.errors import UserError, shown
-from puzzlemoe_vllm.format.shards import INDEX, ShardHeader, read_header, read_index
+from puzzlemoe_vllm.format.headers import ShardHeader, read_header
+from puzzlemoe_vllm.format.shards import INDEX, read_index
 
 WHOLE = "model.safetensors"
 """The file of a model that is not split: other files beside it are not the model's."""

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from puzzlemoe_vllm.errors import UserError
+from puzzlemoe_vllm.format.files import file_digest
 from puzzlemoe_vllm.format.layout import LayoutError
-from puzzlemoe_vllm.format.shards import ShardRecord, file_digest
+from puzzlemoe_vllm.format.shards import ShardRecord
 
 STATE_BLOCK = 1 << 25
 """Bytes of a file of hidden states that one thread reads at a time."""

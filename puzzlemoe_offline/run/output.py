@@ -29,17 +29,10 @@ from puzzlemoe_offline.model.hub import small_files
 from puzzlemoe_offline.run.files import OutputError, StateRecord, is_intact, put, sync, write_file, writing
 from puzzlemoe_offline.run.report import REPORT
 from puzzlemoe_offline.run.work import FinishedShard, WorkFolder
+from puzzlemoe_vllm.format.files import file_digest, read_json_object
 from puzzlemoe_vllm.format.layout import LayoutError, parse_config
-from puzzlemoe_vllm.format.shards import (
-    INDEX,
-    ShardRecord,
-    check_headers,
-    file_digest,
-    index_with_records,
-    read_json_object,
-    record_shard,
-    save_shard,
-)
+from puzzlemoe_vllm.format.packed_folder import check_headers
+from puzzlemoe_vllm.format.shards import INDEX, ShardRecord, index_with_records, record_shard, save_shard
 
 CONFIG = "config.json"
 

@@ -32,8 +32,8 @@ from puzzlemoe_offline.run.output import OutputError
 from puzzlemoe_offline.score.perplexity import perplexity
 from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.codes import UnencodableWeight
+from puzzlemoe_vllm.format.headers import read_header
 from puzzlemoe_vllm.format.layout import LayoutError
-from puzzlemoe_vllm.format.shards import read_header
 
 EXPERT = "model.layers.1.mlp.experts.5.down_proj.weight"
 

@@ -25,7 +25,8 @@ from puzzlemoe_offline.model.hub import locate, open_by_headers
 from puzzlemoe_offline.model.layerwise import LayerwiseModel
 from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_vllm.errors import UserError
-from puzzlemoe_vllm.format.shards import INDEX, read_header
+from puzzlemoe_vllm.format.headers import read_header
+from puzzlemoe_vllm.format.shards import INDEX
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HEAD = "lm_head.weight"

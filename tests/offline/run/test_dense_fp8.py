@@ -21,7 +21,7 @@ from puzzlemoe_offline.model.fp8_layers import fp8_bytes, fp8_weights
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_vllm.format.fp8 import dequantize, quantize
 from puzzlemoe_vllm.format.layout import LayoutError, parse_config
-from puzzlemoe_vllm.format.shards import check_headers
+from puzzlemoe_vllm.format.packed_folder import check_headers
 
 METHOD = PairMethod(PairRecipe(saliency="magnitude"))
 ATTENTION = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "kqvo"]

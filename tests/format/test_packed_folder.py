@@ -17,19 +17,17 @@ from safetensors.torch import load_file, save_file
 from support.packed_folders import HIDDEN, KINDS, build, write
 from torch import Tensor
 
+from puzzlemoe_vllm.format.files import file_digest, open_regular, read_json_object
+from puzzlemoe_vllm.format.headers import read_header
 from puzzlemoe_vllm.format.layout import LayoutError, PuzzleConfig, parse_config
+from puzzlemoe_vllm.format.packed_folder import check_headers
 from puzzlemoe_vllm.format.shards import (
     INDEX,
     ShardRecord,
     check_digests,
-    check_headers,
-    file_digest,
     has_digests,
     index_with_records,
-    open_regular,
-    read_header,
     read_index,
-    read_json_object,
     record_shard,
     save_shard,
     shard_metadata,
