@@ -9,22 +9,29 @@ tile's path then leads from that state back to it.  With `SEAM` places on either
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from puzzlemoe_vllm.format.codes import TrellisCode
-from puzzlemoe_vllm.format.codes.trellis import values
+from puzzlemoe_vllm.format.codes.trellis import PLACES, values
+
+logger = logging.getLogger(__name__)
+
+PassOn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+LANES = 16
+"""Numbers in a CPU's longest vectors."""
 
 SEAM = 32
 """Places before and after the last one of a tile that choose its state."""
 
-TILES = {"cpu": 4, "cuda": 256}
-"""Tiles whose costs of all states are in memory at once: few enough for a CPU's cache, enough to keep a GPU busy."""
-
-PATHS = {"cpu": 32, "cuda": 256}
-"""Tiles whose least costs of groups at every place are, so that their paths are read back together."""
+COSTS = {"cpu": 1 << 27, "cuda": 1 << 30}
+"""Bytes of costs of the tiles whose paths are found together: of all groups at every place, or of all states at one.
+The more, the less each tile takes in Python."""
 
 
 def encode(code: TrellisCode, targets: Tensor, weights: Tensor) -> Tensor:
@@ -40,12 +47,15 @@ def encode(code: TrellisCode, targets: Tensor, weights: Tensor) -> Tensor:
             from puzzlemoe_offline.words.trellis_kernels import encode as encode_in_kernel
 
             return encode_in_kernel(code, targets, weights)
-    at_once = PATHS[targets.device.type]
+    numbers = max(PLACES << code.state_bits - code.bits, 8 << code.state_bits)
+    at_once = COSTS[targets.device.type] // (4 * numbers)
     parts = zip(targets.split(at_once), weights.split(at_once), strict=True)
     return torch.cat([_encode(code, *part) for part in parts])
 
 
 def _encode(code: TrellisCode, targets: Tensor, weights: Tensor) -> Tensor:
+    if len(targets) == 1:  # for which torch would compile once more
+        return _encode(code, targets.expand(2, -1, -1), weights.expand(2, -1, -1))[:1]
     trellis = _trellis(code, targets.device)
     around = [torch.cat([part[:, -SEAM:], part[:, :SEAM]], dim=1) for part in (targets, weights)]
     seam = trellis.path(around[0], around[1])[:, SEAM - 1]
@@ -55,84 +65,95 @@ def _encode(code: TrellisCode, targets: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Trellis:
-    """The states of a code, in an order in which those of one group are a stride apart: by the bits that leave next.
+    """The states of a code: a state is the number (word, what stays, what leaves) with the bits of a word in first and
+    last place, and its group the number (word, what stays).
 
-    states: int64 [S], by place in that order.  features: float32 [4, S], both values and their squares.
-    shape: of costs by leaving bits and what is left.  spread: the shape in which costs of groups are added to them.
-    group: place of each group by its number, a state without the bits that leave; before: place of the group before
-    each state, in the shape of `spread`.
+    values: of both positions, float32 [what stays, words / lanes, what leaves, lanes], where a vector's lanes are words
+    that follow one another.  pass_on: computes `_least_of_groups`.
     """
 
     code: TrellisCode
-    states: Tensor
-    features: Tensor
-    shape: tuple[int, int, int]
-    spread: tuple[int, int, int]
-    group: Tensor
-    before: Tensor
+    values: tuple[Tensor, Tensor]
+    pass_on: PassOn
 
     def path(self, targets: Tensor, weights: Tensor, seam: Tensor | None = None) -> Tensor:
         """int64 [tiles, places], the states of the cheapest path from state `seam` back to it, or from any to any."""
-        places = targets.shape[1]
-        at_once = TILES[targets.device.type]
-        seams = [None] * -(-len(targets) // at_once) if seam is None else seam.split(at_once)
-        blocks = zip(targets.split(at_once), weights.split(at_once), seams, strict=True)
-        histories, lasts = zip(*(self._forward(*block) for block in blocks), strict=True)
-        last = torch.cat(lasts)
-        state = self.states[last.argmin(dim=1)] if seam is None else seam
-        found = [state]
+        targets, weights = targets.transpose(0, 1).contiguous(), weights.transpose(0, 1).contiguous()
+        history = self._least(targets, weights, seam)
         leaving = torch.arange(2**self.code.bits, device=targets.device)
-        for place in range(places - 2, -1, -1):
+        if seam is None:
+            every = torch.arange(2**self.code.state_bits, device=targets.device)
+            state = self._costs(every[None], targets[-1], weights[-1], history[-1]).argmin(dim=1)
+        else:
+            state = seam
+        found = [state]
+        for place in range(len(targets) - 2, -1, -1):
             candidates = self._group_before(state)[:, None] << self.code.bits | leaving
-            value0, value1 = values(candidates)
-            target, weight = targets[:, place, :, None], weights[:, place, :, None]
-            cost = weight[:, 0] * (value0 - target[:, 0]).square() + weight[:, 1] * (value1 - target[:, 1]).square()
-            history = torch.cat([least[place] for least in histories])
-            cost += history.gather(1, self.group[self._group_before(candidates)])
+            cost = self._costs(candidates, targets[place], weights[place], history[place])
             state = candidates.gather(1, cost.argmin(dim=1, keepdim=True))[:, 0]
             found.append(state)
         return torch.stack(found[::-1], dim=1)
+
+    def _least(self, targets: Tensor, weights: Tensor, seam: Tensor | None) -> list[Tensor]:
+        """Least costs of the groups before each place, float32 [tiles, groups]."""
+        words, groups = 2**self.code.bits, 2 ** (self.code.state_bits - self.code.bits)
+        least = targets.new_zeros(targets.shape[1], groups)
+        if seam is not None:
+            least = torch.full_like(least, torch.inf).scatter_(1, (seam >> self.code.bits)[:, None], 0.0)
+        history = [least]
+        for target, weight in zip(targets[:-1], weights[:-1], strict=True):
+            before = history[-1].view(-1, groups // words, 1, words, 1)
+            least = self.pass_on(*self.values, target, weight, before)
+            history.append(least.view(-1, groups // words, words).mT.reshape(-1, groups))
+        return history
+
+    def _costs(self, states: Tensor, target: Tensor, weight: Tensor, before: Tensor) -> Tensor:
+        """Least costs of paths to states, int64 [tiles or 1, n], of one place; before: of the groups before it."""
+        groups = self._group_before(states).expand(len(before), -1)
+        return _errors(*values(states), target[..., None], weight[..., None]) + before.gather(1, groups)
 
     def _group_before(self, state: Tensor) -> Tensor:
         """Number of the group of states that may come before states."""
         group: Tensor = state & 2 ** (self.code.state_bits - self.code.bits) - 1
         return group
 
-    def _forward(self, targets: Tensor, weights: Tensor, seam: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Least costs of the groups before each place, float32 [tiles, groups], and those of the last place's states,
-        [tiles, S]."""
-        tiles, places, _ = targets.shape
-        terms = torch.cat([-2 * weights * targets, weights], dim=2)
-        constant = (weights * targets.square()).sum(dim=2)
-        least = targets.new_zeros(tiles, len(self.group))
-        if seam is not None:
-            least = torch.full_like(least, torch.inf)
-            least.scatter_(1, self.group[seam >> self.code.bits][:, None], 0.0)
-        costs = targets.new_empty(tiles, len(self.states))
-        history = []
-        for place in range(places):
-            history.append(least)
-            torch.mm(terms[:, place], self.features, out=costs)
-            before = least.index_select(1, self.before).add_(constant[:, place, None])
-            costs.view(tiles, *self.shape).add_(before.view(tiles, *self.spread))
-            least = costs.view(tiles, self.shape[0], -1).amin(dim=1)
-        return history, costs
+
+def _errors(value0: Tensor, value1: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted squared errors [tiles, ...] of values in place of targets [tiles, 2, ...]."""
+    error: Tensor = weight[:, 0] * (value0 - target[:, 0]).square() + weight[:, 1] * (value1 - target[:, 1]).square()
+    return error
+
+
+def _least_of_groups(value0: Tensor, value1: Tensor, target: Tensor, weight: Tensor, before: Tensor) -> Tensor:
+    """Least costs of paths to groups [tiles, what stays, words / lanes, lanes] at a place with targets and weights
+    [tiles, 2]; before: of those to the groups before it, [tiles, what stays, 1, what leaves, 1]."""
+    target, weight = (each[:, :, None, None, None, None] for each in (target, weight))
+    return (_errors(value0, value1, target, weight) + before).amin(dim=3)
+
+
+def _compiled(value0: Tensor, value1: Tensor) -> PassOn:
+    """`_least_of_groups` of any number of tiles as one loop, which takes a CPU a fraction of the time; as it is where
+    torch finds no compiler for C++."""
+    compiled: PassOn = torch.compile(_least_of_groups, dynamic=False)
+    stays, _, leaves, _ = value0.shape
+    tiles = torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2, stays, 1, leaves, 1)
+    for tensor in tiles:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    try:
+        compiled(value0, value1, *tiles)
+    except RuntimeError as reason:
+        logger.warning(
+            "without a C++ compiler (g++) trellis words take a CPU several times as long: %s",
+            str(reason).split("\n")[0],
+        )
+        return _least_of_groups
+    return compiled
 
 
 @functools.cache
 def _trellis(code: TrellisCode, device: torch.device) -> _Trellis:
-    words, between = 2**code.bits, 2 ** (code.state_bits - 2 * code.bits)
-    state = torch.arange(2**code.state_bits, device=device).view(words, between, words).movedim(2, 0)
-    group = torch.arange(words * between, device=device).view(words, between)
-    before = group.view(between, words).T
-    # The longer one is the inner dimension: sums over short rows are slow.
-    if between < words:
-        state, group = state.mT, group.T
-        shape, spread = (words, between, words), (words, between, 1)
-    else:
-        shape, spread = (words, words, between), (words, 1, between)
-    states = state.flatten()
-    value0, value1 = values(states)
-    features = torch.stack([value0, value1, value0.square(), value1.square()])
-    place = group.flatten().argsort()
-    return _Trellis(code, states, features, shape, spread, place, place[before.flatten()])
+    words = 2**code.bits
+    states = torch.arange(2**code.state_bits, device=device).view(words, -1, words)
+    lanes = states.unflatten(0, (-1, min(LANES, words))).permute(2, 0, 3, 1)
+    both = values(lanes.contiguous())
+    return _Trellis(code, both, _compiled(*both) if device.type == "cpu" else _least_of_groups)

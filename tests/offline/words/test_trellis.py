@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from puzzlemoe_offline.words import trellis
 from puzzlemoe_offline.words.trellis import _trellis, encode
 from puzzlemoe_vllm.format.codes import Decoder, TrellisCode, get_code
 from puzzlemoe_vllm.format.codes.trellis import places_of, values
@@ -106,3 +107,19 @@ def test_weights_of_zero_and_far_targets():
     assert words.shape == (1, 256)
     far = decoded(code, encode(code, targets, torch.ones_like(targets)))
     assert far.mean() > 20
+
+
+def test_without_a_compiler_the_words_are_the_same(monkeypatch, caplog):
+    code, (targets, weights) = get_code("trellis5"), random_tiles(3, 256)
+    compiled = encode(code, targets, weights)
+
+    def no_compiler(function, dynamic):
+        def call(*tensors):
+            raise RuntimeError("No working C++ compiler found\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(trellis, "_trellis", _trellis.__wrapped__)
+    assert torch.equal(encode(code, targets, weights), compiled)
+    assert "g++" in caplog.messages[0] and caplog.messages[0].endswith("No working C++ compiler found")
