@@ -19,7 +19,7 @@ from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.words.compensate import fit_neighbours
 from puzzlemoe_offline.words.factors import MomentsError, inverse_factors
-from puzzlemoe_offline.words.neurons import FacingNeurons
+from puzzlemoe_offline.words.neurons import face_itself
 from puzzlemoe_offline.words.pack import pairs_at_once
 from puzzlemoe_vllm.format.codes import TrellisCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.codes.trellis import TILE_COLUMNS
@@ -80,7 +80,7 @@ class SingleTrellis(LayerMethod):
 
     def _coded(self, layer: SourceLayer, ids: range, statistics: ExpertStatistics) -> list[Expert]:
         """Raises UnencodableWeight or MomentsError naming the experts and the projection."""
-        faced = [FacingNeurons.of(layer.expert(number), number, statistics) for number in ids]
+        faced = [face_itself(layer.expert(number), number, statistics) for number in ids]
         matrices = []
         for index, projection in enumerate(PROJECTIONS):
             weights = [its.expert.matrices[index] for its in faced]

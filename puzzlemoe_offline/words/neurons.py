@@ -40,15 +40,52 @@ def facing_order(energies: Tensor) -> Tensor:
     return torch.stack([order, order.flip(0)], dim=1)[: len(order) // 2].flatten()
 
 
-def _reordered(expert: Expert, order: Tensor) -> Expert:
-    """The same expert with its neurons in another order."""
-    return Expert(expert.gate[order], expert.up[order], expert.down[:, order])
+@dataclass(frozen=True)
+class OrderedExpert:
+    """An expert with its neurons in another order, as gate, up and down projection.
+
+    inputs: what they see; rows: float32 [rows] of each, how much the squared errors of its rows count.
+    """
+
+    expert: Expert
+    inputs: list[ProjectionInputs]
+    rows: list[Tensor]
 
 
-def _reordered_inputs(seen: ProjectionInputs, order: Tensor) -> ProjectionInputs:
-    """What its down projection sees."""
-    moments = None if seen.moments is None else seen.moments[order][:, order]
-    return ProjectionInputs(seen.norms[order], seen.tokens, moments)
+def face(
+    experts: tuple[Expert, Expert], ids: tuple[int, int], statistics: ExpertStatistics | None
+) -> tuple[OrderedExpert, OrderedExpert]:
+    """Two experts whose neurons face each other; ids: theirs in `statistics`, without which all input columns count the
+    same."""
+    (first, second), (inputs0, inputs1) = experts, map(_inputs_of, experts, ids, (statistics, statistics))
+    energies = neuron_energies(first, inputs0[2]), neuron_energies(second, inputs1[2])
+    order0, order1 = facing_orders(energies)
+    return _ordered(first, inputs0, energies[0], order0), _ordered(second, inputs1, energies[1], order1)
+
+
+def face_itself(expert: Expert, number: int, statistics: ExpertStatistics) -> OrderedExpert:
+    """One expert whose own neurons do; number: its id in `statistics`."""
+    inputs = _inputs_of(expert, number, statistics)
+    energies = neuron_energies(expert, inputs[2])
+    return _ordered(expert, inputs, energies, facing_order(energies))
+
+
+def _inputs_of(expert: Expert, number: int, statistics: ExpertStatistics | None) -> list[ProjectionInputs]:
+    return [
+        projection_inputs(statistics, number, index, matrix.shape[1], matrix.device)
+        for index, matrix in enumerate(expert.matrices)
+    ]
+
+
+def _ordered(expert: Expert, inputs: list[ProjectionInputs], energies: Tensor, order: Tensor) -> OrderedExpert:
+    gate, up, down = inputs
+    ordered, energies = Expert(expert.gate[order], expert.up[order], expert.down[:, order]), energies[order]
+    moments = None if down.moments is None else down.moments[order][:, order]
+    rows = [_row_importance(ordered.gate, gate, energies), _row_importance(ordered.up, up, energies)]
+    every_row = rows[0].new_ones(len(ordered.down))
+    return OrderedExpert(
+        ordered, [gate, up, ProjectionInputs(down.norms[order], down.tokens, moments)], [*rows, every_row]
+    )
 
 
 def _row_importance(matrix: Tensor, seen: ProjectionInputs, energies: Tensor) -> Tensor:
@@ -61,66 +98,3 @@ def _row_importance(matrix: Tensor, seen: ProjectionInputs, energies: Tensor) ->
     own = ((rows @ moments) * rows).sum(dim=1)
     relative = (energies / own).nan_to_num(0.0, 0.0, 0.0).clamp(min=0) ** POWER
     return (relative / relative.mean()).nan_to_num(1.0).clamp(min=LEAST)
-
-
-@dataclass(frozen=True)
-class FacingPair:
-    """Two experts with their neurons facing each other.
-
-    orders: in which they stand, int64 [I] twice; row_importance: of gate and up, float32 [I, 2], how much their rows
-    count in the pair.
-    """
-
-    experts: tuple[Expert, Expert]
-    orders: tuple[Tensor, Tensor]
-    row_importance: tuple[Tensor, Tensor]
-
-    def down_inputs(
-        self, inputs: tuple[ProjectionInputs, ProjectionInputs]
-    ) -> tuple[ProjectionInputs, ProjectionInputs]:
-        """What the down projections see."""
-        return _reordered_inputs(inputs[0], self.orders[0]), _reordered_inputs(inputs[1], self.orders[1])
-
-
-def face(experts: tuple[Expert, Expert], ids: tuple[int, int], statistics: ExpertStatistics | None) -> FacingPair:
-    """Two experts so ordered; ids: theirs in `statistics`, without which all input columns count the same."""
-
-    def seen(expert: Expert, number: int, index: int) -> ProjectionInputs:
-        matrix = expert.matrices[index]
-        return projection_inputs(statistics, number, index, matrix.shape[1], matrix.device)
-
-    first, second = (neuron_energies(expert, seen(expert, it, 2)) for expert, it in zip(experts, ids, strict=True))
-    orders = facing_orders((first, second))
-    faced = _reordered(experts[0], orders[0]), _reordered(experts[1], orders[1])
-    both = []
-    for expert, number, energies, order in zip(faced, ids, (first, second), orders, strict=True):
-        inputs = seen(expert, number, 0)  # of gate and up
-        both.append([_row_importance(expert.matrices[index], inputs, energies[order]) for index in (0, 1)])
-    gate, up = (torch.stack(rows, dim=1) for rows in zip(*both, strict=True))
-    return FacingPair(faced, orders, (gate, up))
-
-
-@dataclass(frozen=True)
-class FacingNeurons:
-    """One expert with its own neurons facing each other: in `facing_order`.
-
-    inputs: what its projections see; rows: float32 [rows] of each, how much they count.
-    """
-
-    expert: Expert
-    inputs: list[ProjectionInputs]
-    rows: list[Tensor]
-
-    @classmethod
-    def of(cls, expert: Expert, number: int, statistics: ExpertStatistics) -> FacingNeurons:
-        """number: the expert's id in `statistics`."""
-        gate, up, down = (
-            projection_inputs(statistics, number, index, matrix.shape[1], matrix.device)
-            for index, matrix in enumerate(expert.matrices)
-        )
-        energies = neuron_energies(expert, down)
-        order = facing_order(energies)
-        faced, energies = _reordered(expert, order), energies[order]
-        rows = [_row_importance(faced.gate, gate, energies), _row_importance(faced.up, up, energies)]
-        every_row = rows[0].new_ones(len(faced.down))
-        return cls(faced, [gate, up, _reordered_inputs(down, order)], [*rows, every_row])

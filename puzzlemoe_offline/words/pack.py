@@ -120,18 +120,18 @@ def pack_pairs(
     facing = None
     if isinstance(get_code(recipe.code), TrellisCode):
         facing = [face(pair, its_ids, statistics) for pair, its_ids in zip(experts, ids, strict=True)]
-        experts = [pair.experts for pair in facing]
+        experts = [(first.expert, second.expert) for first, second in facing]
     packed, factors = [], None
     for index, projection in enumerate(PROJECTIONS):
-        weights = [(getattr(first, projection), getattr(second, projection)) for first, second in experts]
-        columns, device = weights[0][0].shape[1], weights[0][0].device
-        seen = [[projection_inputs(statistics, expert, index, columns, device) for expert in pair] for pair in ids]
-        inputs = [(first, second) for first, second in seen]
+        weights = [(first.matrices[index], second.matrices[index]) for first, second in experts]
         rows = None
-        if facing and projection == "down":
-            inputs = [pair.down_inputs(its_inputs) for pair, its_inputs in zip(facing, inputs, strict=True)]
-        elif facing:
-            rows = torch.stack([pair.row_importance[index] for pair in facing])
+        if facing:
+            inputs = [(first.inputs[index], second.inputs[index]) for first, second in facing]
+            rows = torch.stack([torch.stack([one.rows[index] for one in pair], dim=1) for pair in facing])
+        else:
+            columns, device = weights[0][0].shape[1], weights[0][0].device
+            seen = [[projection_inputs(statistics, expert, index, columns, device) for expert in pair] for pair in ids]
+            inputs = [(first, second) for first, second in seen]
         try:
             # Up sees what gate does.
             if recipe.compensate and projection != "up" and inputs[0][0].moments is not None:
