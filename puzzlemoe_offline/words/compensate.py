@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.words.column_coders import BLOCK, Coder, NeighbourTiles, coder_of
-from puzzlemoe_offline.words.nearest import PackedMatrix, check_finite
+from puzzlemoe_offline.words.nearest import PackedMatrix, bounded_importance, check_finite
 from puzzlemoe_vllm.format.codes import PairCode, TrellisCode
 
 
@@ -37,6 +37,7 @@ def fit_compensated(
     check_finite((left,))
     importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
     importance /= torch.stack([pair.mean() for pair in importance.split(2)]).repeat_interleave(2)[:, None]
+    importance = torch.stack(bounded_importance(code, (importance[::2], importance[1::2])), dim=1).flatten(0, 1)
     return _code_columns(coder_of(code, group, left, rows), left, importance, factors).split(len(weights))
 
 

@@ -33,6 +33,10 @@ BALANCE = 0.5
 """Each expert's squares are divided by its token count to this power.  The sum over all calibration tokens, power 0,
 gives up too much of the rarer expert of a pair; the mean per token, power 1, too much of the other."""
 
+LEFT = 0.5
+"""Squared error, relative to its weights, that shared bits leave the lighter expert of a pair at most, by theory: the
+busiest expert may stand beside one that hardly a token chose, which must not be lost (`LOST`) for that."""
+
 STEP_MULTIPLES = (0.85, 0.95, 1.05, 1.15)
 """A group's step is the best of these multiples of the best step for normally distributed weights, then fitted to the
 words that it gave.  Trying more multiples lowers the error more than fitting words and step by turns does."""
@@ -90,7 +94,22 @@ def pair_importance(own: tuple[Tensor, Tensor], few: Tensor, recipe: PairRecipe)
         return own[0].masked_fill(few, 1), own[1].masked_fill(few, 1)
     mean = (own[0].mean(dim=-1, keepdim=True) + own[1].mean(dim=-1, keepdim=True)) / 2
     silent = mean == 0
-    return (own[0] / mean + UNSEEN).masked_fill(silent, 1), (own[1] / mean + UNSEEN).masked_fill(silent, 1)
+    both = (own[0] / mean + UNSEEN).masked_fill(silent, 1), (own[1] / mean + UNSEEN).masked_fill(silent, 1)
+    return bounded_importance(get_code(recipe.code), both)
+
+
+def bounded_importance(code: PairCode, importance: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Importance of two experts, [..., K] each; of trellis codes the heavier one's is lowered to what leaves the other
+    its bits (`LEFT`).
+
+    Where words share their bits, the squared error of an expert, relative to its weights, is the root of its partner's
+    importance over its own, over 2^bits.
+    """
+    if not isinstance(code, TrellisCode):
+        return importance
+    first, second = (each.mean(dim=-1, keepdim=True) for each in importance)
+    most = (LEFT * 2**code.bits) ** 2
+    return importance[0] * (most * second / first).clamp(max=1), importance[1] * (most * first / second).clamp(max=1)
 
 
 def column_importance(inputs: tuple[ProjectionInputs, ProjectionInputs], recipe: PairRecipe) -> tuple[Tensor, Tensor]:
