@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from support.host_compiler import COMPILER, needs_compiler
 
 SOURCE = Path(__file__).with_name("routing.cpp")
 CUDA = Path(__file__).parents[2] / "cuda"
 GROUPED = '#include "grouped.cuh"\n'
 
-COMPILER = shutil.which("g++") or shutil.which("clang++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+pytestmark = needs_compiler
 
 
 def part(text: str, pattern: str) -> str:

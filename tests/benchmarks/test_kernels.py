@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from support.layers import DEEPSEEK, DEEPSEEK_V3, GLM_AIR, MINIMAX_M2, MIXTRAL, QWEN3, QWEN3_NEXT, QWEN15
+from support.scripts import load_script
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels.py"
 L2 = 50e6
 """Bytes of the L2 cache of an H100 or H200."""
 MEMORY = 78 * 2**30
@@ -31,12 +28,7 @@ LAYERS = {
 @pytest.fixture(scope="module")
 def kernels() -> Any:
     pytest.importorskip("triton")
-    spec = importlib.util.spec_from_file_location("benchmarks_kernels", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there for their annotations
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/kernels.py")
 
 
 def test_every_layer_has_its_row(kernels):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,25 +11,14 @@ from types import ModuleType
 
 import pytest
 from filelock import FileLock
+from support.scripts import load_script
 
 from puzzlemoe_vllm.backends import cuda
-
-CUDA = Path(__file__).parents[2] / "cuda"
-
-
-def cuda_module(name: str) -> ModuleType:
-    """A module of the folder cuda/, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"puzzlemoe_cuda_{name}", CUDA / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
 def build() -> ModuleType:
-    return cuda_module("build")
+    return load_script("cuda/build.py")
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.host_compiler import COMPILER, needs_compiler
 
 SOURCE = Path(__file__).with_name("schedule.cpp")
 SCHEDULE = Path(__file__).parents[2] / "cuda" / "sm90" / "schedule.cuh"
 
-COMPILER = shutil.which("g++") or shutil.which("clang++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+pytestmark = needs_compiler
 
 
 def checked(source: Path, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from support.host_compiler import COMPILER, needs_compiler
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import cuda
@@ -18,8 +18,7 @@ SOURCE = Path(__file__).with_name("trellis_words.cpp")
 HEADER = Path(__file__).parents[2] / "cuda" / "trellis_words.cuh"
 INCLUDED = '#include "words.cuh"\n'
 
-COMPILER = shutil.which("g++") or shutil.which("clang++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+pytestmark = needs_compiler
 
 TRELLISES = [code for code in CODES.values() if isinstance(code, TrellisCode)]
 RAISED = 190

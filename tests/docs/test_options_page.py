@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from support.scripts import load_script
 from typer.testing import CliRunner
 
 from puzzlemoe_offline.cli.main import app
@@ -16,10 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def options_page():
-    spec = importlib.util.spec_from_file_location("options_page", ROOT / "tools" / "options_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/options_page.py")
 
 
 def test_it_is_current(options_page):

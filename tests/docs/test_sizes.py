@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.command import puzzlemoe
 from support.model_shapes import model_shapes
+from support.scripts import load_script
 from support.sparse import write_sparse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,12 +20,7 @@ MODELS = ("Mixtral-8x7B", "Qwen3-30B-A3B", "Qwen3-Next-80B-A3B", "GLM-4.5-Air", 
 
 @pytest.fixture(scope="module")
 def sizes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        spec = importlib.util.spec_from_file_location("sizes", ROOT / "benchmarks" / "sizes.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/sizes.py")
 
 
 @pytest.fixture(scope="module")
