@@ -48,6 +48,7 @@ class ExpertStatistics:
     hidden_squares float64 [E, I]: column sums of squares of the gate/up input and of the down projection's input
     SiLU(gate) * up; input_moments float32 [E, H, H] and hidden_moments float32 [E, I, I]: their second moments X'X, or
     None.
+    by_router: whether X's rows are multiplied by the router's weights, as the errors that they lead to are.
     """
 
     tokens: Tensor
@@ -56,10 +57,17 @@ class ExpertStatistics:
     hidden_squares: Tensor
     input_moments: Tensor | None
     hidden_moments: Tensor | None
+    by_router: bool = False
 
     @classmethod
     def zeros(
-        cls, experts: int, hidden: int, intermediate: int, device: torch.device, moments: bool = False
+        cls,
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        device: torch.device,
+        moments: bool = False,
+        by_router: bool = False,
     ) -> ExpertStatistics:
         """Statistics of no tokens."""
         return cls(
@@ -69,14 +77,18 @@ class ExpertStatistics:
             torch.zeros(experts, intermediate, dtype=torch.float64, device=device),
             torch.zeros(experts, hidden, hidden, device=device) if moments else None,
             torch.zeros(experts, intermediate, intermediate, device=device) if moments else None,
+            by_router,
         )
 
-    def observe(self, counts: dict[int, int], inputs: Tensor, hidden: Tensor) -> None:
-        """Adds one batch: inputs [m, H] and hidden [m, I], the rows of each expert after those of the one before, so
-        many as `counts` says."""
-        parts = zip(counts, inputs.split([*counts.values()]), hidden.split([*counts.values()]), strict=True)
-        for expert, its_inputs, its_hidden in parts:
+    def observe(self, counts: dict[int, int], inputs: Tensor, hidden: Tensor, weights: Tensor) -> None:
+        """Adds one batch: inputs [m, H], hidden [m, I] and the router's weights [m], the rows of each expert after
+        those of the one before, so many as `counts` says."""
+        parts = (rows.split([*counts.values()]) for rows in (inputs, hidden, weights[:, None]))
+        for expert, its_inputs, its_hidden, its_weights in zip(counts, *parts, strict=True):
             self.tokens[expert] += len(its_inputs)
+            if self.by_router:
+                its_inputs = (its_inputs * its_weights).to(its_inputs.dtype)
+                its_hidden = (its_hidden * its_weights).to(its_hidden.dtype)
             self.input_squares[expert] += its_inputs.float().square().sum(dim=0)
             self.hidden_squares[expert] += its_hidden.float().square().sum(dim=0)
             if self.input_moments is not None and self.hidden_moments is not None:

@@ -86,11 +86,14 @@ class SourceLayer:
         """All of them."""
         return [self.expert(number) for number in range(self.checkpoint.experts)]
 
-    def statistics(self, moments: bool = False, record: Recorder | None = None) -> ExpertStatistics:
+    def statistics(
+        self, moments: bool = False, by_router: bool = False, record: Recorder | None = None
+    ) -> ExpertStatistics:
         """What each expert sees of the calibration tokens, in one pass; record as in `LayerPasses.run`."""
         assert self.passes
+        sizes = self.checkpoint.expert_sizes
         seen = ExpertStatistics.zeros(
-            self.checkpoint.experts, *self.checkpoint.expert_sizes, torch.device(self.device), moments
+            self.checkpoint.experts, *sizes, torch.device(self.device), moments=moments, by_router=by_router
         )
 
         def record_choices(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:

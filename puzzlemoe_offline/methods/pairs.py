@@ -114,7 +114,9 @@ class PairMethod(LayerMethod):
         """
         statistics, sample = None, SampledTokens()
         if layer.passes:
-            statistics = layer.statistics(moments=self.recipe.compensate, record=sample.record)
+            statistics = layer.statistics(
+                moments=self.recipe.compensate, by_router=not self.recipe.is_paper, record=sample.record
+            )
             self._check_inputs(layer, statistics)
         record, groups = LayerRecord(layer=layer.index), expert_groups(layer.checkpoint.text)
         began = time.perf_counter()

@@ -69,7 +69,7 @@ class SingleTrellis(LayerMethod):
 
     def apply(self, layer: SourceLayer) -> NewLayer:
         """Every expert, with its neurons in another order; without compensation where it saw few tokens."""
-        seen = layer.statistics(moments=True)
+        seen = layer.statistics(moments=True, by_router=True)
         sizes, device = layer.checkpoint.expert_sizes, torch.device(layer.device)
         at_once = 2 * pairs_at_once(self.code, max(sizes), min(sizes), device)
         experts: list[Expert] = []

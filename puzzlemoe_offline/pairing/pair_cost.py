@@ -12,7 +12,14 @@ from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistic
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.pairing.lost import LOST
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.words.nearest import PackedMatrix, fit, own_importance, pair_importance, stored_steps
+from puzzlemoe_offline.words.nearest import (
+    PackedMatrix,
+    bounded_importance,
+    fit,
+    own_importance,
+    pair_importance,
+    stored_steps,
+)
 from puzzlemoe_vllm.format.codes import TrellisCode, UnencodableWeight, get_code
 
 ROWS = 128
@@ -104,7 +111,7 @@ def merge_errors(
         most = LOST**2 * sample.double().square().sum(dim=(1, 2))
         if isinstance(code, TrellisCode):
             _check_steps(sample, pool, projection)
-            total, gone = shared_bits_errors(sample, own, few, squares, recipe)
+            total, gone = shared_bits_errors(code, sample, own, few, squares, recipe)
             errors += total / (energy or 1.0)
             lost |= gone
             continue
@@ -138,7 +145,7 @@ def _check_steps(sample: Tensor, pool: list[int], projection: str) -> None:
 
 
 def shared_bits_errors(
-    sample: Tensor, own: Tensor, few: Tensor, squares: Tensor, recipe: PairRecipe
+    code: TrellisCode, sample: Tensor, own: Tensor, few: Tensor, squares: Tensor, recipe: PairRecipe
 ) -> tuple[Tensor, Tensor]:
     """Errors of any two experts whose words share their bits as rate-distortion theory has it, float64 [n, n], and
     whether that loses one, bool [n, n].
@@ -147,16 +154,17 @@ def shared_bits_errors(
     below that and gets no bits.  sample: [n, rows, K]; own, squares: [n, K], own and true weights of squared errors;
     few: bool [n, 1].
     """
-    bits = get_code(recipe.code).bits
     variance = sample.float().square().mean(dim=1)
     total = torch.zeros(len(own), len(own), dtype=torch.float64, device=own.device)
     lost = torch.zeros_like(total, dtype=torch.bool)
     for first in range(len(own)):
-        importance = torch.stack(pair_importance((own[first].expand_as(own), own), few[first] | few, recipe))
+        its = pair_importance((own[first].expand_as(own), own), few[first] | few, recipe)
         both = torch.stack([variance[first].expand_as(variance), variance])
+        mean = both.mean(dim=2, keepdim=True)
+        importance = torch.stack(bounded_importance(code, its, (mean[0], mean[1])))
         energy = importance * both
-        shared = 2.0**-bits * energy.prod(dim=0).sqrt()
-        alone = torch.where(energy >= energy.flip(0), 4.0**-bits * energy, energy)
+        shared = 2.0**-code.bits * energy.prod(dim=0).sqrt()
+        alone = torch.where(energy >= energy.flip(0), 4.0**-code.bits * energy, energy)
         error = torch.where(shared <= energy.amin(dim=0), shared, alone) / importance
         by_expert = error * torch.stack([squares[first].expand_as(squares), squares])
         total[first] = sample.shape[1] * by_expert.sum(dim=(0, 2), dtype=torch.float64)

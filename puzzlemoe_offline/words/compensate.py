@@ -37,7 +37,10 @@ def fit_compensated(
     check_finite((left,))
     importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
     importance /= torch.stack([pair.mean() for pair in importance.split(2)]).repeat_interleave(2)[:, None]
-    importance = torch.stack(bounded_importance(code, (importance[::2], importance[1::2])), dim=1).flatten(0, 1)
+    if isinstance(code, TrellisCode):
+        squares = left.square().mean(dim=(1, 2))[:, None]
+        bounded = bounded_importance(code, (importance[::2], importance[1::2]), (squares[::2], squares[1::2]))
+        importance = torch.stack(bounded, dim=1).flatten(0, 1)
     return _code_columns(coder_of(code, group, left, rows), left, importance, factors).split(len(weights))
 
 

@@ -33,10 +33,10 @@ BALANCE = 0.5
 """Each expert's squares are divided by its token count to this power.  The sum over all calibration tokens, power 0,
 gives up too much of the rarer expert of a pair; the mean per token, power 1, too much of the other."""
 
-LEFT = 1 / 3
+LEFT = 0.4
 """Squared error, relative to its weights, that shared bits leave the lighter expert of a pair at most, by theory: the
 busiest expert may stand beside one that hardly a token chose, which must not be lost (`LOST`) for that.  Uneven rows
-and columns make it twice as much: with a half, such experts of a small model were lost at two bits."""
+and columns make it twice as much: with a half, such an expert of a small model was lost at two bits."""
 
 STEP_MULTIPLES = (0.85, 0.95, 1.05, 1.15)
 """A group's step is the best of these multiples of the best step for normally distributed weights, then fitted to the
@@ -96,21 +96,25 @@ def pair_importance(own: tuple[Tensor, Tensor], few: Tensor, recipe: PairRecipe)
     mean = (own[0].mean(dim=-1, keepdim=True) + own[1].mean(dim=-1, keepdim=True)) / 2
     silent = mean == 0
     both = (own[0] / mean + UNSEEN).masked_fill(silent, 1), (own[1] / mean + UNSEEN).masked_fill(silent, 1)
-    return bounded_importance(get_code(recipe.code), both)
+    return both
 
 
-def bounded_importance(code: PairCode, importance: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Importance of two experts, [..., K] each; of trellis codes the heavier one's is lowered to what leaves the other
-    its bits (`LEFT`).
+def bounded_importance(
+    code: TrellisCode, importance: tuple[Tensor, Tensor], squares: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Importance of two experts, [..., K] each; the heavier one's is lowered to what leaves the other its bits
+    (`LEFT`), but not below the other's.  squares: mean squares of their weights, [..., 1] each.
 
-    Where words share their bits, the squared error of an expert, relative to its weights, is the root of its partner's
-    importance over its own, over 2^bits.
+    Where words share their bits, an expert's squared error is the root of its partner's importance over its own, times
+    the squared step, over 2^bits; and the step suits the weights of the heavier one.
     """
-    if not isinstance(code, TrellisCode):
-        return importance
     first, second = (each.mean(dim=-1, keepdim=True) for each in importance)
-    most = (LEFT * 2**code.bits) ** 2
-    return importance[0] * (most * second / first).clamp(max=1), importance[1] * (most * first / second).clamp(max=1)
+    step = (first * squares[0] + second * squares[1]) / (first + second)
+    most0, most1 = ((LEFT * 2**code.bits * (its / step).clamp(max=1)).square().clamp(min=1) for its in squares)
+    return (
+        importance[0] * (most1 * second / first).clamp(max=1),
+        importance[1] * (most0 * first / second).clamp(max=1),
+    )
 
 
 def column_importance(inputs: tuple[ProjectionInputs, ProjectionInputs], recipe: PairRecipe) -> tuple[Tensor, Tensor]:
@@ -227,7 +231,8 @@ def fit_trellis(
     assert group is not None
     check_finite(weights)
     pair = torch.stack([weight.float() for weight in weights], dim=-1)
-    by_column = torch.stack(importance, dim=-1).float()
+    squares = pair.square().mean(dim=(0, 1))
+    by_column = torch.stack(bounded_importance(code, importance, (squares[:1], squares[1:])), dim=-1).float()
     step = typical_steps(pair, by_column, group) * code.unit_step
     words = encode_matrix(code, pair, by_column, stored_steps(step))
     product, square = torch.zeros_like(step), torch.zeros_like(step)

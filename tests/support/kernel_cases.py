@@ -24,7 +24,11 @@ STEP_TOLERANCE = 8e-3
 
 FP8_TOLERANCE = 2e-2
 """Tensor cores sum e4m3 products in about 14 bits, and what that changes of a hidden activation may round to another
-e4m3 value, an eighth away.  Quantising itself changes outputs by 3e-2 and more."""
+e4m3 value, an eighth away: a few tokens may have twice their share of those.  Quantising itself changes outputs by 3e-2
+and more."""
+
+FEW = 64
+"""Tokens below which such roundings do not average out."""
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 """x, topk_weights, topk_ids."""
@@ -71,10 +75,10 @@ class Case:
         sizes = f"{layer.pairs}+{layer.dense} {layer.hidden}x{layer.intermediate}"
         return " ".join(map(str, (layer.code, layer.group_size, sizes, self.kernel)))
 
-    @property
-    def tolerance(self) -> float:
+    def tolerance(self, tokens: int) -> float:
+        """Of the relative error of the output for so many tokens."""
         if self.fp8:
-            return FP8_TOLERANCE
+            return FP8_TOLERANCE if tokens >= FEW else 2 * FP8_TOLERANCE
         return TOLERANCE if self.layer.group_size is None else STEP_TOLERANCE
 
     def inputs(self, tokens: int, experts: int | None = None) -> Inputs:
@@ -100,7 +104,8 @@ class Case:
     def check(self, inputs: Inputs, expert_map: Tensor | None = None) -> None:
         poison()
         copies = [tensor.clone() for tensor in inputs]
-        assert self.error(self.multiply(inputs, expert_map), inputs, expert_map) < self.tolerance
+        error = self.error(self.multiply(inputs, expert_map), inputs, expert_map)
+        assert error < self.tolerance(len(inputs[0])), f"relative error {error:.4f}"
         assert all(torch.equal(before, after) for before, after in zip(copies, inputs, strict=True))
 
 

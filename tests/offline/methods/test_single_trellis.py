@@ -42,7 +42,7 @@ def relative(weight: Tensor, value: Tensor) -> float:
 def test_a_matrix_whose_neighbours_do_not_correlate_is_coded_as_a_pair():
     """Two experts' columns by turns, with factors and steps as theirs: more than a block of them, and several tiles."""
     torch.manual_seed(0)
-    code, pair = get_code("trellis4"), (torch.randn(16, 160).bfloat16(), 3 * torch.randn(16, 160).bfloat16())
+    code, pair = get_code("trellis4"), (torch.randn(16, 160).bfloat16(), 1.2 * torch.randn(16, 160).bfloat16())
     factors = torch.cat([factor_of(correlated(400, 160)), factor_of(5 * correlated(90, 160))])
     rows = torch.rand(1, 16) + 0.5
     (together,) = fit_compensated(code, [pair], factors, 32, rows[..., None].expand(-1, -1, 2))

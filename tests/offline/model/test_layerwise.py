@@ -37,9 +37,21 @@ def test_grouped_products_are_those_of_the_experts(count, choices, tokens):
     for run in ("_grouped", "_one_by_one"):
         module = StreamedExperts(experts, 0)
         seen = ExpertStatistics.zeros(count, HIDDEN, INNER, torch.device(DEVICE), moments=True)
-        module.observe = seen.observe
+        by_router = ExpertStatistics.zeros(count, HIDDEN, INNER, torch.device(DEVICE), moments=True, by_router=True)
+
+        def observe(*batch, seen=seen, by_router=by_router):
+            seen.observe(*batch)
+            by_router.observe(*batch)
+
+        module.observe = observe
         outputs.append(getattr(module, run)(inputs, ids, weights.bfloat16()))
         statistics.append(seen)
+        for expert in range(count):
+            chosen_by, choice = (ids == expert).nonzero(as_tuple=True)
+            rows = inputs[chosen_by].double() * weights.bfloat16()[chosen_by, choice, None].double()
+            moments, squares = by_router.input_moments[expert].double(), by_router.input_squares[expert]
+            assert (moments - rows.T @ rows).norm() <= 0.01 * (rows.T @ rows).norm()
+            assert (squares - rows.square().sum(dim=0)).norm() <= 0.01 * squares.norm()
     exact = torch.zeros(tokens, HIDDEN, dtype=torch.float64, device=DEVICE)
     for token in range(tokens):
         for choice in range(choices):
@@ -62,7 +74,8 @@ def test_moments_are_exact_to_float32():
     seen = ExpertStatistics.zeros(3, HIDDEN, HIDDEN, torch.device(DEVICE), moments=True)
     for _ in range(3):
         together = torch.cat(rows)
-        seen.observe({expert: len(its) for expert, its in enumerate(rows)}, together, together)
+        ones = torch.ones(len(together), device=DEVICE)
+        seen.observe({expert: len(its) for expert, its in enumerate(rows)}, together, together, ones)
     for expert, its in enumerate(rows):
         exact = 3 * its.double().T @ its.double()
         assert (seen.input_moments[expert].double() - exact).norm() <= 1e-5 * exact.norm()

@@ -35,7 +35,10 @@ def layer(experts: int, seed: int = 0) -> tuple[list[Expert], ExpertStatistics]:
     for expert in range(experts):
         tokens = max(4, 400 >> expert)
         statistics.observe(
-            {expert: tokens}, torch.randn(tokens, 48) * torch.rand(48), torch.randn(tokens, 64) * torch.rand(64)
+            {expert: tokens},
+            torch.randn(tokens, 48) * torch.rand(48),
+            torch.randn(tokens, 64) * torch.rand(64),
+            torch.ones(tokens),
         )
     return made, statistics
 
@@ -73,7 +76,7 @@ def test_what_theory_says_of_shared_bits_is_nearly_what_words_lose(name, ratio):
     sample, recipe = torch.randn(2, 16, 64).bfloat16(), PairRecipe(code=name)
     own = torch.rand(2, 64) * torch.tensor([[ratio], [1.0]])
     few = torch.zeros(2, 1, dtype=torch.bool)
-    found, lost = shared_bits_errors(sample, own, few, own, recipe)
+    found, lost = shared_bits_errors(get_code(name), sample, own, few, own, recipe)
     importance = pair_importance((own[0], own[1]), few[0], recipe)
     packed = fit((sample[0], sample[1]), importance, recipe, 32)
     decoded = [get_code(name).decode(packed.words, position, packed.steps).float() for position in (0, 1)]
@@ -84,7 +87,7 @@ def test_what_theory_says_of_shared_bits_is_nearly_what_words_lose(name, ratio):
     # An expert that hardly a token chose keeps some bits; none are left where its partner's weights are far larger.
     assert not lost[0, 1]
     sample[0] *= 1000
-    assert shared_bits_errors(sample, own, few, own, recipe)[1][0, 1]
+    assert shared_bits_errors(get_code(name), sample, own, few, own, recipe)[1][0, 1]
 
 
 def test_partners_for_shared_bits_keep_busy_experts_apart():

@@ -122,4 +122,4 @@ def test_without_a_compiler_the_words_are_the_same(monkeypatch, caplog):
     monkeypatch.setattr(torch, "compile", no_compiler)
     monkeypatch.setattr(trellis, "_trellis", _trellis.__wrapped__)
     assert torch.equal(encode(code, targets, weights), compiled)
-    assert "g++" in caplog.messages[0] and caplog.messages[0].endswith("No working C++ compiler found")
+    assert any("g++" in said and said.endswith("No working C++ compiler found") for said in caplog.messages)
