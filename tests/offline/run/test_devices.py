@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ import torch
 from fuzz.kills import contents
 from support.command import puzzlemoe
 from support.models import build
-from support.runs import SENTENCE
+from support.runs import SENTENCE, job_of
 
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics
 from puzzlemoe_offline.methods.base import LayerRecord, MethodError, NewLayer
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.layer_experts import SourceLayer
-from puzzlemoe_offline.run import devices, runner
+from puzzlemoe_offline.recipe import PairRecipe
+from puzzlemoe_offline.run import devices, plan, runner
 from puzzlemoe_offline.run.devices import WAITING, ObservedLayer, in_order, most_begun, moved
+from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.output import ModelFolder
 
 LAYERS = 6
@@ -251,3 +254,26 @@ def test_tensors_are_moved_wherever_they_are():
     found = moved(value, "meta")
     assert found["name"] == "layer" and found["seen"][0].tokens is statistics.tokens  # the CPU's stay
     assert found["seen"][0] is not statistics and found["seen"][1][0].device.type == "cpu"
+
+
+def test_a_plan_has_the_first_calibrate_and_all_merge(source, monkeypatch):
+    job = job_of(source, PairMethod(PairRecipe(code="angle8", compensate=True)))
+    weights = job.checkpoint.routed_bytes / 2
+    for calibrating, others, seconds in ((0.0, 3, 5.0), (20.0, 3, 20.0), (20.0, 1, 20.0), (20.0, 0, 40.0)):
+        tokens = round(calibrating * 1e6)
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "other_gpus", lambda device, others=others: ["cpu"] * others)
+            patch.setattr(plan, "_merge_rate", lambda job, method: weights / 20)
+            for rate in ("_product_rate", "_moments_rate"):
+                patch.setattr(plan, rate, lambda device: 2 * _operations(job) * 1e6)
+            made = plan.make_plan(replace(job, tokens=tokens))
+        assert made.devices == 1 + others
+        assert made.seconds == pytest.approx(seconds, rel=0.01)
+
+
+def _operations(job: Job) -> float:
+    """Products and sums, halved, that a token of calibration takes."""
+    checkpoint = job.checkpoint
+    active = checkpoint.routed_bytes / checkpoint.experts * checkpoint.experts_per_token + checkpoint.other_bytes
+    chosen = checkpoint.experts_per_token * len(checkpoint.moe_layers)
+    return active / 2 + chosen * sum(size**2 for size in checkpoint.expert_sizes)
