@@ -86,8 +86,9 @@ class ObservedLayer:
     def _moved(self, source: SourceLayer, seen: Any, device: str) -> tuple[SourceLayer, Any]:
         """Both on another device, beside whatever the first one has to do meanwhile."""
         if source.stacked and self._ready:
-            with torch.cuda.stream(torch.cuda.Stream(source.stacked.gate.device)) as stream:
-                stream.wait_event(self._ready)
+            stream = torch.cuda.Stream(source.stacked.gate.device)
+            stream.wait_event(self._ready)
+            with torch.cuda.stream(stream):
                 source, seen = moved(source, device), moved(seen, device)
                 stream.synchronize()
         return dataclasses.replace(source, device=device), seen
