@@ -124,11 +124,11 @@ def in_order(
     with _Others(merge, others) as workers:
         while failed is None:
             try:
-                layer = next(layers)
-            except StopIteration:
-                break
+                layer = next(layers, None)
             except Exception as error:
                 failed = error
+                continue
+            if layer is None:
                 break
             busy = sum(not new.done() for _, new in begun)
             there = others and layer.source and busy < len(others) + WAITING
