@@ -110,8 +110,8 @@ def ones(size: int) -> torch.Tensor:
 
 
 def compress(source: Path, packed: Path, options: list[str]) -> dict[str, Any]:
-    """Seconds of the whole command, of its stages and the rest (Python's own start and end), and of the median layer's
-    stages; the most GPU memory that was in use; bytes before and after."""
+    """On how many GPUs; seconds of the whole command, of its stages and, with one GPU, the rest (Python's own start and
+    end), and of the median layer's stages; the most memory of all GPUs that was in use; bytes before and after."""
     text = (EXAMPLE / "calibration.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         calibration = Path(scratch, "text.txt")
@@ -129,10 +129,12 @@ def compress(source: Path, packed: Path, options: list[str]) -> dict[str, Any]:
     if (tokens := report["calibration"]["tokens"]) != WINDOWS * WINDOW:
         sys.exit(f"the text gave {tokens} tokens, not {WINDOWS * WINDOW}: its windows are too few to be timed")
     layers = [layer["seconds"] for layer in report["layers"]]
+    alone = report["devices"] == 1  # stages of several overlap
     return {
+        "devices": report["devices"],
         "seconds": seconds,
         "stages": report["seconds"],
-        "rest": seconds - sum(report["seconds"].values()),
+        "rest": seconds - sum(report["seconds"].values()) if alone else None,
         "median_layer": {stage: statistics.median(its[stage] for its in layers) for stage in layers[0]},
         "peak_gpu_bytes": peak,
         "bytes": report["bytes"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from torch import Tensor
@@ -18,8 +17,6 @@ class LayerPasses:
 
     states: their hidden states before it, [samples, T, H] on the CPU; after: where the last time puts those after it,
     which may be the same memory.
-
-    seconds: what all passes took so far.
     """
 
     def __init__(self, layer: DecoderLayer, states: Tensor, after: Tensor, windows: int, device: str, count: int):
@@ -27,7 +24,6 @@ class LayerPasses:
         self._layer, self._states, self._after = layer, states, after
         self._windows, self._device = windows, device
         self.left = count
-        self.seconds = 0.0
 
     def run(
         self,
@@ -36,7 +32,6 @@ class LayerPasses:
     ) -> None:
         """One pass.  observe sees every expert at work on every batch, record the layer's routed experts as a whole."""
         assert self.left > 0, "more passes than the method said it needs"
-        began = time.perf_counter()
         self.left -= 1
         if self._layer.experts:
             self._layer.experts.observe, self._layer.experts.record = observe, record
@@ -45,4 +40,3 @@ class LayerPasses:
                 self._layer(batch.to(self._device))
         else:
             self._layer.advance(self._states, self._after, self._windows, self._device)
-        self.seconds += time.perf_counter() - began

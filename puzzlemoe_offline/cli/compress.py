@@ -18,7 +18,7 @@ from puzzlemoe_offline.cli.options import (
     PAIR_FIELDS,
     CalibrationOption,
     ColumnOption,
-    DeviceOption,
+    DevicesOption,
     OptionError,
     OutFolder,
     ResumeOption,
@@ -48,7 +48,7 @@ from puzzlemoe_offline.recipe import (
 )
 from puzzlemoe_offline.run.card import serve_command
 from puzzlemoe_offline.run.job import Job
-from puzzlemoe_offline.run.plan import make_plan
+from puzzlemoe_offline.run.plan import Plan, make_plan
 from puzzlemoe_offline.run.report import summary
 from puzzlemoe_offline.run.runner import check, run
 from puzzlemoe_offline.run.stages import Stages
@@ -94,7 +94,7 @@ def compress_command(
             help="Linear layers outside experts: bf16, or FP8 by blocks of 128 x 128, the source's where it has that."
         ),
     ] = Dense.bf16,
-    device: DeviceOption = DEFAULT_DEVICE,
+    device: DevicesOption = DEFAULT_DEVICE,
     revision: RevisionOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes, peak memory and time; write nothing.")
@@ -162,10 +162,16 @@ def _plan_table(job: Job) -> Table:
         ("expert weights", plan.sizes.experts_text),
         ("other weights", plan.sizes.other_text),
         ("peak host memory", decimal(plan.peak_host)),
-        ("peak GPU memory", decimal(plan.peak_device) if plan.peak_device else "none"),
+        ("peak GPU memory", _gpu_memory(plan)),
         ("disk", decimal(plan.disk)),
         ("time", f"{plan.seconds:.0f} s"),
     ]
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _gpu_memory(plan: Plan) -> str:
+    if not plan.peak_device:
+        return "none"
+    return decimal(plan.peak_device) + (f", on the first of {plan.devices}" if plan.devices > 1 else "")

@@ -14,7 +14,7 @@ from puzzlemoe_offline.calibration.passes import LayerPasses, Recorder
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
-from puzzlemoe_offline.model.layer_experts import LayerExperts
+from puzzlemoe_offline.model.layer_experts import SourceLayer
 from puzzlemoe_offline.model.tensors import dense_layer_tensors
 from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.layout import PuzzleConfig
@@ -27,8 +27,8 @@ class MethodError(UserError):
 class LayerRecord(BaseModel):
     """What is known of a layer once it is written: a row of puzzlemoe_report.json.
 
-    seconds: by stage of the work: load (weights outside experts, for the model and to be written, and all that is no
-    other stage), calibrate, pair, merge, write (until the shard before is written).
+    seconds: by stage of the work: load (weights outside experts, for the model and to be written), calibrate, pair,
+    merge, wait (of several GPUs, the first one's for the layer), write (until the shard before is written).
     order: new expert id -> the source's.  merged: how many experts are in pairs; pair_bytes: of one pair's words and
     steps; expert_bytes: of all tensors of routed experts.
     centres: for each expert the one that serves in its place, of experts merged in clusters.
@@ -62,47 +62,6 @@ class LayerRecord(BaseModel):
     spared: list[int] | None = None
     clamped: int | None = None
     shared_choices: dict[str, float] | None = None
-
-
-@dataclass
-class SourceLayer:
-    """One layer's routed experts as the source has them, and the calibration tokens that go through it.
-
-    passes: None for a method that needs no calibration.
-    """
-
-    checkpoint: Checkpoint
-    index: int
-    device: str
-    streamed: LayerExperts
-    passes: LayerPasses | None
-
-    def expert(self, number: int) -> Expert:
-        """Weights of one expert, bf16, which stay on the device until the layer is done."""
-        return self.streamed(self.index, number)
-
-    @property
-    def experts(self) -> list[Expert]:
-        """All of them."""
-        return [self.expert(number) for number in range(self.checkpoint.experts)]
-
-    def statistics(
-        self, moments: bool = False, by_router: bool = False, record: Recorder | None = None
-    ) -> ExpertStatistics:
-        """What each expert sees of the calibration tokens, in one pass; record as in `LayerPasses.run`."""
-        assert self.passes
-        sizes = self.checkpoint.expert_sizes
-        seen = ExpertStatistics.zeros(
-            self.checkpoint.experts, *sizes, torch.device(self.device), moments=moments, by_router=by_router
-        )
-
-        def record_choices(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
-            seen.observe_choices(ids)
-            if record:
-                record(hidden, ids, weights, out)
-
-        self.passes.run(seen.observe, record_choices)
-        return seen
 
 
 @dataclass
@@ -148,9 +107,19 @@ class LayerMethod(ABC):
         """How many experts a layer has afterwards."""
         return checkpoint.experts
 
+    def observe(self, layer: SourceLayer, passes: LayerPasses) -> Any:
+        """What the method wants to know of the calibration tokens; makes all its passes.  Not of a method without any.
+
+        What it returns must be a dataclass, if it is not to stay on this GPU (`devices.moved`).
+        """
+        raise NotImplementedError(f"{self} makes no passes")
+
     @abstractmethod
-    def apply(self, layer: SourceLayer) -> NewLayer:
-        """The layer's new experts, on its device; runs the layer's passes."""
+    def merge(self, layer: SourceLayer, seen: Any) -> NewLayer:
+        """The layer's new experts, on its device; seen: what `observe` returned, None for a method without passes.
+
+        Depends on nothing else, since several layers may be merged at once, each on a GPU.
+        """
 
     def choices(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What was chosen, and what it comes to for this model, as JSON data."""
@@ -163,6 +132,26 @@ class LayerMethod(ABC):
     def shard_metadata(self) -> dict[str, str]:
         """safetensors metadata of the files that are written."""
         return {"format": "pt"}
+
+
+def expert_statistics(
+    layer: SourceLayer,
+    passes: LayerPasses,
+    moments: bool = False,
+    by_router: bool = False,
+    record: Recorder | None = None,
+) -> ExpertStatistics:
+    """What each expert sees of the calibration tokens, in one pass; record as in `LayerPasses.run`."""
+    experts, sizes = layer.checkpoint.experts, layer.checkpoint.expert_sizes
+    seen = ExpertStatistics.zeros(experts, *sizes, torch.device(layer.device), moments, by_router)
+
+    def record_choices(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        seen.observe_choices(ids)
+        if record:
+            record(hidden, ids, weights, out)
+
+    passes.run(seen.observe, record_choices)
+    return seen
 
 
 def dense_layer(layer: SourceLayer, experts: list[Expert], record: LayerRecord | None = None) -> NewLayer:

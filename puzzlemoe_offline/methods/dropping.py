@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, SourceLayer, dense_layer
+from puzzlemoe_offline.calibration.passes import LayerPasses
+from puzzlemoe_offline.calibration.statistics import ExpertStatistics
+from puzzlemoe_offline.methods.base import (
+    LayerMethod,
+    LayerRecord,
+    MethodError,
+    NewLayer,
+    dense_layer,
+    expert_statistics,
+)
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import expert_groups
+from puzzlemoe_offline.model.layer_experts import SourceLayer
 
 
 def remaining(experts: int, sparsity: float) -> int:
@@ -59,9 +69,13 @@ class DropExperts(LayerMethod):
         """The rest."""
         return remaining(checkpoint.experts, self.sparsity)
 
-    def apply(self, layer: SourceLayer) -> NewLayer:
+    def observe(self, layer: SourceLayer, passes: LayerPasses) -> ExpertStatistics:
+        """How many tokens each expert sees."""
+        return expert_statistics(layer, passes)
+
+    def merge(self, layer: SourceLayer, seen: ExpertStatistics) -> NewLayer:
         """The experts that saw the most tokens, in the source's order."""
-        counts = layer.statistics().tokens.tolist()
+        counts = seen.tokens.tolist()
         order = most_used(counts, self.experts_left(layer.checkpoint))
         record = LayerRecord(layer=layer.index, order=order, tokens=counts)
         return dense_layer(layer, [layer.expert(number) for number in order], record)

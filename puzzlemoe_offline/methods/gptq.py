@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ProjectionInputs
-from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, SourceLayer, dense_layer
+from puzzlemoe_offline.calibration.passes import LayerPasses
+from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics, ProjectionInputs
+from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, dense_layer, expert_statistics
 from puzzlemoe_offline.methods.rounding import Grid, group_of, stored_bits
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.model.layer_experts import SourceLayer
 from puzzlemoe_offline.words.column_coders import BLOCK
 from puzzlemoe_offline.words.factors import inverse_factors
 
@@ -56,9 +58,13 @@ class Gptq(LayerMethod):
         """Bits, and a scale and a zero point per group."""
         return stored_bits(self.bits, checkpoint)
 
-    def apply(self, layer: SourceLayer) -> NewLayer:
+    def observe(self, layer: SourceLayer, passes: LayerPasses) -> ExpertStatistics:
+        """Second moments of every expert's own tokens."""
+        return expert_statistics(layer, passes, moments=True)
+
+    def merge(self, layer: SourceLayer, seen: ExpertStatistics) -> NewLayer:
         """Every expert, rounded; without compensation where it saw fewer than `FEW_TOKENS` tokens."""
-        seen, rounded = layer.statistics(moments=True), []
+        rounded = []
         for number, expert in enumerate(layer.experts):
             few = int(seen.tokens[number]) < FEW_TOKENS
             rounded.append(

@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puzzlemoe_offline.calibration.passes import LayerPasses
 from puzzlemoe_offline.extras import require
-from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, SourceLayer, dense_layer
+from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, dense_layer, expert_statistics
 from puzzlemoe_offline.methods.dropping import remaining
 from puzzlemoe_offline.methods.mergemoe import mean_by_usage, usage_shares
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
+from puzzlemoe_offline.model.layer_experts import SourceLayer
 
 
 class MeanOutputs:
@@ -56,6 +58,14 @@ def clusters_of(features: Tensor, count: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
+class _Seen:
+    """Of a layer: tokens int64 [E] of every expert, outputs float32 [E, H], the mean ones."""
+
+    tokens: Tensor
+    outputs: Tensor
+
+
+@dataclass(frozen=True)
 class HcSmoe(LayerMethod):
     """sparsity: share of every layer's experts that goes by merging."""
 
@@ -70,13 +80,17 @@ class HcSmoe(LayerMethod):
         """bf16 for one expert per cluster."""
         return 16 * remaining(checkpoint.experts, self.sparsity) / checkpoint.experts
 
-    def apply(self, layer: SourceLayer) -> NewLayer:
+    def observe(self, layer: SourceLayer, passes: LayerPasses) -> _Seen:
+        """Mean outputs, and how many tokens each expert sees."""
+        outputs = MeanOutputs(layer.experts)
+        tokens = expert_statistics(layer, passes, record=outputs.record).tokens
+        return _Seen(tokens, outputs.mean())
+
+    def merge(self, layer: SourceLayer, seen: _Seen) -> NewLayer:
         """Every expert replaced by its cluster's; a cluster that saw no tokens is a plain mean."""
         merged = layer.experts
-        outputs = MeanOutputs(merged)
-        seen = layer.statistics(record=outputs.record)
         source = list(merged)
-        for members in clusters_of(outputs.mean(), remaining(len(merged), self.sparsity)):
+        for members in clusters_of(seen.outputs, remaining(len(merged), self.sparsity)):
             shares = usage_shares(seen.tokens[members])
             experts = [source[member] for member in members]
             gate, up, down = (

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibration.statistics import FEW_TOKENS
-from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, SourceLayer, dense_layer
+from puzzlemoe_offline.calibration.passes import LayerPasses
+from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics
+from puzzlemoe_offline.methods.base import LayerMethod, NewLayer, dense_layer, expert_statistics
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
+from puzzlemoe_offline.model.layer_experts import SourceLayer
 from puzzlemoe_offline.words.pack import rows_at_once
 from puzzlemoe_offline.words.paper_rule import similar
 
@@ -72,9 +74,13 @@ class MergeThree(LayerMethod):
         sizes = [len(group) for group in groups_of_three(checkpoint.experts, self.seed)]
         return sum(WORD_BITS[size] for size in sizes) / checkpoint.experts
 
-    def apply(self, layer: SourceLayer) -> NewLayer:
+    def observe(self, layer: SourceLayer, passes: LayerPasses) -> ExpertStatistics:
+        """Norms of every expert's input columns."""
+        return expert_statistics(layer, passes)
+
+    def merge(self, layer: SourceLayer, seen: ExpertStatistics) -> NewLayer:
         """Every expert in its merged form; a group with an expert that saw few tokens is merged by magnitude alone."""
-        seen, source = layer.statistics(), layer.experts
+        source = layer.experts
         merged = list(source)
         for members in groups_of_three(len(merged), self.seed * 100_003 + layer.index):
             few = any(int(seen.tokens[member]) < FEW_TOKENS for member in members)

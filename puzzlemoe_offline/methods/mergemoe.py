@@ -20,7 +20,6 @@ The calibration tokens of a cluster are those that the router sends to one of it
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,11 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puzzlemoe_offline.calibration.passes import LayerPasses
 from puzzlemoe_offline.calibration.sampled_tokens import SampledTokens
 from puzzlemoe_offline.calibration.statistics import few_tokens
-from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, SourceLayer
+from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.model.layer_experts import SourceLayer
 from puzzlemoe_offline.model.tensors import dense_tensors
 from puzzlemoe_offline.recipe import ClusterRecipe
 from puzzlemoe_vllm.format.layout import PuzzleConfig
@@ -163,6 +164,15 @@ class LayerMerger:
 
 
 @dataclass(frozen=True)
+class _Seen:
+    """Of a layer: tokens int64 [E] of every expert, the layer after merging, and sampled tokens to measure it."""
+
+    tokens: Tensor
+    merged: ClusteredLayer
+    sample: SampledTokens
+
+
+@dataclass(frozen=True)
 class MergeMoe(LayerMethod):
     """Every layer's experts in so many clusters."""
 
@@ -200,35 +210,35 @@ class MergeMoe(LayerMethod):
         """Of a packed model without words."""
         return shard_metadata(None)
 
-    def apply(self, layer: SourceLayer) -> NewLayer:
-        """Counts tokens in one pass, sums up the clusters' outputs in the other."""
-        assert layer.passes
+    def observe(self, layer: SourceLayer, passes: LayerPasses) -> _Seen:
+        """Counts tokens in one pass, sums up the clusters' outputs in the other, and solves for the merged experts."""
         tokens = torch.zeros(layer.checkpoint.experts, dtype=torch.int64)
 
         def count(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
             tokens.add_(ids.flatten().bincount(minlength=len(tokens)).cpu())
 
-        layer.passes.run(record=count)
-        began = time.perf_counter()
+        passes.run(record=count)
         merger, sample = LayerMerger(layer.expert, tokens, self.recipe.clusters), SampledTokens()
 
         def sum_up(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
             merger.observe(hidden, ids)
             sample.record(hidden, ids, weights, out)
 
-        merging = time.perf_counter() - began
-        layer.passes.run(record=sum_up)
-        began = time.perf_counter()
+        passes.run(record=sum_up)
         try:
-            merged = merger.finish()
+            return _Seen(tokens, merger.finish(), sample)
         except MethodError as error:
             raise MethodError(f"layer {layer.index}, {error}") from None
-        errors = sample.output_errors(layer.checkpoint.experts, layer.expert, merged.expert)
+
+    def merge(self, layer: SourceLayer, seen: _Seen) -> NewLayer:
+        """The merged experts, with what each of the source's lost by them."""
+        merged = seen.merged
+        errors = seen.sample.output_errors(layer.checkpoint.experts, layer.expert, merged.expert)
         record = LayerRecord(
             layer=layer.index,
             centres=merged.centres,
-            tokens=tokens.tolist(),
-            few_tokens=few_tokens(tokens),
+            tokens=seen.tokens.tolist(),
+            few_tokens=few_tokens(seen.tokens),
             output_error=errors.layer,
             expert_output_error=errors.experts,
         )
@@ -237,5 +247,4 @@ class MergeMoe(LayerMethod):
             tensors |= dense_tensors(layer.checkpoint, layer.index, centre, expert)
         new = NewLayer(tensors, record)
         record.expert_bytes = new.nbytes
-        record.seconds["merge"] = merging + time.perf_counter() - began
         return new

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from puzzlemoe_offline.calibration.passes import LayerPasses
 from puzzlemoe_offline.calibration.sampled_tokens import OutputErrors, SampledTokens
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics, few_tokens
-from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, SourceLayer
+from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, expert_statistics
 from puzzlemoe_offline.methods.packed_layer import PackedLayer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.families import expert_groups
+from puzzlemoe_offline.model.layer_experts import SourceLayer
 from puzzlemoe_offline.pairing.lost import LOST
 from puzzlemoe_offline.pairing.pair_cost import LOAD_PRICE, loads_saved, merge_errors
 from puzzlemoe_offline.pairing.partners import (
@@ -31,6 +33,14 @@ from puzzlemoe_offline.words.pack import Losses, PackedPair, pack_pairs, pairs_a
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES, PairCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.layout import PuzzleConfig
 from puzzlemoe_vllm.format.shards import shard_metadata
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Of a layer: what its experts saw, and sampled tokens to measure what merging does to its output."""
+
+    statistics: ExpertStatistics
+    sample: SampledTokens
 
 
 @dataclass(frozen=True)
@@ -107,22 +117,24 @@ class PairMethod(LayerMethod):
         """Of a packed model with words of the recipe's code."""
         return shard_metadata(self.recipe.code)
 
-    def apply(self, layer: SourceLayer) -> NewLayer:
+    def observe(self, layer: SourceLayer, passes: LayerPasses) -> _Seen:
+        """Statistics, and sampled tokens.  Raises MethodError for activations that are too large."""
+        sample = SampledTokens()
+        by_router = not self.recipe.is_paper
+        statistics = expert_statistics(layer, passes, self.recipe.compensate, by_router, sample.record)
+        self._check_inputs(layer, statistics)
+        return _Seen(statistics, sample)
+
+    def merge(self, layer: SourceLayer, seen: _Seen | None) -> NewLayer:
         """Pairs partners, packs them, and measures what each expert lost.
 
         A pair that lost one (`LOST`) stays dense after all; but not by the paper's rule, which is kept to the letter.
         """
-        statistics, sample = None, SampledTokens()
-        if layer.passes:
-            statistics = layer.statistics(
-                moments=self.recipe.compensate, by_router=not self.recipe.is_paper, record=sample.record
-            )
-            self._check_inputs(layer, statistics)
+        statistics, sample = (seen.statistics, seen.sample) if seen else (None, SampledTokens())
         record, groups = LayerRecord(layer=layer.index), expert_groups(layer.checkpoint.text)
         began = time.perf_counter()
         pairing = self._pair(layer, statistics)
         record.seconds["pair"] = time.perf_counter() - began
-        began = time.perf_counter()
         packed = self._pack(layer, statistics, pairing)
         errors = sample.output_errors(layer.checkpoint.experts, layer.expert, packed.expert)
         lost = _lost(packed.expert_weight_error, errors)
@@ -142,7 +154,6 @@ class PairMethod(LayerMethod):
             record.shared_choices = {"this pairing": shared, "random partners": if_random}
         new = NewLayer(packed.tensors(layer.checkpoint, layer.index), record)
         record.expert_bytes = new.nbytes
-        record.seconds["merge"] = time.perf_counter() - began
         return new
 
     def _check_inputs(self, layer: SourceLayer, statistics: ExpertStatistics) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, SourceLayer, dense_layer
+from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, dense_layer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.model.layer_experts import SourceLayer
 from puzzlemoe_vllm.format.codes import GROUP_SIZES
 
 
@@ -83,7 +84,7 @@ class RoundToNearest(LayerMethod):
         """Bits, and a scale and a zero point per group."""
         return stored_bits(self.bits, checkpoint)
 
-    def apply(self, layer: SourceLayer) -> NewLayer:
+    def merge(self, layer: SourceLayer, seen: None) -> NewLayer:
         """Every expert, rounded."""
         rounded = [
             Expert(*(round_to_nearest(weight, self.bits) for weight in expert.matrices)) for expert in layer.experts

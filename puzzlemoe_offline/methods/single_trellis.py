@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from puzzlemoe_offline.calibration.passes import LayerPasses
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics
-from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, SourceLayer, dense_layer
+from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, dense_layer, expert_statistics
 from puzzlemoe_offline.methods.rounding import group_of
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
+from puzzlemoe_offline.model.layer_experts import SourceLayer
 from puzzlemoe_offline.words.compensate import fit_neighbours
 from puzzlemoe_offline.words.factors import MomentsError, inverse_factors
 from puzzlemoe_offline.words.neurons import face_itself
@@ -67,9 +69,12 @@ class SingleTrellis(LayerMethod):
         of_hidden, of_intermediate = (self.code.bits_per_pair(group_of(size // 2)) for size in (hidden, intermediate))
         return (2 * of_hidden + of_intermediate) / 3 / 2
 
-    def apply(self, layer: SourceLayer) -> NewLayer:
+    def observe(self, layer: SourceLayer, passes: LayerPasses) -> ExpertStatistics:
+        """Second moments of every expert's own tokens."""
+        return expert_statistics(layer, passes, moments=True, by_router=True)
+
+    def merge(self, layer: SourceLayer, seen: ExpertStatistics) -> NewLayer:
         """Every expert, with its neurons in another order; without compensation where it saw few tokens."""
-        seen = layer.statistics(moments=True, by_router=True)
         sizes, device = layer.checkpoint.expert_sizes, torch.device(layer.device)
         at_once = 2 * pairs_at_once(self.code, max(sizes), min(sizes), device)
         experts: list[Expert] = []

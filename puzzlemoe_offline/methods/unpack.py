@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, SourceLayer, dense_layer
+from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, dense_layer
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.model.layer_experts import SourceLayer
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Unpack(LayerMethod):
         """Those of bf16."""
         return 16.0
 
-    def apply(self, layer: SourceLayer) -> NewLayer:
+    def merge(self, layer: SourceLayer, seen: None) -> NewLayer:
         """Every expert, decoded."""
         experts = []
         for number, expert in enumerate(layer.experts):

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, SourceLayer, dense_layer
+from puzzlemoe_offline.calibration.passes import LayerPasses
+from puzzlemoe_offline.calibration.statistics import ExpertStatistics
+from puzzlemoe_offline.methods.base import LayerMethod, MethodError, NewLayer, dense_layer, expert_statistics
 from puzzlemoe_offline.model.checkpoint import Checkpoint
 from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.model.layer_experts import SourceLayer
 
 BITS = (2 * 16 + 2 * 2) / 4
 """Of four weights two are stored as bf16, each with two bits that say which of the four it is."""
@@ -39,9 +42,13 @@ class Wanda(LayerMethod):
         """As the sparse matrix units of GPUs store them."""
         return BITS
 
-    def apply(self, layer: SourceLayer) -> NewLayer:
+    def observe(self, layer: SourceLayer, passes: LayerPasses) -> ExpertStatistics:
+        """Norms of every expert's input columns."""
+        return expert_statistics(layer, passes)
+
+    def merge(self, layer: SourceLayer, seen: ExpertStatistics) -> NewLayer:
         """Every expert, pruned."""
-        seen, pruned = layer.statistics(), []
+        pruned = []
         for number, expert in enumerate(layer.experts):
             few = int(seen.tokens[number]) == 0
             norms = [seen.inputs(number, projection, flat=few).norms for projection in range(3)]

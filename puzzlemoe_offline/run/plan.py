@@ -17,6 +17,7 @@ from puzzlemoe_offline.calibration.statistics import ProjectionInputs, add_momen
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.layerwise import ACTIVATION_BYTES, activation_dtype
+from puzzlemoe_offline.run.devices import WAITING, most_begun, other_gpus
 from puzzlemoe_offline.run.job import Job, Sizes
 from puzzlemoe_offline.words.factors import inverse_factors
 from puzzlemoe_offline.words.nearest import SCORES
@@ -35,7 +36,8 @@ class Plan:
     """Sizes in bytes, time in seconds.
 
     peak_host and peak_device: what the run holds beyond the Python process itself (on a CPU run the device's part is in
-    the host's); disk: what it writes, at most at one time.
+    the host's), of several GPUs on the first, which holds most; disk: what it writes, at most at one time.
+    devices: GPUs that take part, 1 on a CPU.
     """
 
     sizes: Sizes
@@ -43,6 +45,7 @@ class Plan:
     peak_host: int
     peak_device: int
     seconds: float
+    devices: int
 
 
 def make_plan(job: Job) -> Plan:
@@ -51,7 +54,7 @@ def make_plan(job: Job) -> Plan:
     The job's method is that of a recipe.
     """
     checkpoint = job.checkpoint
-    on_cpu = torch.device(job.device).type == "cpu"
+    on_cpu, others = not job.on_gpu, len(other_gpus(job.model.device))
     width = activation_dtype(job.device).itemsize
     plain = [checkpoint.layer(layer).plain for layer in range(checkpoint.layers)]
     layer_other = max(sum(map(checkpoint.written_bytes, names)) for names in plain)
@@ -60,48 +63,59 @@ def make_plan(job: Job) -> Plan:
     expert, moe_layers = checkpoint.expert_bytes, len(checkpoint.moe_layers)
     layer_experts, packed = expert * checkpoint.experts, job.experts_after // moe_layers
     on_device = layer_experts + packed + layer_other * width // 2 + expert * width // 2 + embedding * width // 2
-    on_device += _scratch_bytes(job)
+    on_device += _scratch_bytes(job) + _moments_bytes(job)
     if not on_cpu:  # the next layer is read ahead, and experts take all tokens of a batch at once
         on_device += layer_experts + (ACTIVATION_BYTES if job.tokens else 0)
+    if others:  # those that wait for another GPU
+        on_device += WAITING * (layer_experts + _moments_bytes(job))
     # From a GPU the packed layer goes to pinned memory, whose blocks have powers of two as sizes; the last one, and the
-    # hidden states after it, may not be written yet.
-    host = layer_other + (job.states_bytes + on_device if on_cpu else 2 * job.states_bytes + expert + 4 * packed)
+    # hidden states after it, may not be written yet, nor those that were begun before them.
+    pinned = job.states_bytes + 2 * packed
+    host = layer_other + (job.states_bytes + on_device if on_cpu else (2 + most_begun(others)) * pinned + expert)
     host = max(host, copied)
     return Plan(
         sizes=job.sizes,
         disk=job.disk_bytes,
         peak_host=host,
         peak_device=0 if on_cpu else on_device,
-        seconds=_seconds(job),
+        seconds=_seconds(job, 1 + others),
+        devices=1 + others,
     )
 
 
+def _moments_bytes(job: Job) -> int:
+    """Second moments of what every expert of a layer sees, float32."""
+    gathered = isinstance(job.method, PairMethod) and job.method.recipe.compensate
+    return 4 * job.checkpoint.experts * sum(size**2 for size in job.checkpoint.expert_sizes) if gathered else 0
+
+
 def _scratch_bytes(job: Job) -> int:
-    """What merging a layer holds beside its experts."""
+    """What merging a layer holds beside its experts and their moments."""
     checkpoint, device = job.checkpoint, torch.device(job.device).type
     hidden, intermediate = checkpoint.expert_sizes
     scratch = SCRATCH_BYTES_PER_ENTRY * ENTRIES[device] + (4 * SCORES if device == "cpu" else 0)
     scratch = max(scratch, DECODED_BYTES_PER_ENTRY * checkpoint.expert_bytes // 6)
     match job.method:
         case PairMethod(recipe) as method if recipe.compensate:
-            # float32: every expert's moments; of one pair the factors, their inverses, and a projection with its
-            # errors.
-            moments = hidden**2 + intermediate**2
+            # float32, of one pair: the factors, their inverses, and a projection with its errors.
             pair = 6 * max(hidden, intermediate) ** 2 + 4 * hidden * intermediate
             pair = max(pair, 4 * TOGETHER if device == "cuda" else 0)
             if isinstance(method.code, TrellisCode):  # both experts (in bf16) and what down saw, with reordered neurons
                 sizes = max(hidden, intermediate), min(hidden, intermediate)
                 at_once = pairs_at_once(method.code, *sizes, torch.device(device))
                 pair += at_once * (3 * hidden * intermediate + 2 * intermediate**2)
-            scratch += 4 * (checkpoint.experts * moments + pair)
+            scratch += 4 * pair
         case MergeMoe(recipe):
             # float32: every cluster's sums; float64: those of one, the factor and the solution.
             scratch += (4 * recipe.clusters + 8 * 3) * intermediate * (hidden + intermediate)
     return scratch
 
 
-def _seconds(job: Job) -> float:
-    """Matrix products of the calibration tokens plus merging every expert, at this machine's measured rates."""
+def _seconds(job: Job, devices: int) -> float:
+    """Matrix products of the calibration tokens plus merging every expert, at this machine's measured rates.
+
+    Of several GPUs one calibrates, all merge.
+    """
     checkpoint = job.checkpoint
     active = checkpoint.routed_bytes / checkpoint.experts * checkpoint.experts_per_token
     products = 2 * job.tokens * (active + checkpoint.other_bytes) / 2
@@ -117,7 +131,7 @@ def _seconds(job: Job) -> float:
             # Trial merges of a search are bounded by the layer's weights; trellises have none.
             trials = recipe.pairing == "search" and not isinstance(method.code, TrellisCode)
             merged = checkpoint.routed_bytes / 2 * (2 if trials else 1)
-            return seconds + merged / _merge_rate(job, method)
+            return max(seconds, (seconds + merged / _merge_rate(job, method)) / devices)
     raise AssertionError(f"no plan for {job.method}")
 
 

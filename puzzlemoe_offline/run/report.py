@@ -31,7 +31,8 @@ class Report(BaseModel):
     recipe: what was chosen, and what it came to.  bytes_per_token: of experts that one token loads, see `_loaded`.
     seconds: start (imports, checks, fetching), text (calibration text as tokens), embed (hidden states before the first
     layer), those of all layers as `LayerRecord` has them, finish (what is outside layers, and the shards written
-    behind).  Of a resumed run those of its layers are of all, the others its own.
+    behind).  Of a resumed run those of its layers are of all, the others its own.  devices: GPUs that took part, 1 on a
+    CPU; of several, the others pair and merge while the first one calibrates, so that the seconds are more than passed.
     """
 
     source: str
@@ -41,6 +42,7 @@ class Report(BaseModel):
     calibration: dict[str, Any] | None
     bytes: Sizes
     bytes_per_token: dict[str, float] | None
+    devices: int
     seconds: dict[str, float]
     layers: list[LayerRecord]
 
@@ -63,9 +65,9 @@ def layer_seconds(records: list[LayerRecord]) -> dict[str, float]:
 
 
 def build_report(
-    job: Job, calibration: Calibration | None, records: list[LayerRecord], seconds: dict[str, float]
+    job: Job, calibration: Calibration | None, records: list[LayerRecord], seconds: dict[str, float], devices: int
 ) -> Report:
-    """The report of a run that has written all layers, and took so many seconds by stage."""
+    """The report of a run that has written all layers, and took so many seconds by stage on so many devices."""
     return Report(
         source=job.source,
         revision=job.revision,
@@ -82,6 +84,7 @@ def build_report(
             update={"experts_after": sum(record.expert_bytes or 0 for record in records)} if job.method.packs else {}
         ),
         bytes_per_token=_loaded(job, calibration, records) if calibration else None,
+        devices=devices,
         seconds=seconds,
         layers=records,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -10,12 +12,13 @@ from torch import Tensor
 
 from puzzlemoe_offline.calibration.passes import LayerPasses
 from puzzlemoe_offline.calibration.text import Calibration
-from puzzlemoe_offline.methods.base import LayerRecord, NewLayer, SourceLayer
+from puzzlemoe_offline.methods.base import LayerRecord
 from puzzlemoe_offline.model.hub import small_files
 from puzzlemoe_offline.model.layer_experts import LayerExperts
 from puzzlemoe_offline.model.tensors import copied_tensors, plain_tensors, tensors_outside_layers
 from puzzlemoe_offline.model.tokenizer import mended_config
 from puzzlemoe_offline.run.card import model_card
+from puzzlemoe_offline.run.devices import ObservedLayer, in_order, other_gpus
 from puzzlemoe_offline.run.files import OutputError
 from puzzlemoe_offline.run.job import Job
 from puzzlemoe_offline.run.output import ModelFolder
@@ -75,17 +78,20 @@ def _write(
     records = [record for record in finished if record]
     for record in records:
         on_layer(record)
-    for new, states in _layers(job, calibration, folder, len(records), stages):
-        record = new.record
-        tensors = plain_tensors(checkpoint, record.layer, record.order, job.fp8) | new.tensors
-        del new  # not to be held while the next layer is made
-        last = record.layer + 1 == checkpoint.layers
-        record.seconds = {"load": stages.lap() - sum(record.seconds.values())} | record.seconds
-        folder.write_shard(record.layer, tensors, None if last else states, record, behind=job.on_gpu)
-        del tensors
-        records.append(record)
-        on_layer(record)
-        stages.lap()
+    others = other_gpus(job.model.device)
+    observed = _observed(job, calibration, folder, len(records), stages, in_place=not (others or job.on_gpu))
+    with closing(in_order(observed, job.method.merge, others)) as layers:
+        for new, states in layers:
+            record, began = new.record, time.perf_counter()
+            tensors = plain_tensors(checkpoint, record.layer, record.order, job.fp8) | new.tensors
+            del new  # not to be held while the next layer is made
+            record.seconds["load"] += time.perf_counter() - began
+            last = record.layer + 1 == checkpoint.layers
+            folder.write_shard(record.layer, tensors, None if last else states, record, behind=job.on_gpu)
+            del tensors, states
+            records.append(record)
+            on_layer(record)
+    stages.lap()
     stages.seconds |= layer_seconds(records)
     for number, tensors_of in enumerate((tensors_outside_layers, copied_tensors), checkpoint.layers):
         if len(finished) <= number < job.shards:
@@ -93,7 +99,7 @@ def _write(
     checkpoint.close()  # while the last shard is read for its digest
     folder.wait()
     stages.end("finish")
-    report = build_report(job, calibration, records, stages.seconds)
+    report = build_report(job, calibration, records, stages.seconds, 1 + len(others))
     files = {REPORT: report.text(), CARD: model_card(job, report)}
     folder.finish(_config(job, calibration, records), checkpoint.folder, files | tokenizer)
     return report
@@ -119,10 +125,11 @@ def _config(job: Job, calibration: Calibration | None, records: list[LayerRecord
     return config
 
 
-def _layers(
-    job: Job, calibration: Calibration | None, folder: ModelFolder, start: int, stages: Stages
-) -> Iterator[tuple[NewLayer, Tensor | None]]:
-    """Every layer from `start` on, with the calibration tokens' hidden states after it."""
+def _observed(
+    job: Job, calibration: Calibration | None, folder: ModelFolder, start: int, stages: Stages, in_place: bool
+) -> Iterator[ObservedLayer]:
+    """Every layer from `start` on, calibrated if the method asks for that.  in_place: hidden states after a layer go
+    where those before it were."""
     checkpoint, device = job.checkpoint, job.device
     experts = LayerExperts(checkpoint, device)
     if start == checkpoint.layers:
@@ -130,33 +137,38 @@ def _layers(
     experts.read_ahead(start)  # while the tokens are embedded
     if not job.method.passes:
         for index in range(start, checkpoint.layers):
-            yield _new_layer(job, index, experts, None), None
+            yield _observe(job, index, experts, None, None, time.perf_counter())
         return
     assert calibration, f"{job.method} needs calibration text"
     tokens, model = calibration.tokens, job.model
     windows = model.batch_size(tokens.shape[1])
     states = folder.state_after(start - 1) if start else model.embed_all(tokens, windows)
-    # A GPU has the next layer done before the states after this one are written: they need a place of their own.
-    after = torch.empty_like(states, pin_memory=True) if job.on_gpu else states
     if start:  # layers take arguments that depend on a batch's size
         batches = tokens.split(windows)
         for batch in (batches[0], batches[-1]):
             model.embed(batch)
     stages.end("embed")
+    began = time.perf_counter()
     for index, layer in model.layers(experts, start):
+        # Those of layers that are not written yet stay as they are; torch keeps pinned memory for the next time.
+        after = states if in_place else torch.empty_like(states, pin_memory=job.on_gpu)
         passes = LayerPasses(layer, states, after, windows, device, job.method.passes if layer.experts else 1)
-        if not layer.experts:
-            passes.run()
-        yield _new_layer(job, index, experts, passes), after
-        states, after = after, states
+        yield _observe(job, index, experts, passes, after, began)
+        began, states = time.perf_counter(), after
 
 
-def _new_layer(job: Job, index: int, experts: LayerExperts, passes: LayerPasses | None) -> NewLayer:
-    if job.checkpoint.layer(index).block:
-        new = job.method.apply(SourceLayer(job.checkpoint, index, job.device, experts, passes))
-    else:
-        new = NewLayer({}, LayerRecord(layer=index))
+def _observe(
+    job: Job, index: int, experts: LayerExperts, passes: LayerPasses | None, states: Tensor | None, began: float
+) -> ObservedLayer:
+    """A layer that was begun to be loaded at `began`; states: where those after it go."""
+    source = experts.of(index) if job.checkpoint.layer(index).block else None
+    seconds, seen = {"load": time.perf_counter() - began}, None
     if passes:
+        began = time.perf_counter()
+        if source:
+            seen = job.method.observe(source, passes)
+        else:
+            passes.run()
         assert passes.left == 0, f"{job.method} made fewer passes than it said"
-        new.record.seconds = {"calibrate": passes.seconds} | new.record.seconds
-    return new
+        seconds["calibrate"] = time.perf_counter() - began
+    return ObservedLayer(index, source, seen, states, seconds)

@@ -89,7 +89,7 @@ def test_memory_holds_one_layer_at_a_time(example, tmp_path, monkeypatch, recipe
     zeros = watching(ExpertStatistics.zeros, lambda statistics: [statistics])
     monkeypatch.setattr(ExpertStatistics, "zeros", zeros)
     monkeypatch.setattr(mergemoe, "LayerMerger", watching(mergemoe.LayerMerger, lambda merger: [merger]))
-    monkeypatch.setattr(PairMethod, "apply", watching(PairMethod.apply, lambda new: new.tensors.values()))
+    monkeypatch.setattr(PairMethod, "merge", watching(PairMethod.merge, lambda new: new.tensors.values()))
     words = ["compress", example / "model", tmp_path / "out", "--calibration", example / "calibration.txt", *recipe]
     done = CliRunner().invoke(app, [*map(str, words), "--samples", "4", "--sequence-length", "128"])
     assert done.exit_code == 0, done.output

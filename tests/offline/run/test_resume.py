@@ -385,7 +385,7 @@ def test_kills_at_random_times_and_inside_every_step_of_finishing():
 def test_a_shard_is_finished_while_the_next_layer_is_made(source, packed, tmp_path, monkeypatch):
     """And no more than one: each waits here for the next layer to begin, and the layer after that for it."""
     out, begun = tmp_path / "out", [threading.Event() for _ in range(LAYERS)]
-    keep, new_layer, recorded = ModelFolder._keep, runner._new_layer, []
+    keep, observe, recorded = ModelFolder._keep, runner._observe, []
 
     def waiting(self: ModelFolder, number: int, *words: Any) -> None:
         if number + 1 < LAYERS:
@@ -395,10 +395,10 @@ def test_a_shard_is_finished_while_the_next_layer_is_made(source, packed, tmp_pa
     def beginning(job: Any, index: int, *words: Any) -> Any:
         recorded.append(len(list((out / WORK).glob("shard-*.json"))))
         begun[index].set()
-        return new_layer(job, index, *words)
+        return observe(job, index, *words)
 
     monkeypatch.setattr(ModelFolder, "_keep", waiting)
-    monkeypatch.setattr(runner, "_new_layer", beginning)
+    monkeypatch.setattr(runner, "_observe", beginning)
     assert puzzlemoe(*compress(source, out)) == 0
     assert recorded == [0, 0, 1]
     assert contents(out) == contents(packed)
