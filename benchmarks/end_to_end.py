@@ -151,8 +151,10 @@ def ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def gpu_bytes() -> int:
-    """Memory of all GPUs that is in use, as the driver says."""
+    """Memory in use, as the driver says, of all GPUs, or of those that CUDA is to see."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible}")
     used = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
     return sum(map(int, used)) << 20
 
