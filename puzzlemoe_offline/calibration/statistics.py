@@ -83,17 +83,18 @@ class ExpertStatistics:
     def observe(self, counts: dict[int, int], inputs: Tensor, hidden: Tensor, weights: Tensor) -> None:
         """Adds one batch: inputs [m, H], hidden [m, I] and the router's weights [m], the rows of each expert after
         those of the one before, so many as `counts` says."""
-        parts = (rows.split([*counts.values()]) for rows in (inputs, hidden, weights[:, None]))
-        for expert, its_inputs, its_hidden, its_weights in zip(counts, *parts, strict=True):
-            self.tokens[expert] += len(its_inputs)
-            if self.by_router:
-                its_inputs = (its_inputs * its_weights).to(its_inputs.dtype)
-                its_hidden = (its_hidden * its_weights).to(its_hidden.dtype)
-            self.input_squares[expert] += its_inputs.float().square().sum(dim=0)
-            self.hidden_squares[expert] += its_hidden.float().square().sum(dim=0)
-            if self.input_moments is not None and self.hidden_moments is not None:
-                add_moments(self.input_moments[expert], its_inputs)
-                add_moments(self.hidden_moments[expert], its_hidden)
+        self.tokens.index_add_(0, torch.tensor([*counts]), torch.tensor([*counts.values()]))
+        if self.by_router:
+            inputs, hidden = ((rows * weights[:, None]).to(rows.dtype) for rows in (inputs, hidden))
+        for rows, squares, moments in (
+            (inputs, self.input_squares, self.input_moments),
+            (hidden, self.hidden_squares, self.hidden_moments),
+        ):
+            # Every operation counts: many experts see few rows each, and other GPUs' threads wait for this one's Python.
+            for expert, its in zip(counts, rows.split([*counts.values()]), strict=True):
+                squares[expert].add_(its.float().square().sum(dim=0))
+                if moments is not None:
+                    add_moments(moments[expert], its)
 
     def observe_choices(self, ids: Tensor) -> None:
         """Adds the experts, int [m, k], that one batch's tokens chose."""

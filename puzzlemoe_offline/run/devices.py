@@ -8,9 +8,7 @@ written has the bytes of a run with one GPU.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -116,8 +114,9 @@ def in_order(
     """What `merge` makes of every layer, with its states, in the order in which they come.
 
     The caller's GPU merges a layer itself where there is no other, or where all are busy and no more may wait.
-    An error of a layer is raised in its turn, after those before it were handed out; whoever stops listening ends what
-    is begun.
+    An error of a layer is raised in its turn, after those before it were handed out.  Whoever stops listening, for an
+    error or a signal, waits for the layers that are being merged, which takes no longer than one does; those that wait
+    are given up.
     """
     begun: deque[tuple[ObservedLayer, Future[NewLayer]]] = deque()
     failed: Exception | None = None
@@ -162,19 +161,15 @@ def _finished(layer: ObservedLayer, new: Future[NewLayer], several: bool) -> tup
     return made, layer.states
 
 
-class _Ended(BaseException):
-    """Raised in a thread whose work nobody waits for any more."""
-
-
 class _Others:
-    """A thread for each of the other GPUs.  Leaving ends them, also in the middle of a layer."""
+    """A thread for each of the other GPUs.  Leaving waits for the layers that they are at: an exception that was thrown
+    into a thread might leave a lock of torch or Triton behind."""
 
     def __init__(self, merge: Merge, devices: list[str]):
         self._merge = merge
         self._free: SimpleQueue[str] = SimpleQueue()
         for device in devices:
             self._free.put(device)
-        self._at_work: set[int] = set()
         self._pool = ThreadPoolExecutor(max(1, len(devices)))
         if devices:  # torch loads its linear algebra on first use, which must not be in two threads at once
             torch.linalg.cholesky_ex(torch.eye(1, device=devices[0]))
@@ -183,8 +178,6 @@ class _Others:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        for thread in tuple(self._at_work):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Ended))
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, layer: ObservedLayer) -> Future[NewLayer]:
@@ -192,14 +185,12 @@ class _Others:
         return self._pool.submit(self._work, layer)
 
     def _work(self, layer: ObservedLayer) -> NewLayer:
-        device, thread = self._free.get(), threading.get_ident()
-        self._at_work.add(thread)
+        device = self._free.get()
         try:
             with _current(device):
                 new = layer.merged(self._merge, device)
                 return NewLayer(to_host(new.tensors), new.record)
         finally:
-            self._at_work.discard(thread)
             self._free.put(device)
 
 
