@@ -12,6 +12,10 @@ FEW_TOKENS = 32
 paper's rule merges its pair by magnitude alone, and least squares takes all its columns to be equally strong."""
 
 
+SQUARED = 1 << 27
+"""Entries, on average, that are squared at once: bounds the float32 scratch memory."""
+
+
 @dataclass(frozen=True)
 class ProjectionInputs:
     """What one expert's gate, up or down projection saw: X, one row a token.
@@ -38,6 +42,22 @@ def add_moments(moments: Tensor, rows: Tensor) -> None:
     else:
         exact = rows.float()
         moments.addmm_(exact.T, exact)
+
+
+def column_squares(rows: Tensor, counts: list[int]) -> Tensor:
+    """Column sums of the squares of rows [m, K] of each expert, float32 [experts, K].
+
+    Many experts are squared at once: an operation takes Python as long for few rows as for many, and the threads of
+    other GPUs wait for that.
+    """
+    together = max(1, SQUARED * len(counts) // max(1, rows.numel()))
+    sums, begin = [], 0
+    for start in range(0, len(counts), together):
+        some = counts[start : start + together]
+        squares = rows[begin : begin + sum(some)].float().square()
+        sums += [its.sum(dim=0) for its in squares.split(some)]
+        begin += sum(some)
+    return torch.stack(sums)
 
 
 @dataclass
@@ -80,21 +100,20 @@ class ExpertStatistics:
             by_router,
         )
 
-    def observe(self, counts: dict[int, int], inputs: Tensor, hidden: Tensor, weights: Tensor) -> None:
+    def observe(self, first: int, counts: list[int], inputs: Tensor, hidden: Tensor, weights: Tensor) -> None:
         """Adds one batch: inputs [m, H], hidden [m, I] and the router's weights [m], the rows of each expert after
-        those of the one before, so many as `counts` says."""
-        self.tokens.index_add_(0, torch.tensor([*counts]), torch.tensor([*counts.values()]))
+        those of the one before; counts: of the rows of expert `first` and of those that follow it."""
+        experts = slice(first, first + len(counts))
+        self.tokens[experts] += torch.tensor(counts)
         if self.by_router:
             inputs, hidden = ((rows * weights[:, None]).to(rows.dtype) for rows in (inputs, hidden))
-        for rows, squares, moments in (
-            (inputs, self.input_squares, self.input_moments),
-            (hidden, self.hidden_squares, self.hidden_moments),
-        ):
-            # Every operation counts: many experts see few rows each, and other GPUs' threads wait for this one's Python.
-            for expert, its in zip(counts, rows.split([*counts.values()]), strict=True):
-                squares[expert].add_(its.float().square().sum(dim=0))
-                if moments is not None:
-                    add_moments(moments[expert], its)
+        self.input_squares[experts] += column_squares(inputs, counts)
+        self.hidden_squares[experts] += column_squares(hidden, counts)
+        for rows, moments in ((inputs, self.input_moments), (hidden, self.hidden_moments)):
+            if moments is not None:
+                for its_moments, its_rows in zip(moments[experts], rows.split(counts), strict=True):
+                    if len(its_rows):
+                        add_moments(its_moments, its_rows)
 
     def observe_choices(self, ids: Tensor) -> None:
         """Adds the experts, int [m, k], that one batch's tokens chose."""

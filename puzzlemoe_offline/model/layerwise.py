@@ -33,10 +33,10 @@ HEAD = "lm_head.weight"
 class Observer(Protocol):
     """Sees experts at work on one batch."""
 
-    def __call__(self, counts: dict[int, int], inputs: Tensor, hidden: Tensor, weights: Tensor) -> None:
-        """counts: tokens of each expert, whose rows follow each other in this order; inputs [m, H]: the experts'
-        tokens; hidden [m, I]: SiLU(gate) * up, the down projection's input; weights [m]: the router's, by which the
-        expert's output for a token is multiplied."""
+    def __call__(self, first: int, counts: list[int], inputs: Tensor, hidden: Tensor, weights: Tensor) -> None:
+        """counts: tokens of expert `first` and of those after it, whose rows follow each other in this order; inputs
+        [m, H]: the experts' tokens; hidden [m, I]: SiLU(gate) * up, the down projection's input; weights [m]: the
+        router's, by which the expert's output for a token is multiplied."""
 
 
 class StreamedExperts(nn.Module):
@@ -69,7 +69,7 @@ class StreamedExperts(nn.Module):
             up = F.linear(inputs, weights.up.to(inputs.dtype))
             hidden = F.silu(gate) * up
             if self.observe:
-                self.observe({expert: len(inputs)}, inputs, hidden, top_k_weights[rows, choice])
+                self.observe(expert, [len(inputs)], inputs, hidden, top_k_weights[rows, choice])
             down = F.linear(hidden, weights.down.to(inputs.dtype))
             out.index_add_(0, rows, (down * top_k_weights[rows, choice, None]).to(out.dtype))
             del weights  # before the next expert's are read or decoded
@@ -81,8 +81,7 @@ class StreamedExperts(nn.Module):
         inputs = grouping.rows(hidden_states)
         hidden = hidden_of(stacked, inputs, grouping.ends)
         if self.observe:
-            counts = {expert: count for expert, count in enumerate(grouping.counts) if count}
-            self.observe(counts, inputs, hidden, top_k_weights.flatten()[grouping.slots])
+            self.observe(0, grouping.counts, inputs, hidden, top_k_weights.flatten()[grouping.slots])
         del inputs
         return grouping.summed(outputs_of(stacked, hidden, grouping.ends), top_k_weights)
 

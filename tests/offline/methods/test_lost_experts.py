@@ -254,7 +254,7 @@ def test_pairs_of_any_sizes_decode_to_finite_weights_and_every_loss_is_told(
     recipe, code = PairRecipe(**options, compensate=compensate), get_code(options["code"])
     statistics = ExpertStatistics.zeros(2, 32, 32, torch.device("cpu"), moments=compensate)
     for expert in (0, 1):
-        statistics.observe({expert: 64}, torch.randn(64, 32), torch.randn(64, 32), torch.ones(64))
+        statistics.observe(expert, [64], torch.randn(64, 32), torch.randn(64, 32), torch.ones(64))
     losses = Losses()
     weights = [torch.cat([weight, weight]) for weight in weights]
     pair = [Expert(weight, weight, weight) for weight in weights]

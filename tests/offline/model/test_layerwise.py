@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.triton_device import DEVICE
 
+from puzzlemoe_offline.calibration import statistics
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics
 from puzzlemoe_offline.model.expert import Expert, StackedExperts
 from puzzlemoe_offline.model.layerwise import StreamedExperts
@@ -33,7 +34,7 @@ def test_grouped_products_are_those_of_the_experts(count, choices, tokens):
     # The last expert is chosen by no token, where there are enough others.
     others = count - 1 if count > choices else count
     weights, ids = torch.rand(tokens, others, device=DEVICE).topk(choices)
-    outputs, statistics = [], []
+    outputs, gathered = [], []
     for run in ("_grouped", "_one_by_one"):
         module = StreamedExperts(experts, 0)
         seen = ExpertStatistics.zeros(count, HIDDEN, INNER, torch.device(DEVICE), moments=True)
@@ -45,7 +46,7 @@ def test_grouped_products_are_those_of_the_experts(count, choices, tokens):
 
         module.observe = observe
         outputs.append(getattr(module, run)(inputs, ids, weights.bfloat16()))
-        statistics.append(seen)
+        gathered.append(seen)
         for expert in range(count):
             chosen_by, choice = (ids == expert).nonzero(as_tuple=True)
             rows = inputs[chosen_by].double() * weights.bfloat16()[chosen_by, choice, None].double()
@@ -60,7 +61,7 @@ def test_grouped_products_are_those_of_the_experts(count, choices, tokens):
             exact[token] += float(weights[token, choice].bfloat16()) * (down @ hidden)
     for output in outputs:
         assert (output.double() - exact).norm() < 0.01 * exact.norm()
-    grouped, single = statistics
+    grouped, single = gathered
     assert grouped.tokens.tolist() == single.tokens.tolist() == ids.flatten().bincount(minlength=count).tolist()
     for name in ("input_squares", "hidden_squares"):
         torch.testing.assert_close(getattr(grouped, name), getattr(single, name), rtol=0.05, atol=1e-2)
@@ -75,8 +76,24 @@ def test_moments_are_exact_to_float32():
     for _ in range(3):
         together = torch.cat(rows)
         ones = torch.ones(len(together), device=DEVICE)
-        seen.observe({expert: len(its) for expert, its in enumerate(rows)}, together, together, ones)
+        seen.observe(0, [len(its) for its in rows], together, together, ones)
     for expert, its in enumerate(rows):
         exact = 3 * its.double().T @ its.double()
         assert (seen.input_moments[expert].double() - exact).norm() <= 1e-5 * exact.norm()
         assert (seen.hidden_squares[expert] - exact.diagonal()).abs().max() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("squared", [1, 5 * HIDDEN, 1 << 20])
+def test_squares_of_experts_together_are_those_of_each(squared, monkeypatch):
+    """To the bit, however many are squared at once; also of experts without rows."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(statistics, "SQUARED", squared)
+    counts = [3, 0, 17, 1, 0, 40, 0]
+    rows = torch.randn(sum(counts), HIDDEN).bfloat16().to(DEVICE)
+    found = statistics.column_squares(rows, counts)
+    expected = [its.float().square().sum(dim=0) for its in rows.split(counts)]
+    assert torch.equal(found, torch.stack(expected)) and not found[[1, 4, 6]].any()
+    seen = ExpertStatistics.zeros(9, HIDDEN, HIDDEN, torch.device(DEVICE), moments=True)
+    seen.observe(1, counts, rows, rows, torch.ones(len(rows), device=DEVICE))
+    assert seen.tokens.tolist() == [0, *counts, 0]
+    assert torch.equal(seen.input_squares[1:8], found.double()) and not seen.input_moments[[0, 2, 5, 7, 8]].any()

@@ -35,7 +35,8 @@ def layer(experts: int, seed: int = 0) -> tuple[list[Expert], ExpertStatistics]:
     for expert in range(experts):
         tokens = max(4, 400 >> expert)
         statistics.observe(
-            {expert: tokens},
+            expert,
+            [tokens],
             torch.randn(tokens, 48) * torch.rand(48),
             torch.randn(tokens, 64) * torch.rand(64),
             torch.ones(tokens),

@@ -138,7 +138,7 @@ def test_pairs_of_trellis_words_at_once_are_those_of_each_alone():
     sizes = (32, 64), (32, 64), (64, 32)
     x, hidden = correlated(200, 64), correlated(200, 32) * torch.rand(32)
     statistics = ExpertStatistics.zeros(4, 64, 32, torch.device("cpu"), moments=True)
-    statistics.observe({0: 90, 1: 60, 2: 48, 3: 2}, x, hidden, torch.ones(200))
+    statistics.observe(0, [90, 60, 48, 2], x, hidden, torch.ones(200))
     scales = 1.0, 3.0, 0.2, 0.1
     experts = [Expert(*((torch.randn(size) * scale).bfloat16() for size in sizes)) for scale in scales]
     members, ids, recipe = (

@@ -163,7 +163,7 @@ def test_an_expert_without_tokens_leaves_the_word_to_its_partner():
     """Its columns count as much as one token of the layer's mean energy."""
     torch.manual_seed(4)
     statistics = ExpertStatistics.zeros(2, 64, 32, torch.device("cpu"), moments=True)
-    statistics.observe({0: 4096}, 3 * torch.randn(4096, 64), torch.randn(4096, 32), torch.ones(4096))
+    statistics.observe(0, [4096], 3 * torch.randn(4096, 64), torch.randn(4096, 32), torch.ones(4096))
     inputs = statistics.inputs(0, 0), statistics.inputs(1, 0, flat=True)
     assert inputs[1].tokens == 1
     torch.testing.assert_close(inputs[1].norms, torch.full((64,), 3.0), rtol=0.02, atol=0)
