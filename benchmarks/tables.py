@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,6 +26,10 @@ COMPARED = (
     *("hc-smoe-50", "hc-smoe-25", "paper-3"),
 )
 """Rows of the comparison that the table shows."""
+
+
+OF_ALL_WORDS = ("Mixtral-8x7B", "Qwen3-30B-A3B", "Qwen3-Next-80B-A3B", "GLM-4.5-Air")
+"""Models whose layers were timed with every kind of words."""
 
 
 def load(name: str) -> Any:
@@ -74,17 +79,36 @@ def kernels(model: str) -> str:
     """Microseconds of one layer, each with bf16's time over it, and how much of a device copy's bandwidth the needed
     words were read at."""
     rows = []
-    for point in load("kernels-h100.json")["points"]:
-        if point["model"] != model or point["routing"] != "random" or point["tokens"] not in TOKENS:
+    for point in points("kernels-h100.json", model):
+        if point["tokens"] not in TOKENS:
             continue
         times, floors = point["microseconds"], point["floors"]
-        bf16 = times["vllm bf16"]
         names = ("puzzlemoe mask16", "puzzlemoe angle8", "vllm fp8", "vllm int4 marlin")
-        cells = [f"{times[name]:.0f} ({bf16 / times[name]:.2f}x)" for name in names]
         shares = ", ".join(f"{100 * floors[name] / times[name]:.0f}%" for name in names[:2])
-        rows.append([str(point["tokens"]), f"{bf16:.0f}", *cells, shares])
+        rows.append([*timed(point, names), shares])
     columns = ["vLLM bf16", "mask16", "angle8", "vLLM fp8", "vLLM int4", "mask16, angle8 of the floor"]
     return table([f"{model}, tokens", *columns], rows)
+
+
+def all_words(model: str) -> str:
+    """The same with trellis words and prefill in FP8."""
+    ours = ("mask16", "angle8", "fp8 angle8", "trellis8", "trellis6", "trellis4")
+    names = (*(f"puzzlemoe {name}" for name in ours), "vllm fp8", "vllm int4 marlin")
+    rows = [timed(point, names) for point in points("kernels-h200.json", model)]
+    columns = ["vLLM bf16", "mask16", "angle8", "angle8, prefill in FP8", *ours[3:], "vLLM fp8", "vLLM int4"]
+    return table([f"{model}, tokens", *columns], rows)
+
+
+def points(file: str, model: str) -> list[Any]:
+    """A model's measurements with random routing."""
+    return [each for each in load(file)["points"] if (each["model"], each["routing"]) == (model, "random")]
+
+
+def timed(point: Any, names: Sequence[str]) -> list[str]:
+    """Tokens, bf16's time, and that of contenders, each with bf16's over it."""
+    times, bf16 = point["microseconds"], point["microseconds"]["vllm bf16"]
+    cells = [f"{times[name]:.0f} ({bf16 / times[name]:.2f}x)" for name in names]
+    return [str(point["tokens"]), f"{bf16:.0f}", *cells]
 
 
 def serving(model: str) -> str:
@@ -143,10 +167,12 @@ def compression() -> str:
 
 def whole_command() -> str:
     """What compressing a whole model takes: by end_to_end.py, and as read off by hand of an earlier version."""
-    run = load("end-to-end-qwen3-30b-a3b-h100.json")["compress"]
-    before, after = (run["bytes"][f"experts_{when}"] + run["bytes"]["other"] for when in ("before", "after"))
-    size, memory = f"{before / 1e9:.1f} -> {after / 1e9:.1f} GB", f"{run['peak_gpu_bytes'] / 1e9:.1f} GB"
-    rows = [["Qwen3-30B-A3B", "H100", size, *_took(run), memory]]
+    rows = []
+    for machine, file in {"H100": "h100", "H200": "h200", "2 x H200": "2-h200"}.items():
+        run = load(f"end-to-end-qwen3-30b-a3b-{file}.json")["compress"]
+        before, after = (run["bytes"][f"experts_{when}"] + run["bytes"]["other"] for when in ("before", "after"))
+        size, memory = f"{before / 1e9:.1f} -> {after / 1e9:.1f} GB", f"{run['peak_gpu_bytes'] / 1e9:.1f} GB"
+        rows.append(["Qwen3-30B-A3B", machine, size, *_took(run), memory])
     for run in load("whole-command-h200.json")["compress"]:
         size = f"{run['gigabytes']['before']} -> {run['gigabytes']['after']} GB"
         memory = f"{run['gpu_gigabytes']} GB" if run["gpu_gigabytes"] else "not read"
@@ -203,10 +229,12 @@ def _sized(weights: Any) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "accuracy": lambda: accuracy("accuracy-mixtral-30m-cpu.json"),
+    "accuracy": lambda: accuracy("accuracy-mixtral-30m-h100.json"),
+    "partners": lambda: accuracy("partners-mixtral-30m-cpu.json"),
     "comparison": comparison,
     "kernels mixtral": lambda: kernels("Mixtral-8x7B"),
     "kernels qwen3": lambda: kernels("Qwen3-30B-A3B"),
+    **{f"all words {model}": partial(all_words, model) for model in OF_ALL_WORDS},
     "serving qwen3": lambda: serving("Qwen3-30B-A3B"),
     "serving mixtral": lambda: serving("Mixtral-8x7B"),
     "in short": in_short,

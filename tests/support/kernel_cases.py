@@ -22,10 +22,10 @@ TOLERANCE = 5e-3
 STEP_TOLERANCE = 8e-3
 """With steps: kernels for few tokens multiply sums by them, which leaves out the rounding of each weight."""
 
-FP8_TOLERANCE = 2e-2
+FP8_TOLERANCE = 2.5e-2
 """Tensor cores sum e4m3 products in about 14 bits, and what that changes of a hidden activation may round to another
-e4m3 value, an eighth away: a few tokens may have twice their share of those.  Quantising itself changes outputs by 3e-2
-and more."""
+e4m3 value, an eighth away: 1.4e-2 of the outputs at 2048 columns, 2.1e-2 at 7168; a few tokens may have twice their
+share of that.  Quantising itself changes outputs by 6e-2."""
 
 FEW = 64
 """Tokens below which such roundings do not average out."""
