@@ -110,6 +110,7 @@ def bounded_importance(
     """
     first, second = (each.mean(dim=-1, keepdim=True) for each in importance)
     step = (first * squares[0] + second * squares[1]) / (first + second)
+    step = step.clamp(min=torch.finfo(torch.float32).tiny)  # of two experts of zeros
     most0, most1 = ((LEFT * 2**code.bits * (its / step).clamp(max=1)).square().clamp(min=1) for its in squares)
     return (
         importance[0] * (most1 * second / first).clamp(max=1),
