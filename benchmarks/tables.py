@@ -21,9 +21,9 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
 
 COMPARED = (
-    *("dense", "default", "paper", "least-squares", "angle8-compensated", "angle6-compensated", "mergemoe-50"),
-    *("mergemoe-25", "int8", "int4", "int3", "gptq-int4", "gptq-int3", "wanda-2:4", "drop-50", "drop-25"),
-    *("hc-smoe-50", "hc-smoe-25", "paper-3"),
+    *("dense", "default", "paper", "least-squares", "angle8-compensated", "trellis6-compensated"),
+    *("trellis4-compensated", "angle6-compensated", "mergemoe-50", "mergemoe-25", "int8", "int4", "int3", "int2"),
+    *("gptq-int4", "gptq-int3", "gptq-int2", "wanda-2:4", "drop-50", "drop-25", "hc-smoe-50", "hc-smoe-25", "paper-3"),
 )
 """Rows of the comparison that the table shows."""
 
