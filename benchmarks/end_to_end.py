@@ -39,6 +39,8 @@ RIVALS = ("bf16", "fp8", "int4")
 WRITERS = 6
 """Threads that write files, and files that wait for one."""
 WINDOWS, WINDOW = 128, 2048
+LAST_LINES = 20
+"""Of a server that fails, which say why."""
 CHARACTERS = 4
 """Of text for each token that is asked for: the tokenizer makes one of 3.8 on average."""
 
@@ -205,18 +207,23 @@ def check_room(folder: Path, devices: int) -> None:
 
 @contextmanager
 def running(command: list[str], port: int) -> Iterator[None]:
-    """A server, from when it answers.  Raises MeasurementError when it ends before."""
+    """A server, from when it answers.  Raises MeasurementError, with its last words, when it ends before."""
     environment = os.environ | {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}
-    process = subprocess.Popen(command, env=environment)
-    try:
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            if process.poll() is not None:
-                raise MeasurementError(f"vllm serve ended with status {process.returncode} before it answered")
-            time.sleep(0.5)
-        yield
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            while not answers(f"http://127.0.0.1:{port}/health"):
+                if process.poll() is not None:
+                    said.seek(0)
+                    raise MeasurementError(
+                        f"vllm serve ended with status {process.returncode} before it answered: "
+                        + " | ".join(said.read().splitlines()[-LAST_LINES:])
+                    )
+                time.sleep(0.5)
+            yield
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def answers(url: str) -> bool:

@@ -59,11 +59,15 @@ def test_no_figures_of_others(modules, vllm, answered, status, reason):
         modules[0].measure_server("http://127.0.0.1:1", 2, 8)
 
 
-def test_a_server_that_ends_is_a_row_that_says_so(modules, vllm, tmp_path):
-    vllm(answered=8, status=1)
+def test_a_server_that_ends_is_a_row_with_its_last_words(modules, tmp_path, monkeypatch):
+    script = tmp_path / "vllm"
+    script.write_text("#!/bin/sh\necho starting\necho no room for it >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(modules[1], "VLLM", str(script))
     options = argparse.Namespace(port=1, tensor_parallel=1, expert_parallel=False, clients=[1])
     rows = modules[1].serve("mixtral-8x7b", "fp8", tmp_path, options)
-    assert rows == [{"weights": "fp8", "failed": "vllm serve ended with status 1 before it answered"}]
+    said = "vllm serve ended with status 1 before it answered: starting | no room for it"
+    assert rows == [{"weights": "fp8", "failed": said}]
 
 
 def test_weights_that_do_not_fit_are_a_row_that_says_so(modules, tmp_path, monkeypatch):
