@@ -247,8 +247,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def filled(text: str) -> str:
     """A document with its tables as the results have them.  Raises KeyError for a table that is not made here."""
-    between = re.compile(r"(<!-- table (.+?) -->\n).*?(\n<!-- end of table -->)", re.DOTALL)
-    return between.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+    between = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+    return between.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
 
 
 if __name__ == "__main__":

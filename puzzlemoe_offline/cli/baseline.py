@@ -11,7 +11,7 @@ from puzzlemoe_offline.cli.options import (
     DEFAULT_SAMPLES,
     CalibrationOption,
     ColumnOption,
-    DevicesOption,
+    DeviceOption,
     OptionError,
     OutFolder,
     ResumeOption,
@@ -38,7 +38,7 @@ def baseline_command(
     column: ColumnOption = None,
     samples: SamplesOption = DEFAULT_SAMPLES,
     sequence_length: WindowOption = None,
-    device: DevicesOption = DEFAULT_DEVICE,
+    device: DeviceOption = DEFAULT_DEVICE,
     revision: RevisionOption = None,
     resume: ResumeOption = False,
 ) -> None:

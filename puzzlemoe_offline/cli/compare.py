@@ -16,7 +16,7 @@ from puzzlemoe_offline.cli.options import (
     DEFAULT_SAMPLES,
     CalibrationOption,
     ColumnOption,
-    DevicesOption,
+    DeviceOption,
     OptionError,
     RevisionOption,
     SamplesOption,
@@ -53,7 +53,7 @@ def compare_command(
     column: ColumnOption = None,
     samples: SamplesOption = DEFAULT_SAMPLES,
     sequence_length: WindowOption = None,
-    device: DevicesOption = DEFAULT_DEVICE,
+    device: DeviceOption = DEFAULT_DEVICE,
     revision: RevisionOption = None,
     output: Annotated[
         Path, typer.Option(help="JSON file to write, with a PNG beside it; models in the making go to its folder.")

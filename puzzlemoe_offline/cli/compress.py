@@ -18,7 +18,7 @@ from puzzlemoe_offline.cli.options import (
     PAIR_FIELDS,
     CalibrationOption,
     ColumnOption,
-    DevicesOption,
+    DeviceOption,
     OptionError,
     OutFolder,
     ResumeOption,
@@ -94,7 +94,7 @@ def compress_command(
             help="Linear layers outside experts: bf16, or FP8 by blocks of 128 x 128, the source's where it has that."
         ),
     ] = Dense.bf16,
-    device: DevicesOption = DEFAULT_DEVICE,
+    device: DeviceOption = DEFAULT_DEVICE,
     revision: RevisionOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes, peak memory and time; write nothing.")

@@ -40,8 +40,7 @@ DEFAULT_DEVICE = Device.cuda if torch.cuda.is_available() else Device.cpu
 SourceModel = Annotated[str, typer.Argument(metavar="SRC", help="The dense model: a folder or a hub id.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")]
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the model that comes of it.")]
-DeviceOption = Annotated[Device, typer.Option(help="Where layers run.")]
-DevicesOption = Annotated[Device, typer.Option(help="Where layers are merged; cuda: all visible GPUs of one kind.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where layers are merged; cuda: all visible GPUs of one kind.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in OUT.")]
 CalibrationOption = Annotated[

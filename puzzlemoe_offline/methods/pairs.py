@@ -119,9 +119,10 @@ class PairMethod(LayerMethod):
 
     def observe(self, layer: SourceLayer, passes: LayerPasses) -> _Seen:
         """Statistics, and sampled tokens.  Raises MethodError for activations that are too large."""
-        sample = SampledTokens()
-        by_router = not self.recipe.is_paper
-        statistics = expert_statistics(layer, passes, self.recipe.compensate, by_router, sample.record)
+        recipe, sample = self.recipe, SampledTokens()
+        statistics = expert_statistics(
+            layer, passes, moments=recipe.compensate, by_router=not recipe.is_paper, record=sample.record
+        )
         self._check_inputs(layer, statistics)
         return _Seen(statistics, sample)
 

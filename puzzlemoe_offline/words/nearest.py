@@ -95,8 +95,7 @@ def pair_importance(own: tuple[Tensor, Tensor], few: Tensor, recipe: PairRecipe)
         return own[0].masked_fill(few, 1), own[1].masked_fill(few, 1)
     mean = (own[0].mean(dim=-1, keepdim=True) + own[1].mean(dim=-1, keepdim=True)) / 2
     silent = mean == 0
-    both = (own[0] / mean + UNSEEN).masked_fill(silent, 1), (own[1] / mean + UNSEEN).masked_fill(silent, 1)
-    return both
+    return (own[0] / mean + UNSEEN).masked_fill(silent, 1), (own[1] / mean + UNSEEN).masked_fill(silent, 1)
 
 
 def bounded_importance(

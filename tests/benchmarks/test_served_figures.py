@@ -27,15 +27,16 @@ def modules(monkeypatch):
 
 @pytest.fixture
 def vllm(modules, tmp_path, monkeypatch):
-    """Makes a command in the place of vLLM's: it answers so many prompts, and ends with that status."""
+    """Makes a command in the place of vLLM's: it answers so many prompts, says something on both of its outputs, and
+    ends with that status."""
 
-    def make(answered: int, status: int = 0) -> None:
+    def make(answered: int, status: int = 0, said: tuple[str, str] = ("", "")) -> None:
         script = tmp_path / "vllm"
         result = json.dumps({"model_id": "model", "completed": answered} | FIGURES)
         script.write_text(
             f"#!{sys.executable}\nimport sys\nwords = sys.argv\nif '--result-dir' in words:\n"
             f"    open(words[words.index('--result-dir') + 1] + '/result.json', 'w').write({result!r})\n"
-            f"sys.exit({status})\n"
+            f"print({said[0]!r}, flush=True)\nprint({said[1]!r}, file=sys.stderr)\nsys.exit({status})\n"
         )
         script.chmod(0o755)
         for module in modules:
@@ -59,11 +60,8 @@ def test_no_figures_of_others(modules, vllm, answered, status, reason):
         modules[0].measure_server("http://127.0.0.1:1", 2, 8)
 
 
-def test_a_server_that_ends_is_a_row_with_its_last_words(modules, tmp_path, monkeypatch):
-    script = tmp_path / "vllm"
-    script.write_text("#!/bin/sh\necho starting\necho no room for it >&2\nexit 1\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(modules[1], "VLLM", str(script))
+def test_a_server_that_ends_is_a_row_with_its_last_words(modules, vllm, tmp_path):
+    vllm(answered=8, status=1, said=("starting", "no room for it"))
     options = argparse.Namespace(port=1, tensor_parallel=1, expert_parallel=False, clients=[1])
     rows = modules[1].serve("mixtral-8x7b", "fp8", tmp_path, options)
     said = "vllm serve ended with status 1 before it answered: starting | no room for it"

@@ -70,9 +70,8 @@ def test_a_dry_run_says_the_same(sizes, committed, tmp_path, monkeypatch, capsys
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     text = tmp_path / "text"
     text.write_text("It was the best of times.\n")
-    monkeypatch.setattr(
-        "puzzlemoe_offline.run.plan._seconds", lambda job, devices: 0.0
-    )  # merges a sample, to tell the time
+    # Merges a sample, to tell the time.
+    monkeypatch.setattr("puzzlemoe_offline.run.plan._seconds", lambda job, devices: 0.0)
     options = "--calibration", text, "--device", "cpu", "--bits", "2", "--dense", "fp8", "--dry-run"
     assert puzzlemoe("compress", tmp_path / "source", tmp_path / "out", *options) == 0
     (row,) = (row for row in committed["Mixtral-8x7B"]["packed"] if (row["bits"], row["dense"]) == ("2", "fp8"))

@@ -33,6 +33,12 @@ def test_a_changed_figure_is_found(tables):
     assert tables.filled(text) != text and "2,465" in tables.filled(text)
 
 
+def test_a_table_that_is_not_filled_yet_takes_no_text_with_it(tables):
+    empty = "<!-- table over http -->\n<!-- end of table -->\n"
+    text = tables.filled(f"{empty}between\n{empty}")
+    assert text.count("2,465") == 2 and "\nbetween\n" in text
+
+
 @pytest.mark.parametrize("document", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*.md")))
 def test_links_of_documents_lead_somewhere(document):
     check_links(ROOT / document)
