@@ -25,6 +25,13 @@ __device__ inline uint32_t shifted_left(uint32_t value, int bits) {
   return shifted;
 }
 
+// (value & mask) ^ turned, which the compiler makes two instructions of where it knows both constants.
+__device__ inline uint32_t and_xor(uint32_t value, uint32_t mask, uint32_t turned) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(value), "r"(mask), "r"(turned));
+  return result;
+}
+
 __device__ inline void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
@@ -67,6 +74,15 @@ __device__ inline void store_shared_4(uint32_t shared, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }
 
+__device__ inline void store_shared_8(uint32_t shared, uint32_t x, uint32_t y) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared), "r"(x), "r"(y) : "memory");
+}
+__device__ inline void store_shared_16(uint32_t shared, uint4 value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -81,11 +97,27 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d = a b + c, of unsigned and of signed bytes.
+__device__ inline void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                    const int (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
 // Lane 4r + c gives row r, columns 2c and 2c+1 of an 8 x 8 matrix of 16-bit elements and gets those of its transpose.
 __device__ inline uint32_t transpose_8x8(uint32_t value) {
   uint32_t result;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(value));
   return result;
+}
+
+// To within an ulp, of what is not subnormal.
+__device__ inline float reciprocal(float value) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(value));
+  return inverse;
 }
 
 __device__ inline uint32_t pack_bf16(float low, float high) {

@@ -8,9 +8,11 @@
 //
 // In memory a tile is
 //   8 bits: of every lane, run 0 and run 1;
-//   6, 5, 4 bits: of every lane, the last 16 bits of run 0 and of run 1; then of every lane what is left of them, run
-//     0 in the lower bits;
-//   3 bits: of every lane, the lower 16 bits of both runs as one number, run 0 in the lower 12; then their upper 8.
+//   6, 5 bits: of every lane, the last 16 bits of run 0 and of run 1; then of every lane what is left of them, run 0
+//     in the lower bits,
+// or, of an even tile with the odd one after it,
+//   4 bits: of every lane, run 0 of both and run 1 of both, the even tile's in the lower bits;
+//   3 bits: of that as one number, run 0 in the lower 24 bits, of every lane the lower 32 bits, then the upper 16.
 #pragma once
 #include "words.cuh"
 
@@ -23,7 +25,8 @@ class TrellisWords {
   static constexpr bool kHasSteps = true, kReadsDense = false, kPositionsCost = true;
   static constexpr uint32_t kRaised = kRaised_ ? 0x433E433E : 0;
   struct Words {
-    uint32_t first, second, first_before, second_before;  // loads of the two planes, or of the two runs
+    // Loads of the two planes, or of the two runs; of 4 and 3 bits both runs, each after what is before it.
+    uint32_t first, second, first_before, second_before;
   };
   struct Entries {
     uint32_t of[8];  // states
@@ -42,9 +45,9 @@ class TrellisWords {
     if constexpr (kBits == 8) {
       const uint2 own = load_shared_8(tile + lane * 8), end = load_shared_8(before + lane_before * 8);
       return {own.x, own.y, end.x, end.y};
-    } else if constexpr (kBits == 3) {
-      return {load_shared_2(tile + lane * 2), load_shared_1(tile + 64 + lane), load_shared_2(before + lane_before * 2),
-              load_shared_1(before + 64 + lane_before)};
+    } else if constexpr (kBits <= 4) {
+      if (odd) return odd_runs(two_tiles(tile - kTileBytes, lane));
+      return even_runs(two_tiles(tile, lane), two_tiles(tile, lane_before));
     } else {
       uint32_t rest = 0;
       if constexpr (kBits == 6) rest = load_shared_2(tile + 128 + lane * 2);
@@ -52,6 +55,36 @@ class TrellisWords {
       return {load_shared_4(tile + lane * 4), rest, load_shared_4(before + lane_before * 4), 0};
     }
   }
+
+  // Of an even tile and the odd one after it: before the odd tile's runs come the even one's, which are there.
+  __device__ static void load_two(uint32_t tile, int lane, Words (&two)[2]) {
+    if constexpr (kBits <= 4) {
+      const uint2 own = two_tiles(tile, lane);
+      two[0] = even_runs(own, two_tiles(tile, (lane + 31) % 32)), two[1] = odd_runs(own);
+      return;
+    }
+    two[0] = load(tile, lane, false);
+    if constexpr (kBits == 8) {
+      const uint2 own = load_shared_8(tile + kTileBytes + lane * 8);
+      two[1] = {own.x, own.y, two[0].first, two[0].second};
+    } else {
+      uint32_t rest = 0;
+      if constexpr (kBits == 6) rest = load_shared_2(tile + kTileBytes + 128 + lane * 2);
+      if constexpr (kBits == 5) rest = load_shared_1(tile + kTileBytes + 128 + lane);
+      two[1] = {load_shared_4(tile + kTileBytes + lane * 4), rest, two[0].first, 0};
+    }
+  }
+
+  // What a position's weights are sums of: the four bytes of a state times the multiplier, masked, and at position 1
+  // two of them subtracted from their largest value.  So the sum of the four is 62 more than the weight's value at
+  // position 0, and eight times that at position 1.
+  struct Bytes {
+    uint32_t mask, turned;
+    __device__ explicit Bytes(int position)
+        : mask(position ? 0xF8F8F8F8 : 0x1F1F1F1F), turned(position ? 0xF800F800 : 0) {}
+    __device__ uint32_t of(uint32_t x) const { return and_xor(x, mask, turned); }
+  };
+  __device__ static uint32_t multiplied(uint32_t state) { return state * kMultiplier; }
 
   __device__ static Entries look_up(const Words& words) {
     Entries entries;
@@ -111,9 +144,27 @@ class TrellisWords {
     return reinterpret_cast<const uint32_t&>(weights);
   }
 
+  // Of an even tile and the odd one after it: both runs, or of 3 bits the two planes.
+  __device__ static uint2 two_tiles(uint32_t tile, int lane) {
+    if constexpr (kBits == 4) return load_shared_8(tile + lane * 8);
+    return {load_shared_4(tile + lane * 4), load_shared_2(tile + 128 + lane * 2)};
+  }
+  // The odd tile's runs after those of the even one; of 3 bits, run 0 has something else in its upper eight.
+  __device__ static Words odd_runs(uint2 own) {
+    if constexpr (kBits == 4) return {own.x, own.y, 0, 0};
+    return {own.x, own.y * 256 + (own.x >> 24), 0, 0};
+  }
+  // The even tile's, after those of the previous lane's odd one.
+  __device__ static Words even_runs(uint2 own, uint2 before) {
+    if constexpr (kBits == 4)
+      return {__byte_perm(before.x, own.x, 0x5432), __byte_perm(before.y, own.y, 0x5432), 0, 0};
+    const uint32_t run1 = own.y * 256 + (own.x >> 24);
+    return {__funnelshift_l(before.x << 8, own.x, 12), run1 * 4096 + before.y / 16, 0, 0};
+  }
+
   // Bits of `value` from `first` on, as many as a state has; those above are dropped.
   __device__ static uint32_t state_at(uint32_t value, int first) {
-    if constexpr (kBits == 3) return value >> first & 0x7FFF;
+    if constexpr (kBits == 3) return first == 0 ? value & 0x7FFF : shifted_left(value, 17 - first) >> 17;
     if (first == 0) return value & 0xFFFF;
     if (first == 16) return value >> 16;
     // The multiplier's pipe may take the first shift; the compiler would rather shift and mask, for which it has none.
@@ -127,15 +178,12 @@ class TrellisWords {
       states[0] = state_at(earlier, 0), states[1] = state_at(own, 0);
       states[2] = state_at(earlier, 16), states[3] = state_at(own, 16);
     } else if constexpr (kBits == 4) {
-      const uint32_t window = __byte_perm(words.first_before, words.first, run ? 0x7632 : 0x5410);
+      const uint32_t window = run ? words.second : words.first;
       const uint32_t earlier = window >> 4;
-      states[0] = earlier & 0xFFFF, states[1] = __byte_perm(window, 0, 0x4421);
-      states[2] = __byte_perm(earlier, 0, 0x4421), states[3] = window >> 16;
+      states[0] = run ? state_at(window, 4) : earlier & 0xFFFF, states[1] = __byte_perm(window, 0, 0x4421);
+      states[2] = run ? state_at(window, 12) : __byte_perm(earlier, 0, 0x4421), states[3] = window >> 16;
     } else if constexpr (kBits == 3) {
-      const uint32_t own = run ? words.second << 4 | words.first >> 12 : words.first;
-      const uint32_t before =
-          run ? words.second_before << 4 | words.first_before >> 12 : words.first_before & 0xFFF;
-      const uint32_t window = own << 12 | before;
+      const uint32_t window = run ? words.second : words.first;
 #pragma unroll
       for (int i = 0; i < 4; ++i) states[i] = state_at(window, 3 * i);
     } else {

@@ -14,16 +14,25 @@ struct Epilogue {
     const float scale = Code::scale(work.dense(gemm));
     const int first_strip = work.row_tile * Tile::kStrips;
     if (uniform(joined<Tile>(group))) {
-      if constexpr (!Tile::kWgmma)
-        store_tiles<0, Tile::kJoinedTokens / 8>(gemm, first_strip, scale, sums,
+      if constexpr (!Tile::kWgmma && !Tile::kIntegers)
+        store_tiles<0, Tile::kJoinedTokens / 8>(gemm, first_strip, scale, sums[0],
                                                 uniform(group.count[0] + group.count[1]),
                                                 [&](int token) { return group.joined_row(token); });
       return;
     }
-    store_tiles<0, kPartTiles>(gemm, first_strip, scale, sums, uniform(group.count[0]),
-                               [&](int token) { return group.sorted_row(0, token); });
-    store_tiles<kPartTiles, kPartTiles>(gemm, first_strip, scale, sums, uniform(group.count[1]),
-                                        [&](int token) { return group.sorted_row(1, token); });
+#pragma unroll
+    for (int s = 0; s < Tile::kStripsPerWarp; ++s) {
+      const int strips = first_strip + s * 4 * Tile::kConsumers;
+      store_tiles<0, kPartTiles>(gemm, strips, scale, sums[s], uniform(group.count[0]),
+                                 [&](int column) { return group.sorted_row(0, token_of(column)); });
+      store_tiles<kPartTiles, kPartTiles>(gemm, strips, scale, sums[s], uniform(group.count[1]),
+                                          [&](int column) { return group.sorted_row(1, token_of(column)); });
+    }
+  }
+
+  // The token of a part whose sums are in a column of its tiles: of integers, four tokens have every second of a tile.
+  __device__ static int token_of(int column) {
+    return Tile::kIntegers ? column / 8 * 8 + column % 8 / 2 + column % 2 * 4 : column;
   }
 
   // Stores a warpgroup's sums, kTiles tiles from the kFirst on, 32 tokens of one strip of each warp at a time, through
@@ -31,7 +40,8 @@ struct Epilogue {
   // row in expert order, below 0 beyond the last.
   template <int kFirst, int kTiles, class SortedRow>
   __device__ __forceinline__ static void store_tiles(const GroupedGemm& gemm, int first_strip, float scale,
-                                                     const Sums& sums, int count, SortedRow sorted_row) {
+                                                     const float (&sums)[2 * kPartTiles][4], int count,
+                                                     SortedRow sorted_row) {
     constexpr int kStripBytesOut = kGateUp ? 16 : 32;  // of a token, from one strip
     constexpr int kVectors = 4 * kStripBytesOut / 16, kTokensPerPass = 128 / kVectors;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;

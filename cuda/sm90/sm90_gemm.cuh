@@ -3,6 +3,7 @@
 // operand.
 #pragma once
 #include "epilogue.cuh"
+#include "mainloop_imma.cuh"
 #include "mainloop_mma.cuh"
 #include "mainloop_wgmma.cuh"
 
@@ -26,6 +27,21 @@ struct Sm90Gemm {
                                                  PartProduct<Code, Tile, kTiles0, kTiles1, kOnePosition>(), slot, code,
                                                  own);
     ItemSums<Tile>::template set<kTiles0>(own, sums);
+  }
+
+  // The same of integers, in tiles of four tokens.
+  template <int kFours0, int kFours1, bool kOnePosition = false>
+  __device__ __forceinline__ static void multiply_fours(const GroupedGemm& gemm, const WorkItem& work, int count0,
+                                                        int count1, int depth_tiles, Slot& slot, Sums& sums) {
+    constexpr int kPartFours = Tile::kPartTokens / 4;
+    if constexpr (!kOnePosition && kFours1 == 0 && kFours0 < kPartFours)
+      if (count0 > 4 * kFours0)
+        return multiply_fours<kFours0 + 1, 0>(gemm, work, count0, count1, depth_tiles, slot, sums);
+    if constexpr (!kOnePosition && kFours1 < kPartFours)
+      if (count1 > 4 * kFours1)
+        return multiply_fours<kFours0, kFours1 + 1>(gemm, work, count0, count1, depth_tiles, slot, sums);
+    ImmaMainloop<Code, Tile, kGateUp>::template multiply<kFours0, kFours1, kOnePosition>(
+        depth_tiles, gemm.group_shift, slot, work.position(0), sums);
   }
 
   // The same of both parts' tokens, joined, in kTiles tiles.
@@ -59,6 +75,18 @@ struct Sm90Gemm {
     const GroupedGemm& gemm = items.gemm;
     const int count0 = uniform(work.group.count[0]), count1 = uniform(work.group.count[1]);
     const int tiles = items.tiles(piece);
+    if constexpr (Tile::kIntegers) {
+      constexpr int kPartFours = Tile::kPartTokens / 4;
+      if (count1 > 0 && uniform(work.position(0) == work.position(1)))
+        return multiply_fours<kPartFours, kPartFours, true>(gemm, work, count0, count1, tiles, slot, sums);
+      return multiply_fours<1, 0>(gemm, work, count0, count1, tiles, slot, sums);
+    } else {
+      multiply_bf16(gemm, work, count0, count1, tiles, slot, sums);
+    }
+  }
+
+  __device__ __forceinline__ static void multiply_bf16(const GroupedGemm& gemm, const WorkItem& work, int count0,
+                                                       int count1, int tiles, Slot& slot, Sums& sums) {
     if constexpr (!Tile::kWgmma) {
       if (uniform(joined<Tile>(work.group)) && !(Code::kPositionsCost && count1 == 0)) {
         if (count0 + count1 <= 8) multiply_joined<1>(gemm, work, tiles, slot, sums);
@@ -82,16 +110,34 @@ struct Sm90Gemm {
     Walk walk(items, launch);
     Piece piece;
     if constexpr (!Tile::kCuts) return consume_whole(items, walk, slot, sums);
+    WorkItem work;
     bool starts = false;
-    while (!starts && walk.next(items, piece)) {
-      const WorkItem work = items.work(piece);
-      multiply_piece(items, piece, work, slot, sums);
-      starts = Tile::kCuts && piece.first_stage == 0 && piece.end_stage < launch.stages;
-      if (Tile::kCuts && piece.first_stage > 0) ItemSums<Tile>::leave(items, work.group, sums);
-      else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
+    if constexpr (Tile::kIntegers) {
+      // The next piece's item is read while this one is multiplied: registers are left here.
+      Piece next_piece;
+      WorkItem next;
+      bool more = walk.next(items, piece);
+      if (more) work = items.work(piece);
+      while (!starts && more) {
+        more = walk.next(items, next_piece);
+        if (more) next = items.work(next_piece);
+        multiply_piece(items, piece, work, slot, sums);
+        starts = piece.first_stage == 0 && piece.end_stage < launch.stages;
+        if (piece.first_stage > 0) ItemSums<Tile>::leave(items, work.group, sums);
+        else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
+        if (!starts) piece = next_piece, work = next;
+      }
+    } else {
+      while (!starts && walk.next(items, piece)) {
+        work = items.work(piece);
+        multiply_piece(items, piece, work, slot, sums);
+        starts = Tile::kCuts && piece.first_stage == 0 && piece.end_stage < launch.stages;
+        if (Tile::kCuts && piece.first_stage > 0) ItemSums<Tile>::leave(items, work.group, sums);
+        else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
+      }
+      if (starts) work = items.work(piece);
     }
     if (!starts) return;
-    const WorkItem work = items.work(piece);
     ItemSums<Tile>::add_left(items, work.group, launch.last_dealer(piece), sums);
     Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
   }
@@ -138,8 +184,9 @@ struct Sm90Gemm {
     if (copies) {
       registers_down<kCopyRegisters>();
       const int warp = uniform(threadIdx.x % 128 / 32);
-      if (warp < 2) Stage::gather_tokens(items, launch);
-      else if (warp == 2) Stage::copy_words(items, launch);
+      if (warp == 2) Stage::copy_words(items, launch);
+      else if constexpr (Tile::kIntegers) Stage::quantise_tokens(items, launch, min(warp, Stage::kQuantisers - 1));
+      else if (warp < 2) Stage::gather_tokens(items, launch);
     } else {
       registers_up<kMultiplyRegisters>();
       consume_all(items, launch);

@@ -5,6 +5,7 @@
 #include "ptx_sm90.cuh"
 #include "schedule.cuh"
 #include "tiles.cuh"
+#include "tokens_int8.cuh"
 
 // The items of a launch, as schedule.cuh asks for them and as work on groups x row tiles.
 template <class Tile>
@@ -84,7 +85,8 @@ template <class Code, class Tile, bool kGateUp>
 struct Stages {
   static constexpr int kStripBytes = Tile::kDepthTiles * Code::kTileBytes;  // of a stage
   static constexpr int kWeightBytes = Tile::kStrips * kStripBytes;
-  static constexpr int kTokens = 2 * Tile::kPartTokens, kTokenBytes = kTokens * Tile::kDepth * 2;
+  static constexpr int kTokens = 2 * Tile::kPartTokens;
+  static constexpr int kTokenBytes = Tile::kIntegers ? Int8Tokens<Tile>::kBytes : kTokens * Tile::kDepth * 2;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;  // steps have a place of their own
   static constexpr int kGroups = Code::kHasSteps ? Tile::kDepthTiles / kMinGroupTiles : 0;  // of a stage, at most
   static constexpr int kGroupBytes = Tile::kStrips * kStripStepBytes, kStepBytes = kGroups * kGroupBytes;
@@ -109,12 +111,12 @@ struct Stages {
   __device__ static uint32_t empty(int slot) { return full(slot) + 8; }
   __device__ static uint32_t own_table() { return kept(kTable + threadIdx.x % 32 * 4); }
 
-  static constexpr int kTokenThreads = 64;
+  static constexpr int kTokenThreads = 64, kTokenArrivals = Tile::kIntegers ? 1 : kTokenThreads;
 
   // By one thread, before any other uses them.
   __device__ static void init_barriers() {
     for (int s = 0; s < kSlots; ++s) {
-      barrier_init(full(s), kTokenThreads + 1);  // the gathered tokens, and the words' expected bytes
+      barrier_init(full(s), kTokenArrivals + 1);  // the gathered tokens, and the words' expected bytes
       barrier_init(empty(s), 4 * Tile::kConsumers);
     }
     barrier_init_visible();
@@ -213,6 +215,65 @@ struct Stages {
     }
   }
 
+  // Three warps, each every third stage: a lane turns two columns of a token into integers.  Some
+  // tokens at once, so that their reads and sums wait together.
+  static constexpr int kQuantisers = 3, kAtOnce = 2;
+  __device__ static void quantise_tokens(const Items<Tile>& items, const LaunchOf<Tile>& launch, int own) {
+    using Tokens = Int8Tokens<Tile>;
+    const GroupedGemm& gemm = items.gemm;
+    const int lane = threadIdx.x % 32;
+    const uint32_t* activations = reinterpret_cast<const uint32_t*>(gemm.activations) + lane;
+    const int row_words = gemm.depth / 2;
+    const bool halves = 1 << gemm.group_shift < Tile::kDepthTiles;
+    if constexpr (!kGateUp) wait_for_previous_kernel();
+    Slot slot;
+    int turn = own;  // stages until the next that is this warp's
+    Walk walk(items, launch);
+    for (Piece piece; walk.next(items, piece);) {
+      const WorkItem work = items.work(piece);
+      const int count0 = uniform(work.group.count[0]), count = count0 + uniform(work.group.count[1]);
+      // A lane's token, those of part 1 after those of part 0: where its row begins.
+      const int row = lane < count ? work.group.joined_row(lane) : 0;
+      const uint32_t place = (kGateUp ? activation_row<true>(gemm, row) : row) * row_words;
+      const int end = items.end_tile(piece);
+      auto read = [&](int tile, int first, uint32_t (&columns)[kAtOnce]) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const uint32_t own_place = __shfl_sync(~0u, place, first + i);
+          columns[i] = 0;
+          if (first + i < count && tile * 8 + lane < end * 8) columns[i] = __ldcg(activations + own_place + tile * 8);
+        }
+      };
+      int tile = items.first_tile(piece);
+      uint32_t next[kAtOnce];  // of the first tokens
+      read(tile + turn * Tile::kDepthTiles, 0, next);
+      for (; tile < end; tile += Tile::kDepthTiles, slot.next(), --turn) {
+        if (turn > 0) continue;
+        turn = kQuantisers;
+        uint32_t columns[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) columns[i] = next[i];
+        read(tile + kQuantisers * Tile::kDepthTiles, 0, next);
+        barrier_wait(empty(slot.index), slot.parity ^ 1);
+        if (count == 1) {
+          const uint32_t place[1] = {0}, one[1] = {columns[0]};
+          Tokens::store(stage(slot.index), place, one, 1, halves);
+        } else {
+          for (int first = 0; first < count; first += kAtOnce) {
+            if (first > 0) read(tile, first, columns);
+            uint32_t places[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+              places[i] = first + i + (first + i < count0 ? 0 : Tile::kPartTokens - count0);
+            Tokens::store(stage(slot.index), places, columns, count - first, halves);
+          }
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(full(slot.index));
+      }
+    }
+  }
+
   // A tile of the warp's strip in the slot's stage, which has `tiles` of each strip.
   __device__ static uint32_t tile_at(const Slot& slot, int tile, int tiles) {
     const int warp = threadIdx.x / 32;  // the strips of a copy are as far apart as `tiles` makes them, copies are not
@@ -231,10 +292,11 @@ struct Stages {
       uint32_t first = 0, second = 0;  // of the first two tiles and of the others
       __device__ uint32_t of(int tile) const { return tile < kMinGroupTiles ? first : second; }
     };
-    __device__ OfStage of(const Slot& slot) const {
+    // which: of the warp's strips.
+    __device__ OfStage of(const Slot& slot, int which = 0) const {
       if constexpr (!Code::kHasSteps) return {};
       static_assert(Tile::kDepthTiles == 2 * kMinGroupTiles);
-      const uint32_t own = strip + slot.index * kStepBytes;
+      const uint32_t own = strip + slot.index * kStepBytes + which * 4 * Tile::kConsumers * kStripStepBytes;
       return {load_shared_4(own), load_shared_4(own + to_second)};
     }
   };

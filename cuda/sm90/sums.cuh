@@ -7,7 +7,7 @@ template <class Tile>
 struct ItemSums {
   // By tiles of eight tokens: kPartTiles of part 0, then those of part 1; joined tokens start at tile 0.
   static constexpr int kPartTiles = Tile::kPartTokens / 8;
-  using Sums = float[2 * kPartTiles][4];
+  using Sums = float[Tile::kStripsPerWarp][2 * kPartTiles][4];
 
   // Where tile j of products of which kTiles0 are part 0's is among the sums, and in the stage.
   template <int kTiles0>
@@ -15,7 +15,8 @@ struct ItemSums {
     return j < kTiles0 ? j : kPartTiles + j - kTiles0;
   }
   template <int kTiles0, int kTiles>
-  __device__ static void set(const float (&own)[kTiles][4], Sums& sums) {
+  __device__ static void set(const float (&own)[kTiles][4], Sums& all) {
+    float (&sums)[2 * kPartTiles][4] = all[0];
 #pragma unroll
     for (int j = 0; j < 2 * kPartTiles; ++j)
 #pragma unroll
@@ -26,9 +27,10 @@ struct ItemSums {
       for (int i = 0; i < 4; ++i) sums[place<kTiles0>(j)][i] = own[j][i];
   }
 
-  // Where the sums of the piece that a dealer leaves are, this lane's of one token tile; and whether they are there.
-  __device__ static float4* left_sums(const Items<Tile>& items, int dealer, int tile) {
-    const int warp = block_of(items, dealer) * Tile::kStrips + threadIdx.x / 32;
+  // Where the sums of the piece that a dealer leaves are, this lane's of one token
+  // tile of one of its warp's strips; and whether they are there.
+  __device__ static float4* left_sums(const Items<Tile>& items, int dealer, int strip, int tile) {
+    const int warp = block_of(items, dealer) * Tile::kStrips + strip * 4 * Tile::kConsumers + threadIdx.x / 32;
     return items.gemm.partials + (warp * (2 * kPartTiles) + tile) * 32 + threadIdx.x % 32;
   }
   __device__ static int* left_flag(const Items<Tile>& items, int dealer) {
@@ -52,9 +54,13 @@ struct ItemSums {
   // Leaves the sums of a piece that is not an item's start; a block has one at most, its first.
   __device__ static void leave(const Items<Tile>& items, const TokenGroup& group, const Sums& sums) {
 #pragma unroll
-    for (int j = 0; j < 2 * kPartTiles; ++j)
-      if (uniform(used(group, j)))
-        __stcg(left_sums(items, own_dealer(items), j), make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]));
+    for (int s = 0; s < Tile::kStripsPerWarp; ++s)
+#pragma unroll
+      for (int j = 0; j < 2 * kPartTiles; ++j)
+        if (uniform(used(group, j))) {
+          const float (&sum)[4] = sums[s][j];
+          __stcg(left_sums(items, own_dealer(items), s, j), make_float4(sum[0], sum[1], sum[2], sum[3]));
+        }
     warpgroup_barrier(1 + threadIdx.x / 128);
     store_release_if(threadIdx.x % 128 == 0, left_flag(items, own_dealer(items)), 1);
   }
@@ -70,11 +76,14 @@ struct ItemSums {
 #pragma unroll(kPartTiles <= 2 ? 4 : 1)  // of few sums, those of several dealers are read at once
     for (int dealer = first; dealer <= last_dealer; ++dealer) {
 #pragma unroll
-      for (int j = 0; j < 2 * kPartTiles; ++j) {
-        if (!uniform(used(group, j))) continue;
-        const float4 other = __ldcg(left_sums(items, dealer, j));
-        sums[j][0] += other.x, sums[j][1] += other.y, sums[j][2] += other.z, sums[j][3] += other.w;
-      }
+      for (int s = 0; s < Tile::kStripsPerWarp; ++s)
+#pragma unroll
+        for (int j = 0; j < 2 * kPartTiles; ++j) {
+          if (!uniform(used(group, j))) continue;
+          float (&sum)[4] = sums[s][j];
+          const float4 other = __ldcg(left_sums(items, dealer, s, j));
+          sum[0] += other.x, sum[1] += other.y, sum[2] += other.z, sum[3] += other.w;
+        }
     }
   }
 };

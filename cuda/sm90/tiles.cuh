@@ -3,6 +3,7 @@
 
 // What they have in common.  A tile also has
 //   kWgmma: wgmma multiplies, else mma.sync;
+//   kIntegers: mma.sync multiplies integers, see tokens_int8.cuh; for trellis words alone;
 //   kRaised: products lower raised weights, see words.cuh;
 //   kPartTokens: tokens of each of the two parts;
 //   kWidthStep: the step of the widths that products come in, up to kPartTokens;
@@ -11,10 +12,13 @@
 //     them do, so many stages after they began to, which needs stages to spare.
 template <int kConsumers_, int kBlocks_, int kTableStride_, int kGateUpCopyRegisters = 32, int kDownCopyRegisters = 32>
 struct Sm90Tile {
-  static constexpr int kConsumers = kConsumers_;      // warpgroups that multiply, a strip of 16 rows in each warp
+  static constexpr int kConsumers = kConsumers_;      // warpgroups that multiply
   static constexpr int kBlocks = kBlocks_;            // that share a multiprocessor
   static constexpr int kTableStride = kTableStride_;  // of a code's table
-  static constexpr int kThreads = 128 * (kConsumers + 1), kStrips = 4 * kConsumers;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  // Strips of 16 rows: a warp's are 4 * kConsumers apart.
+  static constexpr int kStripsPerWarp = 1, kStrips = 4 * kConsumers * kStripsPerWarp;
+  static constexpr bool kIntegers = false;
   // Of a thread that copies, which needs more for more tokens, and more in gate and up, where it divides slots; and of
   // one that multiplies; together what the compiler gives all threads alike.
   static constexpr int kThreadRegisters = 65536 / (kBlocks * kThreads) / 8 * 8;
@@ -29,6 +33,17 @@ struct Sm90Tile {
   static constexpr int kJoinedTokens = 16;  // so many, mma.sync takes joined
 };
 
+// Two strips a warp, so that what it reads of the tokens serves both.
+struct Imma8 : Sm90Tile<4, 1, 128> {
+  static constexpr bool kWgmma = false, kIntegers = true, kRaised = false, kCuts = true;
+  static constexpr int kPartTokens = 8, kWidthStep = 8, kFenceLag = 0, kJoinedTokens = 0;
+  static constexpr int kStripsPerWarp = 2, kStrips = 4 * kConsumers * kStripsPerWarp;
+};
+// Of the dense experts beside them.
+struct Mma8 : Sm90Tile<2, 2, 128> {
+  static constexpr bool kWgmma = false, kRaised = false, kCuts = true;
+  static constexpr int kPartTokens = 8, kWidthStep = 8, kFenceLag = 0;
+};
 struct Mma16 : Sm90Tile<2, 2, 128> {
   static constexpr bool kWgmma = false, kRaised = true, kCuts = true;
   static constexpr int kPartTokens = 16, kWidthStep = 8, kFenceLag = 0;

@@ -23,7 +23,7 @@ from puzzlemoe_vllm.format.codes.table import ByteSums
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 READS_CHECKPOINT_ORDER = False
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
 CALL_TOKENS = 32768
@@ -250,15 +250,18 @@ def _trellis_words(tiles: Tensor, bits: int) -> Tensor:
     runs = (words << bits * torch.arange(4, device=tiles.device)).sum(dim=-1)
     if bits == 8:
         planes = [(runs, 4)]
-    elif bits == 3:
-        both = runs[..., :1] | runs[..., 1:] << 12
-        planes = [(both & 0xFFFF, 2), (both >> 16, 1)]
+    elif bits <= 4:  # of two tiles
+        even, odd = runs.unflatten(-3, (-1, 2)).unbind(-3)
+        runs = even | odd << 4 * bits
+        both = runs[..., :1] | runs[..., 1:] << 24
+        planes = [(runs, 4)] if bits == 4 else [(both & 0xFFFFFFFF, 4), (both >> 32, 2)]
     else:
         left = 4 * bits - 16
         rest = (runs & (1 << left) - 1) << left * torch.arange(2, device=tiles.device)
         planes = [(runs >> left, 2), (rest.sum(dim=-1, keepdim=True), left // 4)]
     as_bytes = (number[..., None] >> 8 * torch.arange(size, device=tiles.device) & 255 for number, size in planes)
-    return torch.cat([plane.flatten(-3) for plane in as_bytes], dim=-1).to(torch.uint8)
+    words = torch.cat([plane.flatten(-3) for plane in as_bytes], dim=-1).to(torch.uint8)
+    return words if bits > 4 else words.unflatten(-1, (2, -1)).flatten(-3, -2)
 
 
 def tile(matrix: Tensor, gate_up: bool) -> Tensor:

@@ -81,12 +81,16 @@ def kernel_states(tile: bytes, before: bytes, odd: bool, bits: int) -> list[list
     """States [lane][run][4] of a tile in kernel order, as cuda/trellis_words.cuh finds them; before: the tile beside it
     that has the same 32 columns."""
 
-    def run(tile: bytes, lane: int, run: int) -> int:
+    def run(tile: bytes, lane: int, run: int, odd: bool) -> int:
         if bits == 8:
             return int.from_bytes(tile[8 * lane + 4 * run : 8 * lane + 4 * run + 4], "little")
-        if bits == 3:
-            both = tile[2 * lane] | tile[2 * lane + 1] << 8 | tile[64 + lane] << 16
-            return both >> 12 * run & 0xFFF
+        if bits <= 4:
+            planes = (8,) if bits == 4 else (4, 2)
+            both = b"".join(
+                two_tiles[32 * sum(planes[:i]) + size * lane : 32 * sum(planes[:i]) + size * (lane + 1)]
+                for i, size in enumerate(planes)
+            )
+            return int.from_bytes(both, "little") >> 4 * bits * (2 * run + odd) & (1 << 4 * bits) - 1
         left = 4 * bits - 16
         size = left // 4
         rest = int.from_bytes(tile[128 + size * lane : 128 + size * (lane + 1)], "little")
@@ -94,10 +98,12 @@ def kernel_states(tile: bytes, before: bytes, odd: bool, bits: int) -> list[list
             1 << left
         ) - 1
 
+    two_tiles = before + tile if odd else tile + before
     states = []
     for lane in range(32):
         windows = [
-            run(tile, lane, half) << 4 * bits | run(before, lane if odd else (lane - 1) % 32, half) for half in (0, 1)
+            run(tile, lane, half, odd) << 4 * bits | run(before, lane if odd else (lane - 1) % 32, half, not odd)
+            for half in (0, 1)
         ]
         state_bits = min(16, 5 * bits)
         first = [5 * bits - state_bits + bits * i for i in range(4)]

@@ -38,6 +38,7 @@ uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t c) {
   return c;
 }
 uint32_t shifted_left(uint32_t value, int bits) { return value << bits; }
+uint32_t and_xor(uint32_t value, uint32_t mask, uint32_t turned) { return (value & mask) ^ turned; }
 uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = uint64_t(b) << 32 | a;
   uint32_t result = 0;

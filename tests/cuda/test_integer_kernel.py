@@ -1,0 +1,164 @@
+"""The kernel that multiplies trellis words in integers, whole blocks of it on the host: from words as `prepare` orders
+them to bf16 outputs, against float64."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from support.host_compiler import COMPILER, needs_compiler
+from torch import Tensor
+
+from puzzlemoe_vllm.backends import cuda
+from puzzlemoe_vllm.format.codes import CODES, TrellisCode
+from puzzlemoe_vllm.format.codes.trellis import values
+
+HERE, CUDA = Path(__file__).parent, Path(__file__).parents[2] / "cuda"
+EMULATED = ("cuda_bf16.h", "ptx.cuh", "launch.cuh", "sm90/ptx_sm90.cuh", "sm90/mainloop_wgmma.cuh")
+"""Headers that host_gpu.h stands in for."""
+
+TOPK = 2
+
+pytestmark = needs_compiler
+
+
+class GroupedGemm(ctypes.Structure):
+    """`GroupedGemm` of cuda/grouped.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("words", "steps", "table", "dense", "activations", "out")),
+        *((name, ctypes.c_void_p) for name in ("sorted_slots", "groups", "first_group", "end_group")),
+        *((name, ctypes.c_void_p) for name in ("partials", "arrivals")),
+        *((name, ctypes.c_int) for name in ("topk", "pairs", "rows", "depth", "group_shift")),
+    ]
+
+
+def built(folder: Path, code: TrellisCode, changes: tuple[tuple[str, str, str], ...] = ()) -> ctypes.CDLL:
+    """The kernel of a code for the host; changes: of a header, what is replaced by what."""
+    shutil.copytree(CUDA, folder / "cuda")
+    for name in EMULATED:
+        (folder / "cuda" / name).write_text('#pragma once\n#include "host_gpu.h"\n')
+    for name, right, wrong in changes:
+        source = (folder / "cuda" / name).read_text()
+        assert source.count(right) == 1
+        (folder / "cuda" / name).write_text(source.replace(right, wrong))
+    library = folder / "kernel.so"
+    command = [COMPILER, "-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-fPIC", "-shared"]
+    command += [f"-DBITS={code.bits}", f"-I{folder / 'cuda'}", f"-I{HERE}"]
+    command += [str(HERE / "integer_kernel.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True, timeout=600)
+    return ctypes.CDLL(str(library))
+
+
+def token_groups(counts: list[int], part: int) -> Tensor:
+    """int32 [groups, 8], as cuda/routing.cu plans them for experts with so many tokens: `TokenGroup`."""
+    groups: list[list[int]] = []
+    row = 0
+    for pair, (first, second) in enumerate(zip(counts[::2], counts[1::2], strict=True)):
+        parts = [(0, start, min(part, first - start)) for start in range(0, first, part)]
+        parts += [(1, first + start, min(part, second - start)) for start in range(0, second, part)]
+        leader, size = len(groups), (len(parts) + 1) // 2
+        for two in zip(parts[::2], [*parts[1::2], (0, 0, 0)][:size], strict=True):
+            positions = two[0][0] | two[1][0] << 1
+            groups.append([pair, leader, size, positions, *(row + p[1] for p in two), *(p[2] for p in two)])
+        row += first + second
+    return torch.tensor(groups, dtype=torch.int32)
+
+
+def worst_error(
+    kernel: ctypes.CDLL,
+    code: TrellisCode,
+    gate_up: bool,
+    size: tuple[int, int],
+    group_size: int,
+    counts: list[int],
+    blocks: int,
+) -> float:
+    """The largest relative error of a token's outputs, with random words, steps and tokens; some tokens have columns
+    far larger than others, and columns of zeros."""
+    (rows, depth), pairs, slots = size, len(counts) // 2, sum(counts)
+    words = torch.randint(0, 256, (pairs, *code.words_shape(rows, depth)), dtype=torch.uint8)
+    steps = ((torch.rand(pairs, rows, depth // group_size) + 0.5) * depth**-0.5 / 18).bfloat16()
+    tokens = torch.randn((slots + TOPK - 1) // TOPK if gate_up else slots, depth)
+    tokens[::2] *= 100 * torch.rand(depth).pow(8)
+    tokens[::3, :16] = 0
+    tokens = tokens.bfloat16()
+    sorted_slots = torch.randperm(slots).int()
+    out = torch.full((slots, rows // 2 if gate_up else rows), float("nan"), dtype=torch.bfloat16)
+    groups = token_groups(counts, kernel.part_tokens())
+    held = {
+        "words": torch.stack(
+            [cuda.blocks(cuda.kernel_words(cuda.tile(code.unpack(of), gate_up), code)) for of in words]
+        ),
+        "steps": torch.stack([cuda.tile_steps(of, gate_up).flatten() for of in steps]),
+        "activations": tokens,
+        "out": out,
+        "sorted_slots": sorted_slots,
+        "groups": groups,
+        "end_group": torch.tensor([len(groups)], dtype=torch.int32),
+        "partials": torch.full((kernel.partial_floats(),), float("nan")),
+        "arrivals": torch.zeros(kernel.max_arrivals(), dtype=torch.int32),
+    }
+    gemm = GroupedGemm(topk=TOPK, pairs=pairs, rows=rows, depth=depth, group_shift=(group_size // 32).bit_length())
+    for name, tensor in held.items():
+        setattr(gemm, name, tensor.data_ptr())
+    kernel.multiply(int(gate_up), blocks, ctypes.byref(gemm))
+    assert not held["arrivals"].any()
+
+    expected, row = torch.empty(out.shape, dtype=torch.float64), 0
+    for expert, count in enumerate(counts):
+        value = values(code.states(words[expert // 2]))[expert % 2].double().unflatten(-1, (-1, group_size))
+        weights = (value * steps[expert // 2].double()[..., None]).flatten(-2)
+        for slot in range(row, row + count):
+            place = int(sorted_slots[slot])
+            product = weights @ tokens[place // TOPK if gate_up else slot].double()
+            if gate_up:
+                gate, up = product.chunk(2)
+                expected[slot] = torch.nn.functional.silu(gate) * up
+            else:
+                expected[place] = product
+        row += count
+    return ((out.double() - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
+
+
+TOLERANCE = 4e-3
+"""The outputs are rounded to bf16, which makes up to 2e-3 of a token."""
+
+LAUNCHES = [
+    (False, (512, 128), 128, [1, 0], 1),
+    (False, (512, 128), 128, [0, 1], 1),
+    (True, (512, 192), 64, [3, 2], 2),
+    (False, (544, 160), 32, [5, 1, 0, 6], 3),
+    (True, (288, 96), 32, [3, 8], 1),
+    (False, (256, 256), 128, [8, 5], 2),
+    (False, (1024, 512), 128, [9, 20, 1, 0], 3),
+    (True, (96, 32), 32, [16, 1], 2),
+    (True, (512, 1024), 128, [6, 3], 5),
+]
+"""Rows and columns that fill no tile, every number of tiles of four tokens, items cut between blocks."""
+
+
+@pytest.mark.parametrize("code", [c for c in CODES.values() if isinstance(c, TrellisCode)], ids=lambda c: c.name)
+def test_products_in_integers_are_those_of_the_format(code, tmp_path):
+    kernel = built(tmp_path, code)
+    for launch in LAUNCHES:
+        assert worst_error(kernel, code, *launch) < TOLERANCE, launch
+
+
+@pytest.mark.parametrize(
+    "header, right, wrong",
+    [
+        ("sm90/tokens_int8.cuh", "excess = 62 * scale", "excess = 61 * scale"),
+        ("sm90/tokens_int8.cuh", "store_shared_8(to ^ 64,", "store_shared_8(to,"),
+        ("sm90/mainloop_imma.cuh", "second(1)", "second(0)"),
+        ("sm90/epilogue.cuh", "column % 8 / 2 + column % 2 * 4", "column % 8"),
+    ],
+)
+def test_a_wrong_kernel_is_seen(header, right, wrong, tmp_path):
+    code = CODES["trellis4"]
+    broken = built(tmp_path, code, ((header, right, wrong),))
+    assert not worst_error(broken, code, False, (256, 128), 128, [7, 3], 1) < TOLERANCE
