@@ -114,7 +114,7 @@ cudaError_t multiply(const pm_layer& layer, const Kernel& kernel, const Workspac
   gemm.end_group = work.routing.group_counts;
   cudaError_t error = layer.pairs ? kernel.launch(layer.code, gate_up, gemm, stream) : cudaSuccess;
   gemm.end_group = work.routing.group_counts + 1;
-  return error ? error : multiply_dense(kernel, gemm, work, gate_up, stream);
+  return error ? error : multiply_dense(kernel.dense ? *kernel.dense : kernel, gemm, work, gate_up, stream);
 }
 
 // The same where merged experts multiply in e4m3, with the pass that quantises their tokens.

@@ -19,11 +19,10 @@ struct TokenGroup {
   __device__ int sorted_row(int part, int token) const {
     return token < (part ? count[1] : count[0]) ? (part ? start[1] : start[0]) + token : -1;
   }
-  // The same, and the position, where part 1's tokens follow part 0's.
+  // The same where part 1's tokens follow part 0's.
   __device__ int joined_row(int token) const {
     return token < count[0] ? start[0] + token : sorted_row(1, token - count[0]);
   }
-  __device__ int joined_position(int token) const { return (positions >> (token >= count[0])) & 1; }
 };
 
 // One of the two matrix products: activations [rows in expert order, depth] times the units' [rows, depth] weights.

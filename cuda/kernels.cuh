@@ -21,12 +21,12 @@ struct Kernel {
   int partial_floats;  // of the sums of pieces of items, 0: cuts none
   int min_capability;  // 10 * major + minor
   int max_capability;
-  uint32_t codes;      // that it is built for; a kernel in bf16 needs mask16, whose decoder reads dense experts
+  uint32_t codes;      // that it is built for
   // Launches one of the two products on as many blocks as the device holds at once.
   cudaError_t (*launch)(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t stream);
-  // Kernels that multiply merged experts in e4m3 have this instead, and a kernel for the others.
+  // Kernels that multiply merged experts in e4m3 have this instead.
   cudaError_t (*launch_fp8)(int code, bool gate_up, const Fp8Gemm& gemm, cudaStream_t stream) = nullptr;
-  const Kernel* dense = nullptr;
+  const Kernel* dense = nullptr;  // for the dense experts, where mask16, whose decoder reads them, is not among codes
 
   bool takes(int code) const { return code >= 0 && code < 32 && codes >> code & 1; }
 };
@@ -39,8 +39,6 @@ const Kernel* find_kernel(int index);
 // kFunction and kSharedBytes.
 template <template <class, class, bool> class Gemm, class Tile, uint32_t kCodes>
 struct Launcher {
-  static_assert(kCodes & codes(PM_CODE_MASK16), "its decoder is the one that reads dense experts");
-
   template <class Product>
   static cudaError_t launch_product(const GroupedGemm& gemm, cudaStream_t stream) {
     return launch_resident<Product::kFunction, Tile::kThreads, Product::kSharedBytes>(gemm, stream);
@@ -58,17 +56,16 @@ struct Launcher {
   static cudaError_t launch(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t stream) {
     using Table8 = TableWords<8, Tile::kTableStride>;
     using Table6 = TableWords<6, Tile::kTableStride>;
-    constexpr bool kRaised = Tile::kRaised;
     switch (code) {
       case PM_CODE_MASK16: return launch_code<PM_CODE_MASK16, Mask16>(gate_up, gemm, stream);
       case PM_CODE_ANGLE16: return launch_code<PM_CODE_ANGLE16, Angle16>(gate_up, gemm, stream);
       case PM_CODE_TABLE8: return launch_code<PM_CODE_TABLE8, Table8>(gate_up, gemm, stream);
       case PM_CODE_TABLE6: return launch_code<PM_CODE_TABLE6, Table6>(gate_up, gemm, stream);
-      case PM_CODE_TRELLIS8: return launch_code<PM_CODE_TRELLIS8, TrellisWords<8, kRaised>>(gate_up, gemm, stream);
-      case PM_CODE_TRELLIS6: return launch_code<PM_CODE_TRELLIS6, TrellisWords<6, kRaised>>(gate_up, gemm, stream);
-      case PM_CODE_TRELLIS5: return launch_code<PM_CODE_TRELLIS5, TrellisWords<5, kRaised>>(gate_up, gemm, stream);
-      case PM_CODE_TRELLIS4: return launch_code<PM_CODE_TRELLIS4, TrellisWords<4, kRaised>>(gate_up, gemm, stream);
-      case PM_CODE_TRELLIS3: return launch_code<PM_CODE_TRELLIS3, TrellisWords<3, kRaised>>(gate_up, gemm, stream);
+      case PM_CODE_TRELLIS8: return launch_code<PM_CODE_TRELLIS8, TrellisWords<8>>(gate_up, gemm, stream);
+      case PM_CODE_TRELLIS6: return launch_code<PM_CODE_TRELLIS6, TrellisWords<6>>(gate_up, gemm, stream);
+      case PM_CODE_TRELLIS5: return launch_code<PM_CODE_TRELLIS5, TrellisWords<5>>(gate_up, gemm, stream);
+      case PM_CODE_TRELLIS4: return launch_code<PM_CODE_TRELLIS4, TrellisWords<4>>(gate_up, gemm, stream);
+      case PM_CODE_TRELLIS3: return launch_code<PM_CODE_TRELLIS3, TrellisWords<3>>(gate_up, gemm, stream);
     }
     return cudaErrorInvalidValue;
   }

@@ -112,8 +112,7 @@ __global__ __launch_bounds__(kPlanThreads) void plan_groups(Routing routing, int
 }
 
 // Each block takes a run of rows of every expert it has slots for.  Which run is left to chance: a row's place does
-// not change its arithmetic.  (It does where a kernel multiplies a pair's last tokens joined, as sm90_mma16 does, which
-// the dispatch table never chooses for so many slots.)
+// not change its arithmetic.
 __global__ void scatter_slots(Routing routing) {
   wait_for_previous_kernel();
   __shared__ int cursors[kMaxExperts];

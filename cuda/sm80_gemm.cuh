@@ -14,7 +14,6 @@ struct Sm80Tile {
   static constexpr int kWarpStrips = kWarpStrips_;  // 16-row strips per warp
   static constexpr int kDepth = kDepth_;            // columns per stage
   static constexpr int kMostStages = kStages_, kTableStride = 128;
-  static constexpr bool kRaised = false;
 
   static constexpr int kWarps = kRowWarps * kDepthWarps, kThreads = 32 * kWarps;
   static constexpr int kStrips = kRowWarps * kWarpStrips;

@@ -17,13 +17,12 @@
 #include "words.cuh"
 
 // Values are integers v; under an exponent of 0x43, v + 62 is the bf16 v + 190, exactly.  So all there is to do is to
-// bring two such integers into the halves of one register, and to subtract 190, unless kRaised_ leaves that to others.
-template <int kBits, bool kRaised_>
+// bring two such integers into the halves of one register, and to subtract 190.
+template <int kBits>
 class TrellisWords {
  public:
   static constexpr int kTileBytes = 32 * kBits, kTableEntries = 0, kStride = 0;
   static constexpr bool kHasSteps = true, kReadsDense = false, kPositionsCost = true;
-  static constexpr uint32_t kRaised = kRaised_ ? 0x433E433E : 0;
   struct Words {
     // Loads of the two planes, or of the two runs; of 4 and 3 bits both runs, each after what is before it.
     uint32_t first, second, first_before, second_before;
@@ -107,21 +106,12 @@ class TrellisWords {
       if constexpr (kTwo) {
         const uint32_t x = left * kMultiplier, y = right * kMultiplier;
         // Subtracting is work for the pipe that multiplies; the other one packs then.
-        a0[j] = kRaised_ ? low_sum(y, 0x4300) * 65536 + low_sum(x, 0x4300)
-                         : centred(__byte_perm(low_sum(x, 0x433E00), low_sum(y, 0x433E00), 0x6420));
+        a0[j] = centred(__byte_perm(low_sum(x, 0x433E00), low_sum(y, 0x433E00), 0x6420));
         a1[j] = centred(middle_bytes(high_sum(x, 0xE020E020, 0x433E00), high_sum(y, 0xE020E020, 0x433E00)));
       } else {
         a0[j] = centred(middle_bytes(high_sum(left * multiplier_, factors_, offset_),
                                      high_sum(right * multiplier_, factors_, offset_)));
       }
-    }
-  }
-
-  __device__ static void pairs(const Entries& entries, uint32_t (&pairs)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t x = entries.of[i] * kMultiplier;
-      pairs[i] = centred(high_sum(x, 0xFF01FF01, 8 * 62) * 8192 + low_sum(x, 0x43004300));
     }
   }
 
@@ -139,7 +129,6 @@ class TrellisWords {
   }
   __device__ static uint32_t middle_bytes(uint32_t left, uint32_t right) { return __byte_perm(left, right, 0x6521); }
   __device__ static uint32_t centred(uint32_t two) {
-    if (kRaised_) return two;
     const __nv_bfloat162 weights = __hadd2(as_bf16x2(two), __float2bfloat162_rn(-190.0f));
     return reinterpret_cast<const uint32_t&>(weights);
   }
@@ -205,10 +194,3 @@ class TrellisWords {
   // For take_apart() of one position.
   uint32_t multiplier_, factors_, offset_;
 };
-
-template <int kBits, bool kRaised>
-__device__ inline void take_pairs(const TrellisWords<kBits, kRaised>& code,
-                                  const typename TrellisWords<kBits, kRaised>::Entries& entries,
-                                  uint32_t (&pairs)[8]) {
-  code.pairs(entries, pairs);
-}

@@ -15,7 +15,6 @@
 //     tile's number in the depth is;
 //   Entries: what look_up() makes of words, for both positions;
 //   take_apart(): of entries, a lane's A registers of part 0 and, if kTwo, of part 1, which has the other position;
-//   kRaised: how far above the weights those are that take_apart() and take_pairs() give, two bf16;
 //   kPositionsCost: whether both positions take nearly twice the instructions of one;
 //   kHasSteps: whether weights are what take_apart() gives times the step of their row and group;
 //   kTableEntries, kStride: of the table in shared memory that it looks words up in, 0 for none;
@@ -47,7 +46,6 @@ __device__ inline void multiply_by_steps(uint32_t (&a)[4], uint32_t steps) {
 struct WordPerPair {
   static constexpr int kTileBytes = 512, kTableEntries = 0, kStride = 0;
   static constexpr bool kHasSteps = false, kPositionsCost = false;
-  static constexpr uint32_t kRaised = 0;
   using Words = uint4;
   using Entries = Words;
 
@@ -143,7 +141,6 @@ class TableWords {
  public:
   static constexpr int kTileBytes = 32 * kBits, kTableEntries = 1 << kBits, kStride = kStride_;
   static constexpr bool kHasSteps = true, kReadsDense = false, kPositionsCost = false;
-  static constexpr uint32_t kRaised = 0;
   struct Words {
     uint32_t low, high;
   };
@@ -208,16 +205,3 @@ class TableWords {
 
   uint32_t table_, half0_, half1_;
 };
-
-// The two weights of each of a lane's words, position 0 in the low half; the code must have been made for positions 0
-// and 1.
-template <class Code>
-__device__ inline void take_pairs(const Code& code, const typename Code::Entries& entries, uint32_t (&pairs)[8]) {
-  uint32_t first[4], second[4];
-  code.template take_apart<true>(entries, first, second);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    pairs[2 * j] = __byte_perm(first[j], second[j], 0x5410);
-    pairs[2 * j + 1] = __byte_perm(first[j], second[j], 0x7632);
-  }
-}

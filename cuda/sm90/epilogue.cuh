@@ -13,13 +13,6 @@ struct Epilogue {
     const TokenGroup& group = work.group;
     const float scale = Code::scale(work.dense(gemm));
     const int first_strip = work.row_tile * Tile::kStrips;
-    if (uniform(joined<Tile>(group))) {
-      if constexpr (!Tile::kWgmma && !Tile::kIntegers)
-        store_tiles<0, Tile::kJoinedTokens / 8>(gemm, first_strip, scale, sums[0],
-                                                uniform(group.count[0] + group.count[1]),
-                                                [&](int token) { return group.joined_row(token); });
-      return;
-    }
 #pragma unroll
     for (int s = 0; s < Tile::kStripsPerWarp; ++s) {
       const int strips = first_strip + s * 4 * Tile::kConsumers;

@@ -1,16 +1,7 @@
-#include <type_traits>
-
 #include "kernel.cuh"
 
-namespace {
+extern const Kernel sm90_wgmma16;
+static_assert(partial_floats<Imma8>() >= partial_floats<Wgmma16>(), "dense experts leave their sums in the same room");
 
-// Dense experts are multiplied in bf16.
-template <class Code, class Tile, bool kGateUp>
-using Product = Sm90Product<Code, std::conditional_t<Code::kReadsDense, Mma8, Tile>, kGateUp>;
-
-constexpr uint32_t kCodes = kTrellises | codes(PM_CODE_MASK16);
-
-}  // namespace
-
-extern const Kernel sm90_imma8 = {"sm90_imma8", Imma8::kPartTokens, partial_floats<Imma8>(), 90, 90, kCodes,
-                                  Launcher<Product, Imma8, kCodes>::launch};
+extern const Kernel sm90_imma8 = {"sm90_imma8", Imma8::kPartTokens, partial_floats<Imma8>(), 90, 90, kTrellises,
+                                  Launcher<Sm90Product, Imma8, kTrellises>::launch, nullptr, &sm90_wgmma16};

@@ -4,7 +4,6 @@
 #pragma once
 #include "epilogue.cuh"
 #include "mainloop_imma.cuh"
-#include "mainloop_mma.cuh"
 #include "mainloop_wgmma.cuh"
 
 template <class Code, class Tile, bool kGateUp>
@@ -19,13 +18,8 @@ struct Sm90Gemm {
                                                   Slot& slot, Sums& sums) {
     const Code code(work.dense(gemm), work.position(0), work.position(1), Stage::own_table());
     float own[kTiles0 + kTiles1][4] = {};
-    if constexpr (Tile::kWgmma)
-      WgmmaMainloop<Code, Tile, kGateUp>::template multiply<kTiles0, kTiles1, kOnePosition>(
-          depth_tiles, gemm.group_shift, slot, code, own);
-    else
-      MmaMainloop<Code, Tile, kGateUp>::multiply(depth_tiles, gemm.group_shift,
-                                                 PartProduct<Code, Tile, kTiles0, kTiles1, kOnePosition>(), slot, code,
-                                                 own);
+    WgmmaMainloop<Code, Tile, kGateUp>::template multiply<kTiles0, kTiles1, kOnePosition>(
+        depth_tiles, gemm.group_shift, slot, code, own);
     ItemSums<Tile>::template set<kTiles0>(own, sums);
   }
 
@@ -42,17 +36,6 @@ struct Sm90Gemm {
         return multiply_fours<kFours0, kFours1 + 1>(gemm, work, count0, count1, depth_tiles, slot, sums);
     ImmaMainloop<Code, Tile, kGateUp>::template multiply<kFours0, kFours1, kOnePosition>(
         depth_tiles, gemm.group_shift, slot, work.position(0), sums);
-  }
-
-  // The same of both parts' tokens, joined, in kTiles tiles.
-  template <int kTiles>
-  __device__ __forceinline__ static void multiply_joined(const GroupedGemm& gemm, const WorkItem& work, int depth_tiles,
-                                                         Slot& slot, Sums& sums) {
-    const Code code(work.dense(gemm), 0, 1, Stage::own_table());
-    float own[kTiles][4] = {};
-    MmaMainloop<Code, Tile, kGateUp>::multiply(depth_tiles, gemm.group_shift, JoinedProduct<Code, kTiles>(work.group),
-                                               slot, code, own);
-    ItemSums<Tile>::template set<kTiles>(own, sums);
   }
 
   // Calls multiply with the narrowest products that hold the parts' tokens.  Their widths have to be known at compile
@@ -87,13 +70,6 @@ struct Sm90Gemm {
 
   __device__ __forceinline__ static void multiply_bf16(const GroupedGemm& gemm, const WorkItem& work, int count0,
                                                        int count1, int tiles, Slot& slot, Sums& sums) {
-    if constexpr (!Tile::kWgmma) {
-      if (uniform(joined<Tile>(work.group)) && !(Code::kPositionsCost && count1 == 0)) {
-        if (count0 + count1 <= 8) multiply_joined<1>(gemm, work, tiles, slot, sums);
-        else multiply_joined<Tile::kJoinedTokens / 8>(gemm, work, tiles, slot, sums);
-        return;
-      }
-    }
     if constexpr (Code::kPositionsCost) {
       constexpr int kPartTiles = ItemSums<Tile>::kPartTiles;
       if (count1 > 0 && uniform(work.position(0) == work.position(1)))

@@ -36,12 +36,6 @@ struct Items {
 template <class Tile>
 using LaunchOf = Launch<Tile, Items<Tile>>;
 
-// Whether part 1's tokens follow part 0's in a stage; else they start at kPartTokens.
-template <class Tile>
-__device__ inline bool joined(const TokenGroup& group) {
-  return !Tile::kWgmma && group.count[0] + group.count[1] <= Tile::kJoinedTokens;
-}
-
 // Addresses of what a block holds in shared memory: constants, from where the driver's own kilobyte ends.
 struct SharedLayout {
   static constexpr int kStart = 1024, kBarrierBytes = 16, kAlignedTable = 128 * 1024;
@@ -176,9 +170,7 @@ struct Stages {
       uint32_t places[kTokensPerThread];  // in 16-byte vectors, so that 32 bits hold any
 #pragma unroll
       for (int i = 0; i < kTokensPerThread; ++i) {
-        const int row = joined<Tile>(work.group)
-                            ? work.group.joined_row(i * 8 + first)
-                            : work.group.sorted_row(i * 8 / Tile::kPartTokens, i * 8 % Tile::kPartTokens + first);
+        const int row = work.group.sorted_row(i * 8 / Tile::kPartTokens, i * 8 % Tile::kPartTokens + first);
         // Read in any case: a branch for each would make each wait for the one before.
         const uint32_t place = activation_row<kGateUp>(gemm, max(row, 0)) * row_vectors;
         places[i] = row >= 0 ? place : kNone;

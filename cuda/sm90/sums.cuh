@@ -5,7 +5,7 @@
 
 template <class Tile>
 struct ItemSums {
-  // By tiles of eight tokens: kPartTiles of part 0, then those of part 1; joined tokens start at tile 0.
+  // By tiles of eight tokens: kPartTiles of part 0, then those of part 1.
   static constexpr int kPartTiles = Tile::kPartTokens / 8;
   using Sums = float[Tile::kStripsPerWarp][2 * kPartTiles][4];
 
@@ -47,7 +47,6 @@ struct ItemSums {
 
   // Whether a tile of the sums has tokens.
   __device__ static bool used(const TokenGroup& group, int tile) {
-    if (joined<Tile>(group)) return tile * 8 < group.count[0] + group.count[1];
     return tile % kPartTiles * 8 < group.count[tile / kPartTiles];
   }
 

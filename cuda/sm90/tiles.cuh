@@ -2,9 +2,6 @@
 #pragma once
 
 // What they have in common.  A tile also has
-//   kWgmma: wgmma multiplies, else mma.sync;
-//   kIntegers: mma.sync multiplies integers, see tokens_int8.cuh; for trellis words alone;
-//   kRaised: products lower raised weights, see words.cuh;
 //   kPartTokens: tokens of each of the two parts;
 //   kWidthStep: the step of the widths that products come in, up to kPartTokens;
 //   kCuts: items' depth may be cut between blocks;
@@ -18,7 +15,7 @@ struct Sm90Tile {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Strips of 16 rows: a warp's are 4 * kConsumers apart.
   static constexpr int kStripsPerWarp = 1, kStrips = 4 * kConsumers * kStripsPerWarp;
-  static constexpr bool kIntegers = false;
+  static constexpr bool kIntegers = false;  // mma.sync multiplies integers, see tokens_int8.cuh; else wgmma, in bf16
   // Of a thread that copies, which needs more for more tokens, and more in gate and up, where it divides slots; and of
   // one that multiplies; together what the compiler gives all threads alike.
   static constexpr int kThreadRegisters = 65536 / (kBlocks * kThreads) / 8 * 8;
@@ -30,41 +27,31 @@ struct Sm90Tile {
   }
   static constexpr int kDepth = 64;  // columns per stage: 128 bytes of a token, one swizzle row
   static constexpr int kDepthTiles = kDepth / 16;
-  static constexpr int kJoinedTokens = 16;  // so many, mma.sync takes joined
 };
 
-// Two strips a warp, so that what it reads of the tokens serves both.
+// For trellis words alone.  Two strips a warp, so that what it reads of the tokens serves both.
 struct Imma8 : Sm90Tile<4, 1, 128> {
-  static constexpr bool kWgmma = false, kIntegers = true, kRaised = false, kCuts = true;
-  static constexpr int kPartTokens = 8, kWidthStep = 8, kFenceLag = 0, kJoinedTokens = 0;
+  static constexpr bool kIntegers = true, kCuts = true;
+  static constexpr int kPartTokens = 8, kWidthStep = 8, kFenceLag = 0;
   static constexpr int kStripsPerWarp = 2, kStrips = 4 * kConsumers * kStripsPerWarp;
 };
-// Of the dense experts beside them.
-struct Mma8 : Sm90Tile<2, 2, 128> {
-  static constexpr bool kWgmma = false, kRaised = false, kCuts = true;
-  static constexpr int kPartTokens = 8, kWidthStep = 8, kFenceLag = 0;
-};
-struct Mma16 : Sm90Tile<2, 2, 128> {
-  static constexpr bool kWgmma = false, kRaised = true, kCuts = true;
-  static constexpr int kPartTokens = 16, kWidthStep = 8, kFenceLag = 0;
-};
 struct Wgmma16 : Sm90Tile<4, 1, 256> {
-  static constexpr bool kWgmma = true, kRaised = false, kCuts = true;
+  static constexpr bool kCuts = true;
   static constexpr int kPartTokens = 16, kWidthStep = 16, kFenceLag = 2;
 };
 struct Wgmma32 : Sm90Tile<4, 1, 256> {
-  static constexpr bool kWgmma = true, kRaised = false, kCuts = true;
+  static constexpr bool kCuts = true;
   static constexpr int kPartTokens = 32, kWidthStep = 16, kFenceLag = 2;
 };
 struct Wgmma48 : Sm90Tile<4, 1, 256, 48, 40> {
-  static constexpr bool kWgmma = true, kRaised = false, kCuts = true;
+  static constexpr bool kCuts = true;
   static constexpr int kPartTokens = 48, kWidthStep = 48, kFenceLag = 0;
 };
 struct Wgmma64 : Sm90Tile<2, 1, 128> {
-  static constexpr bool kWgmma = true, kRaised = false, kCuts = false;
+  static constexpr bool kCuts = false;
   static constexpr int kPartTokens = 64, kWidthStep = 32, kFenceLag = 0;
 };
 struct Wgmma128 : Sm90Tile<2, 1, 128> {
-  static constexpr bool kWgmma = true, kRaised = false, kCuts = false;
+  static constexpr bool kCuts = false;
   static constexpr int kPartTokens = 128, kWidthStep = 64, kFenceLag = 0;
 };

@@ -65,7 +65,6 @@ inline __nv_bfloat162 __hfma2(__nv_bfloat162, __nv_bfloat162, __nv_bfloat162) { 
 inline __nv_bfloat162 __float2bfloat162_rn(float) { return no_bf16(); }
 inline __nv_bfloat162 __low2bfloat162(__nv_bfloat162) { return no_bf16(); }
 inline __nv_bfloat162 __high2bfloat162(__nv_bfloat162) { return no_bf16(); }
-inline void mma_m16n8k16(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t) { no_bf16(); }
 inline void ldmatrix_x4(uint32_t (&)[4], uint32_t) { no_bf16(); }
 inline uint32_t transpose_8x8(uint32_t) { fail("no movmatrix here"); }
 inline void cp_async_16(uint32_t, const void*) { fail("no cp.async here"); }

@@ -10,7 +10,7 @@ GroupedGemm gemm;
 
 template <bool kGateUp>
 void kernel() {
-  Sm90Gemm<TrellisWords<BITS, Imma8::kRaised>, Imma8, kGateUp>::run(gemm);
+  Sm90Gemm<TrellisWords<BITS>, Imma8, kGateUp>::run(gemm);
 }
 
 }  // namespace

@@ -78,7 +78,7 @@ def test_kernels_say_which_codes_they_take(cuda_library, loaded):
              cuda.kernel_names()}  # fmt: skip
     trellises = {name for name, code in CODES.items() if isinstance(code, TrellisCode)}
     assert takes.pop("sm90_fp8_256") == {"angle8", "angle6"}
-    assert takes.pop("sm90_imma8") == takes.pop("sm90_mma16") == {"mask16", *trellises}
+    assert takes.pop("sm90_imma8") == trellises
     assert takes.pop("sm90_wgmma48") == set(CODES) - trellises
     assert all(codes == set(CODES) for codes in takes.values())
     with pytest.raises(ValueError, match=r"has no kernel sm90_mma8, but sm80_mma8, .*sm90_wgmma128"):
@@ -102,7 +102,6 @@ LAYER = {"tokens": 3, "topk": 2, "hidden": 256, "intermediate": 128, "pairs": 2,
         ("sm80_mma8", Decoder.MASK16, {"hidden": 0}, "above 0"),
         ("sm80_mma8", 9, {}, "not built for words of this code"),
         ("sm90_imma8", Decoder.TABLE8, {}, "not built for words of this code"),
-        ("sm90_mma16", Decoder.TABLE8, {}, "not built for words of this code"),
         ("sm90_fp8_256", Decoder.TRELLIS8, {"fp8_unit": 1.0}, "not built for words of this code"),
         ("sm90_fp8_256", Decoder.TABLE6, {}, "no values in e4m3"),
         ("sm90_fp8_256", Decoder.TABLE6, {"fp8_unit": 1.0, "hidden": 1 << 17}, "above 65536"),

@@ -1,7 +1,6 @@
 // Decodes tiles on the host with cuda/trellis_words.cuh, whose instructions it stands in for.
 // Built and run by test_trellis_words.py: of a word's bits, a number of tiles and these tiles on the standard input, the
-// registers of every tile and lane on the standard output: those of position 0, of position 1, of both, and of pairs;
-// first as weights, then raised.
+// registers of every tile and lane on the standard output: those of position 0, of position 1, and of both.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -73,12 +72,14 @@ __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
 
 #include "trellis_words.cuh"
 
-template <int kBits, bool kRaised>
+template <int kBits>
 void decode(int count) {
-  using Code = TrellisWords<kBits, kRaised>;
+  using Code = TrellisWords<kBits>;
+  tiles.resize(size_t(count) * 32 * kBits);
+  if (fread(tiles.data(), 1, tiles.size(), stdin) != tiles.size()) abort();
   for (int tile = 0; tile < count; ++tile)
     for (int lane = 0; lane < 32; ++lane) {
-      uint32_t out[24], none[4];
+      uint32_t out[16], none[4];
       uint32_t (&first)[4] = reinterpret_cast<uint32_t (&)[4]>(out[0]);
       uint32_t (&second)[4] = reinterpret_cast<uint32_t (&)[4]>(out[4]);
       uint32_t (&both0)[4] = reinterpret_cast<uint32_t (&)[4]>(out[8]);
@@ -87,17 +88,8 @@ void decode(int count) {
       Code(false, 0, 0, 0).template take_apart<false>(entries, first, none);
       Code(false, 1, 1, 0).template take_apart<false>(entries, second, none);
       Code(false, 0, 1, 0).template take_apart<true>(entries, both0, both1);
-      take_pairs(Code(false, 0, 1, 0), entries, reinterpret_cast<uint32_t (&)[8]>(out[16]));
       fwrite(out, sizeof out, 1, stdout);
     }
-}
-
-template <int kBits>
-void decode_both(int count) {
-  tiles.resize(size_t(count) * 32 * kBits);
-  if (fread(tiles.data(), 1, tiles.size(), stdin) != tiles.size()) abort();
-  decode<kBits, false>(count);
-  decode<kBits, true>(count);
 }
 
 }  // namespace
@@ -105,11 +97,11 @@ void decode_both(int count) {
 int main(int, char** arguments) {
   const int count = atoi(arguments[2]);
   switch (atoi(arguments[1])) {
-    case 8: decode_both<8>(count); return 0;
-    case 6: decode_both<6>(count); return 0;
-    case 5: decode_both<5>(count); return 0;
-    case 4: decode_both<4>(count); return 0;
-    case 3: decode_both<3>(count); return 0;
+    case 8: decode<8>(count); return 0;
+    case 6: decode<6>(count); return 0;
+    case 5: decode<5>(count); return 0;
+    case 4: decode<4>(count); return 0;
+    case 3: decode<3>(count); return 0;
   }
   return 1;
 }
