@@ -160,9 +160,13 @@ struct Sm90Gemm {
     if (copies) {
       registers_down<kCopyRegisters>();
       const int warp = uniform(threadIdx.x % 128 / 32);
-      if (warp == 2) Stage::copy_words(items, launch);
-      else if constexpr (Tile::kIntegers) Stage::quantise_tokens(items, launch, min(warp, Stage::kQuantisers - 1));
-      else if (warp < 2) Stage::gather_tokens(items, launch);
+      if constexpr (Tile::kIntegers) {
+        if (warp != 2) Stage::quantise_tokens(items, launch, min(warp, Stage::kQuantisers - 1));
+        else Stage::copy_words(items, launch);
+      } else {
+        if (warp < 2) Stage::gather_tokens(items, launch);
+        else if (warp == 2) Stage::copy_words(items, launch);
+      }
     } else {
       registers_up<kMultiplyRegisters>();
       consume_all(items, launch);
