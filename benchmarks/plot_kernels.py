@@ -21,8 +21,11 @@ BASELINE = "vllm bf16"
 def draw(results: dict, target: Path) -> None:
     """One panel per model in `results`, of its random routing."""
     models = list(dict.fromkeys(point["model"] for point in results["points"]))
-    figure, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.6), sharey=True, squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
+    rows, columns = -(-len(models) // 3), min(3, len(models))
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.6 * rows), sharey=True, squeeze=False)
+    for axis in axes.flat[len(models) :]:
+        axis.axis("off")
+    for axis, model in zip(axes.flat, models, strict=False):
         points = [p for p in results["points"] if p["model"] == model and p["routing"] == "random"]
         for contender in points[0]["microseconds"]:
             timed = [p for p in points if contender in p["microseconds"] and BASELINE in p["microseconds"]]
@@ -33,11 +36,12 @@ def draw(results: dict, target: Path) -> None:
         axis.set_title(model)
         axis.set_xlabel("tokens")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("speed over vLLM bf16")
+    for row in axes:
+        row[0].set_ylabel("speed over vLLM bf16")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize="small", frameon=False)
+    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize="small", frameon=False)
     figure.suptitle(f"One MoE layer, random routing, {results['machine']['device']}")
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.tight_layout(rect=(0, 0.14 / rows, 1, 1))
     figure.savefig(target, dpi=120)
 
 

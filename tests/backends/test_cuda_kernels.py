@@ -377,9 +377,12 @@ def test_every_state_decodes_as_the_format_says(code):
             x[own, place[own]] = 1
             factor = activation.gather(1, place[:, None]).bfloat16().float()
             expected[own] = (factor * kind.decode(tall, p, tall_steps).float().T)[own]
+        largest = expected.abs().max().item()
         for kernel, tokens in itertools.product(kernels(code), (16, intermediate)):
+            # Sums of bytes are too large by 62 times the tokens, which is taken off in float32: zero is not exact.
+            atol = 1e-6 * largest if kernel == "sm90_imma8" else 1e-30
             for first in range(0, intermediate, tokens):
                 some = slice(first, first + tokens)
                 ones = torch.ones(tokens, 1, device="cuda")
                 out = cuda.fused_experts(x[some], ones, position[some], weights, kernel=kernel)
-                torch.testing.assert_close(out.float(), expected[some], rtol=2**-7, atol=1e-30)
+                torch.testing.assert_close(out.float(), expected[some], rtol=2**-7, atol=atol)
