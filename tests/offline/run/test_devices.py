@@ -255,7 +255,7 @@ def test_tensors_are_moved_wherever_they_are():
 
 
 def test_a_plan_has_the_first_calibrate_and_all_merge(source, monkeypatch):
-    job = job_of(source, PairMethod(PairRecipe(code="angle8", compensate=True)))
+    job = job_of(source, PairMethod(PairRecipe(code="angle8", compensate=True, correct_down=False)))
     weights = job.checkpoint.routed_bytes / 2
     for calibrating, others, seconds in ((0.0, 3, 5.0), (20.0, 3, 20.0), (20.0, 1, 20.0), (20.0, 0, 40.0)):
         tokens = round(calibrating * 1e6)
