@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from puzzlemoe_offline.model.grouped import Grouping
 
 AT_ONCE = 8192
-"""Tokens of an expert that are handed out at once: bounds the memory for what it makes of them."""
+"""Tokens of an expert that are handed out at once: bounds the memory for what it makes of them, and keeps a GPU
+busy."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,12 @@ class RoutedTokens:
 
     def of(self, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An expert's inputs [m, H] and the router's weights [m] for what it makes of them, `AT_ONCE` at a time."""
+        parts: list[tuple[Tensor, Tensor]] = []
         for batch in self.batches:
             begin = sum(batch.counts[:expert])
             its = slice(begin, begin + batch.counts[expert])
-            parts = batch.tokens[its].split(AT_ONCE), batch.weights[its].split(AT_ONCE)
-            for tokens, weights in zip(*parts, strict=True):
-                yield batch.hidden[tokens], weights
+            parts.append((batch.hidden[batch.tokens[its]], batch.weights[its]))
+            if batch is self.batches[-1] or sum(len(inputs) for inputs, _ in parts) >= AT_ONCE:
+                inputs, weights = (torch.cat(each) for each in zip(*parts, strict=True))
+                yield from zip(inputs.split(AT_ONCE), weights.split(AT_ONCE), strict=True)
+                parts = []

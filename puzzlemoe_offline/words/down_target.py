@@ -16,7 +16,9 @@ from torch import Tensor
 
 from puzzlemoe_offline.calibration.routed_tokens import RoutedTokens
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ProjectionInputs, add_products
+from puzzlemoe_offline.finite import all_finite
 from puzzlemoe_offline.model.expert import Expert
+from puzzlemoe_offline.words.factors import MomentsError
 from puzzlemoe_offline.words.nearest import BALANCE
 
 
@@ -52,5 +54,14 @@ class DownInputs:
 
     def target(self, weight: Tensor, factor: Tensor) -> Tensor:
         """Weights float32 [H, I] with the least squared error of the expert's output; factor: `inverse_factors` of what
-        is seen, [I, I], whose damping keeps them near `weight`."""
-        return weight.float() + (self.lacking / self.seen.tokens**BALANCE) @ factor.T @ factor
+        is seen, [I, I], whose damping keeps them near `weight`.
+
+        Raises MomentsError for outputs that are too large.
+        """
+        found: Tensor = (self.lacking / self.seen.tokens**BALANCE) @ factor.T @ factor
+        if not all_finite(found):
+            raise MomentsError(
+                "on the calibration text the outputs of this projection leave float32: copy or download the source "
+                "again if it should have no such activations"
+            )
+        return found.add_(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}
 TOGETHER = 1 << 27
 """Entries of matrices, and of the factors of their inputs, of pairs that a GPU codes side by side."""
 
+
+T = TypeVar("T")
 
 PackedPair = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
 """A pair's gate, up and down projection."""
@@ -119,8 +122,8 @@ def pack_pairs(
     norms.
 
     ids: the experts' ids in `statistics`; None there means magnitude saliency.  tokens: of a recipe that corrects down
-    projections.  group: columns that share a step, for
-    codes that have steps.  Several pairs only where `pairs_at_once` allows them.
+    projections.  group: columns that share a step, for codes that have steps.  Several pairs only where `pairs_at_once`
+    allows them.
     Raises UnencodableWeight or MomentsError naming the experts, if it is one pair, and the projection.
     """
     facing = None
@@ -140,23 +143,25 @@ def pack_pairs(
             seen = [[projection_inputs(statistics, expert, index, columns, device) for expert in pair] for pair in ids]
             inputs = [(first, second) for first, second in seen]
         try:
-            down = []
+            down: list[DownInputs] = []
             if tokens and projection == "down":
                 down = _down_inputs(experts, ids, inputs, tokens, packed, get_code(recipe.code))
-                inputs = [(first.seen, second.seen) for first, second in down]
+                inputs = _by_pair([its.seen for its in down])
             # Up sees what gate does.
             if recipe.compensate and projection != "up" and inputs[0][0].moments is not None:
                 factors = inverse_factors([one for pair in inputs for one in pair])
             if down:
                 assert factors is not None
-                targets = [
-                    (one.target(pair[0], its[0]), other.target(pair[1], its[1]))
-                    for (one, other), pair, its in zip(down, weights, factors.split(2), strict=True)
-                ]
+                matrices = [matrix for pair in weights for matrix in pair]
+                targets = _by_pair([its.target(*both) for its, *both in zip(down, matrices, factors, strict=True)])
             packed.append(pack_matrices(weights, inputs, factors, recipe, group, losses, index, rows, targets))
         except (UnencodableWeight, MomentsError) as error:
             raise type(error)(f"experts {ids[0][0]} and {ids[0][1]}, {projection} projection: {error}") from None
     return list(zip(*packed, strict=True))
+
+
+def _by_pair(values: list[T]) -> list[tuple[T, T]]:
+    return list(zip(values[::2], values[1::2], strict=True))
 
 
 def _down_inputs(
@@ -166,21 +171,14 @@ def _down_inputs(
     tokens: RoutedTokens,
     packed: list[list[PackedMatrix]],
     code: PairCode,
-) -> list[tuple[DownInputs, DownInputs]]:
-    """What the down projections of pairs see of packed gate and up projections; inputs: of the exact ones."""
+) -> list[DownInputs]:
+    """What the down projections of pairs see of packed gate and up projections, pair by pair; inputs: of the exact
+    ones."""
     found = []
-    for pair, its_ids, its_inputs, matrices in zip(experts, ids, inputs, zip(*packed, strict=True), strict=True):
-        one, other = (
-            DownInputs.of(
-                exact,
-                Expert(*(code.decode(matrix.words, position, matrix.steps) for matrix in matrices), exact.down),
-                number,
-                tokens,
-                source,
-            )
-            for position, (exact, number, source) in enumerate(zip(pair, its_ids, its_inputs, strict=True))
-        )
-        found.append((one, other))
+    for place, (pair, its_ids, its_inputs) in enumerate(zip(experts, ids, inputs, strict=True)):
+        for position, (exact, number, source) in enumerate(zip(pair, its_ids, its_inputs, strict=True)):
+            gate, up = (code.decode(its[place].words, position, its[place].steps) for its in packed)
+            found.append(DownInputs.of(exact, Expert(gate, up, exact.down), number, tokens, source))
     return found
 
 

@@ -11,7 +11,7 @@ from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistic
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.words.down_target import DownInputs
-from puzzlemoe_offline.words.factors import DAMPING, inverse_factors
+from puzzlemoe_offline.words.factors import DAMPING, MomentsError, inverse_factors
 from puzzlemoe_offline.words.pack import Losses, pack_pairs
 from puzzlemoe_vllm.format.codes import get_code
 
@@ -65,6 +65,16 @@ def test_few_tokens_leave_the_weights(count):
     found = DownInputs.of(exact, expert(), 0, tokens, seen)
     assert torch.equal(found.target(exact.down, inverse_factors([found.seen])[0]), exact.down.float())
     assert torch.equal(found.seen.norms, seen.norms)
+
+
+def test_outputs_beyond_float32_are_refused():
+    torch.manual_seed(5)
+    exact, (tokens, statistics, x, weights) = expert(), routed(100)
+    statistics.observe(0, [100], x, exact.hidden(x), weights[:, 0])
+    huge = replace(exact, down=exact.down * 1e37)
+    found = DownInputs.of(huge, replace(exact, gate=-exact.gate), 0, tokens, statistics.inputs(0, 2))
+    with pytest.raises(MomentsError, match="outputs of this projection leave float32"):
+        found.target(huge.down, inverse_factors([found.seen])[0])
 
 
 @pytest.mark.parametrize("code", ["angle6", "trellis3"])
