@@ -48,7 +48,8 @@ class RoutedTokens:
             begin = sum(batch.counts[:expert])
             its = slice(begin, begin + batch.counts[expert])
             parts.append((batch.hidden[batch.tokens[its]], batch.weights[its]))
-            if batch is self.batches[-1] or sum(len(inputs) for inputs, _ in parts) >= AT_ONCE:
+            count = sum(len(inputs) for inputs, _ in parts)
+            if count and (batch is self.batches[-1] or count >= AT_ONCE):
                 inputs, weights = (torch.cat(each) for each in zip(*parts, strict=True))
                 yield from zip(inputs.split(AT_ONCE), weights.split(AT_ONCE), strict=True)
                 parts = []
