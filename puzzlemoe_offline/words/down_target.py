@@ -21,6 +21,10 @@ from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.words.factors import MomentsError
 from puzzlemoe_offline.words.nearest import BALANCE
 
+CORRECTION_DAMPING = 0.3
+"""Of the moments of h', in place of `factors.DAMPING`: what an output lacks is noise for the most part, and a few
+thousand tokens tell less of it than of h'."""
+
 
 @dataclass(frozen=True)
 class DownInputs:
@@ -54,7 +58,7 @@ class DownInputs:
 
     def target(self, weight: Tensor, factor: Tensor) -> Tensor:
         """Weights float32 [H, I] with the least squared error of the expert's output; factor: `inverse_factors` of what
-        is seen, [I, I], whose damping keeps them near `weight`.
+        is seen, [I, I], with `CORRECTION_DAMPING`, which keeps them near `weight`.
 
         Raises MomentsError for outputs that are too large.
         """

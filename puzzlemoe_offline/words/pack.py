@@ -14,8 +14,8 @@ from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.relative_error import relative_error
 from puzzlemoe_offline.words.compensate import fit_compensated
-from puzzlemoe_offline.words.down_target import DownInputs
-from puzzlemoe_offline.words.factors import MomentsError, inverse_factors
+from puzzlemoe_offline.words.down_target import CORRECTION_DAMPING, DownInputs
+from puzzlemoe_offline.words.factors import DAMPING, MomentsError, inverse_factors
 from puzzlemoe_offline.words.nearest import PackedMatrix, column_importance, fit
 from puzzlemoe_offline.words.neurons import face
 from puzzlemoe_vllm.format.codes import PairCode, TrellisCode, UnencodableWeight, get_code
@@ -149,7 +149,8 @@ def pack_pairs(
                 inputs = _by_pair([its.seen for its in down])
             # Up sees what gate does.
             if recipe.compensate and projection != "up" and inputs[0][0].moments is not None:
-                factors = inverse_factors([one for pair in inputs for one in pair])
+                flat = [one for pair in inputs for one in pair]
+                factors = inverse_factors(flat, CORRECTION_DAMPING if down else DAMPING)
             if down:
                 assert factors is not None
                 matrices = [matrix for pair in weights for matrix in pair]

@@ -10,8 +10,8 @@ from puzzlemoe_offline.calibration.routed_tokens import RoutedTokens
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.recipe import PairRecipe
-from puzzlemoe_offline.words.down_target import DownInputs
-from puzzlemoe_offline.words.factors import DAMPING, MomentsError, inverse_factors
+from puzzlemoe_offline.words.down_target import CORRECTION_DAMPING, DownInputs
+from puzzlemoe_offline.words.factors import MomentsError, inverse_factors
 from puzzlemoe_offline.words.pack import Losses, pack_pairs
 from puzzlemoe_vllm.format.codes import get_code
 
@@ -45,10 +45,10 @@ def test_the_target_is_the_damped_least_squares_solution():
     noisy = replace(exact, gate=exact.gate + 0.1 * torch.randn(INNER, HIDDEN).bfloat16())
     statistics.observe(0, [300], x, exact.hidden(x), weights[:, 0])
     found = DownInputs.of(exact, noisy, 0, tokens, statistics.inputs(0, 2))
-    target = found.target(exact.down, inverse_factors([found.seen])[0])
+    target = found.target(exact.down, inverse_factors([found.seen], CORRECTION_DAMPING)[0])
     wanted, seen = ((each.hidden(x) * weights[:, :1]).double() for each in (exact, noisy))
     moments = seen.T @ seen
-    damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(INNER)
+    damped = moments + CORRECTION_DAMPING * moments.diagonal().mean() * torch.eye(INNER)
     down = exact.down.double()
     expected = down + torch.linalg.solve(damped, seen.T @ (wanted - seen) @ down.T).T
     assert (target - expected).norm() <= 1e-3 * (expected - down).norm()
@@ -63,7 +63,9 @@ def test_few_tokens_leave_the_weights(count):
     statistics.observe(0, [count], x, exact.hidden(x), weights[:, 0])
     seen = statistics.inputs(0, 2, flat=True)
     found = DownInputs.of(exact, expert(), 0, tokens, seen)
-    assert torch.equal(found.target(exact.down, inverse_factors([found.seen])[0]), exact.down.float())
+    assert torch.equal(
+        found.target(exact.down, inverse_factors([found.seen], CORRECTION_DAMPING)[0]), exact.down.float()
+    )
     assert torch.equal(found.seen.norms, seen.norms)
 
 
@@ -74,7 +76,7 @@ def test_outputs_beyond_float32_are_refused():
     huge = replace(exact, down=exact.down * 1e37)
     found = DownInputs.of(huge, replace(exact, gate=-exact.gate), 0, tokens, statistics.inputs(0, 2))
     with pytest.raises(MomentsError, match="outputs of this projection leave float32"):
-        found.target(huge.down, inverse_factors([found.seen])[0])
+        found.target(huge.down, inverse_factors([found.seen], CORRECTION_DAMPING)[0])
 
 
 @pytest.mark.parametrize("code", ["angle6", "trellis3"])
