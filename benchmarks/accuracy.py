@@ -40,6 +40,12 @@ RECIPES: dict[str, PairRecipe | LayerMethod] = {
         f"{code}, compensated": PairRecipe(code=code, compensate=True, pairing="search")
         for code in ("trellis8", "trellis6", "trellis5", "trellis4", "trellis3", "angle8")
     },
+    **{
+        f"{code}, compensated, down not corrected": PairRecipe(
+            code=code, compensate=True, correct_down=False, pairing="search"
+        )
+        for code in ("trellis4", "trellis3", "angle8")
+    },
     "angle8": PairRecipe(code="angle8", pairing="search"),
     "least squares": PairRecipe(rule="least-squares", pairing="search"),
     "angle16": PairRecipe(code="angle16", pairing="search"),

@@ -43,6 +43,11 @@ class PairRecipe(BaseModel):
     compensate: bool = Field(
         default=False, description="Push each expert's error in a column into its later ones, as GPTQ does."
     )
+    correct_down: bool = Field(
+        default=False,
+        description="Fit down projections to what packed gate and up projections put out, so that they make up for "
+        "what those lost; on with compensation if not given.",
+    )
     group_size: int | None = Field(
         default=None,
         description="Codes with steps: input columns per step, 128, 64 or 32; the largest that fits if not given.",
@@ -83,6 +88,8 @@ class PairRecipe(BaseModel):
         code = get_code(given.get("code", cls.model_fields["code"].default))
         rule = given.get("rule") or (code.rules[0] if code.rules else None)
         tau = given.get("tau")
+        correct = given.get("correct_down")
+        given = given | {"correct_down": bool(given.get("compensate")) if correct is None else correct}
         return given | {"rule": rule, "tau": TAU if rule == "paper" and tau is None else tau}
 
     @model_validator(mode="after")
@@ -99,6 +106,10 @@ class PairRecipe(BaseModel):
         if self.compensate and self.is_paper:
             raise ValueError(
                 "compensation needs --rule least-squares: use that, or --no-compensate (--recipe paper has neither)"
+            )
+        if self.correct_down and not self.compensate:
+            raise ValueError(
+                "correction of down projections needs compensation: use --compensate, or drop --correct-down"
             )
         if self.compensate and not self.calibrated:
             raise ValueError("compensation needs calibration: use --saliency wanda, or --no-compensate")

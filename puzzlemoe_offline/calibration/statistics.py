@@ -34,14 +34,13 @@ class ProjectionInputs:
         return cls(torch.ones(columns, device=device), 1)
 
 
-def add_moments(moments: Tensor, rows: Tensor) -> None:
-    """Adds X'X of bf16 or float32 rows X [m, K] to float32 moments [K, K], in place."""
-    if rows.is_cuda and rows.dtype == torch.bfloat16:
+def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds Y'X of bf16 or float32 rows Y [m, N] and X [m, K] to float32 sums [N, K], in place."""
+    if right.is_cuda and right.dtype == torch.bfloat16:
         # Products of bf16 are exact in float32, and so they are added up.
-        moments += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        sums += torch.mm(left.T, right, out_dtype=torch.float32)
     else:
-        exact = rows.float()
-        moments.addmm_(exact.T, exact)
+        sums.addmm_(left.float().T, right.float())
 
 
 def column_squares(rows: Tensor, counts: list[int]) -> Tensor:
@@ -87,16 +86,17 @@ class ExpertStatistics:
         intermediate: int,
         device: torch.device,
         moments: bool = False,
+        hidden_moments: bool = True,
         by_router: bool = False,
     ) -> ExpertStatistics:
-        """Statistics of no tokens."""
+        """Statistics of no tokens; hidden_moments: whether moments, if any, are to be gathered of hidden values too."""
         return cls(
             torch.zeros(experts, dtype=torch.int64),
             torch.zeros(experts, experts, dtype=torch.int64),
             torch.zeros(experts, hidden, dtype=torch.float64, device=device),
             torch.zeros(experts, intermediate, dtype=torch.float64, device=device),
             torch.zeros(experts, hidden, hidden, device=device) if moments else None,
-            torch.zeros(experts, intermediate, intermediate, device=device) if moments else None,
+            torch.zeros(experts, intermediate, intermediate, device=device) if moments and hidden_moments else None,
             by_router,
         )
 
@@ -113,7 +113,7 @@ class ExpertStatistics:
             if moments is not None:
                 for its_moments, its_rows in zip(moments[experts], rows.split(counts), strict=True):
                     if len(its_rows):
-                        add_moments(its_moments, its_rows)
+                        add_products(its_moments, its_rows, its_rows)
 
     def observe_choices(self, ids: Tensor) -> None:
         """Adds the experts, int [m, k], that one batch's tokens chose."""

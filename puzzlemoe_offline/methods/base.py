@@ -138,12 +138,14 @@ def expert_statistics(
     layer: SourceLayer,
     passes: LayerPasses,
     moments: bool = False,
+    hidden_moments: bool = True,
     by_router: bool = False,
     record: Recorder | None = None,
 ) -> ExpertStatistics:
-    """What each expert sees of the calibration tokens, in one pass; record as in `LayerPasses.run`."""
+    """What each expert sees of the calibration tokens, in one pass; hidden_moments as in
+    `ExpertStatistics.zeros`, record as in `LayerPasses.run`."""
     experts, sizes = layer.checkpoint.experts, layer.checkpoint.expert_sizes
-    seen = ExpertStatistics.zeros(experts, *sizes, torch.device(layer.device), moments, by_router)
+    seen = ExpertStatistics.zeros(experts, *sizes, torch.device(layer.device), moments, hidden_moments, by_router)
 
     def record_choices(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
         seen.observe_choices(ids)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.passes import LayerPasses
+from puzzlemoe_offline.calibration.routed_tokens import RoutedTokens
 from puzzlemoe_offline.calibration.sampled_tokens import OutputErrors, SampledTokens
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics, few_tokens
 from puzzlemoe_offline.methods.base import LayerMethod, LayerRecord, MethodError, NewLayer, expert_statistics
@@ -37,10 +38,12 @@ from puzzlemoe_vllm.format.shards import shard_metadata
 
 @dataclass(frozen=True)
 class _Seen:
-    """Of a layer: what its experts saw, and sampled tokens to measure what merging does to its output."""
+    """Of a layer: what its experts saw, sampled tokens to measure what merging does to its output, and all tokens where
+    the recipe corrects down projections."""
 
     statistics: ExpertStatistics
     sample: SampledTokens
+    tokens: RoutedTokens | None
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,23 @@ class PairMethod(LayerMethod):
     def observe(self, layer: SourceLayer, passes: LayerPasses) -> _Seen:
         """Statistics, and sampled tokens.  Raises MethodError for activations that are too large."""
         recipe, sample = self.recipe, SampledTokens()
+        tokens = RoutedTokens(layer.checkpoint.experts) if recipe.correct_down else None
+
+        def record(hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+            for kept in (sample, tokens):
+                if kept is not None:
+                    kept.record(hidden, ids, weights, out)
+
         statistics = expert_statistics(
-            layer, passes, moments=recipe.compensate, by_router=not recipe.is_paper, record=sample.record
+            layer,
+            passes,
+            moments=recipe.compensate,
+            hidden_moments=not recipe.correct_down,
+            by_router=not recipe.is_paper,
+            record=record,
         )
         self._check_inputs(layer, statistics)
-        return _Seen(statistics, sample)
+        return _Seen(statistics, sample, tokens)
 
     def merge(self, layer: SourceLayer, seen: _Seen | None) -> NewLayer:
         """Pairs partners, packs them, and measures what each expert lost.
@@ -132,11 +147,12 @@ class PairMethod(LayerMethod):
         A pair that lost one (`LOST`) stays dense after all; but not by the paper's rule, which is kept to the letter.
         """
         statistics, sample = (seen.statistics, seen.sample) if seen else (None, SampledTokens())
+        tokens = seen.tokens if seen else None
         record, groups = LayerRecord(layer=layer.index), expert_groups(layer.checkpoint.text)
         began = time.perf_counter()
         pairing = self._pair(layer, statistics)
         record.seconds["pair"] = time.perf_counter() - began
-        packed = self._pack(layer, statistics, pairing)
+        packed = self._pack(layer, statistics, tokens, pairing)
         errors = sample.output_errors(layer.checkpoint.experts, layer.expert, packed.expert)
         lost = _lost(packed.expert_weight_error, errors)
         if lost and not self.recipe.is_paper:
@@ -203,28 +219,40 @@ class PairMethod(LayerMethod):
             case "balanced":
                 return lambda pool: errors(pool) - LOAD_PRICE * saved(pool)
 
-    def _pack(self, layer: SourceLayer, statistics: ExpertStatistics | None, pairing: LayerPairing) -> PackedLayer:
+    def _pack(
+        self,
+        layer: SourceLayer,
+        statistics: ExpertStatistics | None,
+        tokens: RoutedTokens | None,
+        pairing: LayerPairing,
+    ) -> PackedLayer:
         group, pairs, losses = self.group_size(layer.checkpoint), [], []
         hidden, intermediate = layer.checkpoint.expert_sizes
         columns, rows = max(hidden, intermediate), min(hidden, intermediate)
         at_once = pairs_at_once(self.code, columns, rows, torch.device(layer.device))
         for start in range(0, len(pairing.pairs), at_once):
-            found, its_losses = self._pack_some(layer, statistics, pairing.pairs[start : start + at_once], group)
+            some = pairing.pairs[start : start + at_once]
+            found, its_losses = self._pack_some(layer, statistics, tokens, some, group)
             pairs += found
             losses += its_losses
         dense = [layer.expert(number) for number in pairing.order[pairing.merged :]]
         return PackedLayer(pairing, pairs, losses, dense, self.code)
 
     def _pack_some(
-        self, layer: SourceLayer, statistics: ExpertStatistics | None, ids: list[tuple[int, int]], group: int | None
+        self,
+        layer: SourceLayer,
+        statistics: ExpertStatistics | None,
+        tokens: RoutedTokens | None,
+        ids: list[tuple[int, int]],
+        group: int | None,
     ) -> tuple[list[PackedPair], list[Losses]]:
         members = [(layer.expert(first), layer.expert(second)) for first, second in ids]
         losses = [Losses() for _ in ids]
         try:
-            return pack_pairs(members, ids, statistics, self.recipe, group, losses), losses
+            return pack_pairs(members, ids, statistics, tokens, self.recipe, group, losses), losses
         except (UnencodableWeight, MomentsError) as error:
             for one in ids if len(ids) > 1 else ():  # raises it naming the pair
-                self._pack_some(layer, statistics, [one], group)
+                self._pack_some(layer, statistics, tokens, [one], group)
             raise type(error)(f"layer {layer.index}, {error}") from None
 
 

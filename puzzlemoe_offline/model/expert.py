@@ -27,8 +27,11 @@ class Expert:
 
     def output(self, inputs: Tensor) -> Tensor:
         """What the expert makes of tokens [m, H], in their dtype, before the router's weights."""
-        gate, up, down = (matrix.to(inputs.dtype) for matrix in self.matrices)
-        return F.linear(F.silu(F.linear(inputs, gate)) * F.linear(inputs, up), down)
+        return F.linear(self.hidden(inputs), self.down.to(inputs.dtype))
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """SiLU(gate) * up [m, I] of tokens [m, H], in their dtype: what the down projection sees."""
+        return F.silu(F.linear(inputs, self.gate.to(inputs.dtype))) * F.linear(inputs, self.up.to(inputs.dtype))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from puzzlemoe_offline.calibration.statistics import ProjectionInputs, add_moments
+from puzzlemoe_offline.calibration.routed_tokens import AT_ONCE
+from puzzlemoe_offline.calibration.statistics import ProjectionInputs, add_products
 from puzzlemoe_offline.methods.mergemoe import MergeMoe
 from puzzlemoe_offline.methods.pairs import PairMethod
 from puzzlemoe_offline.model.layerwise import ACTIVATION_BYTES, activation_dtype
@@ -63,11 +64,11 @@ def make_plan(job: Job) -> Plan:
     expert, moe_layers = checkpoint.expert_bytes, len(checkpoint.moe_layers)
     layer_experts, packed = expert * checkpoint.experts, job.experts_after // moe_layers
     on_device = layer_experts + packed + layer_other * width // 2 + expert * width // 2 + embedding * width // 2
-    on_device += _scratch_bytes(job) + _moments_bytes(job)
+    on_device += _scratch_bytes(job) + _seen_bytes(job)
     if not on_cpu:  # the next layer is read ahead, and experts take all tokens of a batch at once
         on_device += layer_experts + (ACTIVATION_BYTES if job.tokens else 0)
     if others:  # those that wait for another GPU
-        on_device += WAITING * (layer_experts + _moments_bytes(job))
+        on_device += WAITING * (layer_experts + _seen_bytes(job))
     # From a GPU the packed layer goes to pinned memory, whose blocks have powers of two as sizes; the last one, and the
     # hidden states after it, may not be written yet, nor those that were begun before them.
     pinned = job.states_bytes + 2 * packed
@@ -83,10 +84,16 @@ def make_plan(job: Job) -> Plan:
     )
 
 
-def _moments_bytes(job: Job) -> int:
-    """Second moments of what every expert of a layer sees, float32."""
-    gathered = isinstance(job.method, PairMethod) and job.method.recipe.compensate
-    return 4 * job.checkpoint.experts * sum(size**2 for size in job.checkpoint.expert_sizes) if gathered else 0
+def _seen_bytes(job: Job) -> int:
+    """Second moments of what every expert of a layer sees, float32; of hidden values, or else all tokens."""
+    match job.method:
+        case PairMethod(recipe) if recipe.compensate:
+            checkpoint, width = job.checkpoint, activation_dtype(job.device).itemsize
+            hidden, intermediate = checkpoint.expert_sizes
+            squares = hidden**2 + (0 if recipe.correct_down else intermediate**2)
+            token = hidden * width + checkpoint.experts_per_token * (8 + width) if recipe.correct_down else 0
+            return 4 * checkpoint.experts * squares + token * job.tokens
+    return 0
 
 
 def _scratch_bytes(job: Job) -> int:
@@ -104,6 +111,11 @@ def _scratch_bytes(job: Job) -> int:
                 sizes = max(hidden, intermediate), min(hidden, intermediate)
                 at_once = pairs_at_once(method.code, *sizes, torch.device(device))
                 pair += at_once * (3 * hidden * intermediate + 2 * intermediate**2)
+            if recipe.correct_down:  # what its experts' down projections see, lack and are to be, beside hidden values
+                sizes = max(hidden, intermediate), min(hidden, intermediate)
+                at_once = pairs_at_once(method.code, *sizes, torch.device(device))
+                pair += at_once * (2 * intermediate**2 + 4 * hidden * intermediate)
+                pair += min(job.tokens, AT_ONCE) * (4 * intermediate + 2 * hidden)
             scratch += 4 * pair
         case MergeMoe(recipe):
             # float32: every cluster's sums; float64: those of one, the factor and the solution.
@@ -125,14 +137,26 @@ def _seconds(job: Job, devices: int) -> float:
         case PairMethod(recipe) as method:
             seconds = products / _product_rate(job.device)
             if recipe.compensate:
-                chosen = job.tokens * checkpoint.experts_per_token * len(checkpoint.moe_layers)
-                moments = 2 * chosen * sum(size**2 for size in checkpoint.expert_sizes)
-                seconds += moments / _moments_rate(job.device)
+                gathered = checkpoint.expert_sizes[: 1 if recipe.correct_down else 2]
+                seconds += 2 * _slots(job) * sum(size**2 for size in gathered) / _moments_rate(job.device)
             # Trial merges of a search are bounded by the layer's weights; trellises have none.
             trials = recipe.pairing == "search" and not isinstance(method.code, TrellisCode)
             merged = checkpoint.routed_bytes / 2 * (2 if trials else 1)
-            return max(seconds, (seconds + merged / _merge_rate(job, method)) / devices)
+            merging = merged / _merge_rate(job, method) + (_correction_seconds(job) if recipe.correct_down else 0)
+            return max(seconds, (seconds + merging) / devices)
     raise AssertionError(f"no plan for {job.method}")
+
+
+def _slots(job: Job) -> int:
+    """Calibration tokens times the experts that each chooses, in all layers."""
+    return job.tokens * job.checkpoint.experts_per_token * len(job.checkpoint.moe_layers)
+
+
+def _correction_seconds(job: Job) -> float:
+    """Of hidden values by the source's and by packed projections, what the output lacks, and both sums."""
+    hidden, intermediate = job.checkpoint.expert_sizes
+    products = 10 * _slots(job) * hidden * intermediate / _product_rate(job.device)
+    return products + 2 * _slots(job) * intermediate * (intermediate + hidden) / _moments_rate(job.device)
 
 
 def _clustering_products(job: Job, products: float, clusters: int) -> float:
@@ -141,10 +165,9 @@ def _clustering_products(job: Job, products: float, clusters: int) -> float:
     checkpoint = job.checkpoint
     hidden, intermediate = checkpoint.expert_sizes
     layers = len(checkpoint.moe_layers)
-    chosen = job.tokens * checkpoint.experts_per_token * layers
     members = 3 * hidden * intermediate * checkpoint.experts / clusters
     solution = layers * clusters * (intermediate**3 / 3 + 2 * hidden * intermediate**2)
-    return 2 * products + 2 * chosen * (members + intermediate * (hidden + intermediate)) + solution
+    return 2 * products + 2 * _slots(job) * (members + intermediate * (hidden + intermediate)) + solution
 
 
 def _product_rate(device: str) -> float:
@@ -159,7 +182,7 @@ def _moments_rate(device: str) -> float:
     moments = torch.zeros(1024, 1024, device=device)
 
     def gather() -> Tensor:
-        add_moments(moments, rows)
+        add_products(moments, rows, rows)
         return moments
 
     return _rate(gather)

@@ -21,19 +21,19 @@ class MomentsError(UserError):
     """Second moments of inputs that are too large for float32, so that no error can be compensated."""
 
 
-def inverse_factors(inputs: list[ProjectionInputs]) -> Tensor:
+def inverse_factors(inputs: list[ProjectionInputs], damping: float = DAMPING) -> Tensor:
     """For each the upper triangular U, float32 [n, K, K], with U'U the inverse of the damped moments per
-    token^`BALANCE`.
+    token^`BALANCE`.  damping: as `DAMPING`.
 
     Raises MomentsError for moments that have none.
     """
     if len(inputs) > 1 and len(inputs[0].norms) > FACTORED_TOGETHER:
-        return torch.cat([inverse_factors([seen]) for seen in inputs])
+        return torch.cat([inverse_factors([seen], damping) for seen in inputs])
     given = [(seen.moments, seen.tokens) for seen in inputs if seen.moments is not None]
     moments = torch.stack([its.float() / tokens**BALANCE for its, tokens in given])
     means = torch.stack([its.diagonal().mean() for its in moments])
     # An expert whose inputs are all zero: the down projection of one whose gate or up projection is.
-    moments.diagonal(dim1=1, dim2=2).add_(torch.where(means > 0, DAMPING * means, 1.0)[:, None])
+    moments.diagonal(dim1=1, dim2=2).add_(torch.where(means > 0, damping * means, 1.0)[:, None])
     # With rows and columns in reverse the lower factor becomes an upper one, R R' = moments; its inverse is U.
     lower, failed = torch.linalg.cholesky_ex(moments.flip(1, 2))
     del moments

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from puzzlemoe_offline.calibration.routed_tokens import RoutedTokens
 from puzzlemoe_offline.calibration.statistics import ExpertStatistics, ProjectionInputs, projection_inputs
 from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.relative_error import relative_error
 from puzzlemoe_offline.words.compensate import fit_compensated
-from puzzlemoe_offline.words.factors import MomentsError, inverse_factors
+from puzzlemoe_offline.words.down_target import CORRECTION_DAMPING, DownInputs
+from puzzlemoe_offline.words.factors import DAMPING, MomentsError, inverse_factors
 from puzzlemoe_offline.words.nearest import PackedMatrix, column_importance, fit
 from puzzlemoe_offline.words.neurons import face
 from puzzlemoe_vllm.format.codes import PairCode, TrellisCode, UnencodableWeight, get_code
@@ -24,6 +27,8 @@ ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 23}
 TOGETHER = 1 << 27
 """Entries of matrices, and of the factors of their inputs, of pairs that a GPU codes side by side."""
 
+
+T = TypeVar("T")
 
 PackedPair = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
 """A pair's gate, up and down projection."""
@@ -58,17 +63,19 @@ def pack_matrices(
     losses: list[Losses],
     index: int,
     importance_of_rows: Tensor | None = None,
+    targets: list[tuple[Tensor, Tensor]] | None = None,
 ) -> list[PackedMatrix]:
     """Pairs of matrices [N, K] as words, on their device; what each pair loses is added to its `losses`.
 
     factors: `inverse_factors` of the inputs, pair by pair; None without compensation.  importance_of_rows: as in
-    `fit_compensated`.  Several pairs only where `pairs_at_once` allows them.
+    `fit_compensated`.  targets: what the words are to stand for with compensation, if not the matrices.  Several pairs
+    only where `pairs_at_once` allows them.
     Raises UnencodableWeight for weights that the code cannot hold.
     """
     code = get_code(recipe.code)
     rows = rows_at_once(weights[0][0])
     if factors is not None:
-        packed = fit_compensated(code, weights, factors, group, importance_of_rows)
+        packed = fit_compensated(code, targets or weights, factors, group, importance_of_rows)
     else:
         packed = []
         for pair, seen in zip(weights, inputs, strict=True):
@@ -106,6 +113,7 @@ def pack_pairs(
     experts: list[tuple[Expert, Expert]],
     ids: list[tuple[int, int]],
     statistics: ExpertStatistics | None,
+    tokens: RoutedTokens | None,
     recipe: PairRecipe,
     group: int | None,
     losses: list[Losses],
@@ -113,15 +121,17 @@ def pack_pairs(
     """Pairs of experts as words, on their device; gate, up and down are merged separately, each with its own input's
     norms.
 
-    ids: the experts' ids in `statistics`; None there means magnitude saliency.  group: columns that share a step, for
-    codes that have steps.  Several pairs only where `pairs_at_once` allows them.
+    ids: the experts' ids in `statistics`; None there means magnitude saliency.  tokens: of a recipe that corrects down
+    projections.  group: columns that share a step, for codes that have steps.  Several pairs only where `pairs_at_once`
+    allows them.
     Raises UnencodableWeight or MomentsError naming the experts, if it is one pair, and the projection.
     """
     facing = None
     if isinstance(get_code(recipe.code), TrellisCode):
         facing = [face(pair, its_ids, statistics) for pair, its_ids in zip(experts, ids, strict=True)]
         experts = [(first.expert, second.expert) for first, second in facing]
-    packed, factors = [], None
+    packed: list[list[PackedMatrix]] = []
+    factors = targets = None
     for index, projection in enumerate(PROJECTIONS):
         weights = [(first.matrices[index], second.matrices[index]) for first, second in experts]
         rows = None
@@ -133,13 +143,44 @@ def pack_pairs(
             seen = [[projection_inputs(statistics, expert, index, columns, device) for expert in pair] for pair in ids]
             inputs = [(first, second) for first, second in seen]
         try:
+            down: list[DownInputs] = []
+            if tokens and projection == "down":
+                down = _down_inputs(experts, ids, inputs, tokens, packed, get_code(recipe.code))
+                inputs = _by_pair([its.seen for its in down])
             # Up sees what gate does.
             if recipe.compensate and projection != "up" and inputs[0][0].moments is not None:
-                factors = inverse_factors([one for pair in inputs for one in pair])
-            packed.append(pack_matrices(weights, inputs, factors, recipe, group, losses, index, rows))
+                flat = [one for pair in inputs for one in pair]
+                factors = inverse_factors(flat, CORRECTION_DAMPING if down else DAMPING)
+            if down:
+                assert factors is not None
+                matrices = [matrix for pair in weights for matrix in pair]
+                targets = _by_pair([its.target(*both) for its, *both in zip(down, matrices, factors, strict=True)])
+            packed.append(pack_matrices(weights, inputs, factors, recipe, group, losses, index, rows, targets))
         except (UnencodableWeight, MomentsError) as error:
             raise type(error)(f"experts {ids[0][0]} and {ids[0][1]}, {projection} projection: {error}") from None
     return list(zip(*packed, strict=True))
+
+
+def _by_pair(values: list[T]) -> list[tuple[T, T]]:
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def _down_inputs(
+    experts: list[tuple[Expert, Expert]],
+    ids: list[tuple[int, int]],
+    inputs: list[tuple[ProjectionInputs, ProjectionInputs]],
+    tokens: RoutedTokens,
+    packed: list[list[PackedMatrix]],
+    code: PairCode,
+) -> list[DownInputs]:
+    """What the down projections of pairs see of packed gate and up projections, pair by pair; inputs: of the exact
+    ones."""
+    found = []
+    for place, (pair, its_ids, its_inputs) in enumerate(zip(experts, ids, inputs, strict=True)):
+        for position, (exact, number, source) in enumerate(zip(pair, its_ids, its_inputs, strict=True)):
+            gate, up = (code.decode(its[place].words, position, its[place].steps) for its in packed)
+            found.append(DownInputs.of(exact, Expert(gate, up, exact.down), number, tokens, source))
+    return found
 
 
 def pairs_at_once(code: PairCode, columns: int, rows: int, device: torch.device) -> int:

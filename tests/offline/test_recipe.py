@@ -68,6 +68,14 @@ def test_bits_name_a_code_of_that_size(bits):
     assert named_recipe("default", code=code).compensate
 
 
+def test_down_projections_are_corrected_with_compensation_if_nothing_else_is_said():
+    assert named_recipe("default").correct_down and PairRecipe(code="angle8", compensate=True).correct_down
+    assert not named_recipe("default", correct_down=False).correct_down
+    assert not named_recipe("default", compensate=False).correct_down and not named_recipe("paper").correct_down
+    with pytest.raises(RecipeError, match=r"correction of down projections needs compensation: use --compensate"):
+        named_recipe("default", compensate=False, correct_down=True)
+
+
 def test_a_code_of_other_bits_is_refused():
     assert code_of_bits("3", "angle6") == "angle6"
     with pytest.raises(RecipeError, match=r"--bits 3 and --code angle8, of 4 bits: drop one of them"):

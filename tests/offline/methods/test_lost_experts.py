@@ -142,7 +142,7 @@ def test_what_a_dead_expert_would_come_to(options):
     losses = Losses()
     group = 32 if get_code(recipe.code).has_steps else None
     dead = Expert(*map(torch.zeros_like, alive.matrices))
-    (packed,) = pack_pairs([(alive, dead)], [(0, 1)], None, recipe, group, [losses])
+    (packed,) = pack_pairs([(alive, dead)], [(0, 1)], None, None, recipe, group, [losses])
     woken = get_code(recipe.code).decode(packed[0].words, 1, packed[0].steps).float()
     assert losses.relative(1) == [None] * 3 if woken.any() else losses.relative(1) == [0.0] * 3
     assert ("mask" not in recipe.code) == bool(woken.square().mean().sqrt() > 0.1)
@@ -260,7 +260,7 @@ def test_pairs_of_any_sizes_decode_to_finite_weights_and_every_loss_is_told(
     pair = [Expert(weight, weight, weight) for weight in weights]
     try:
         group = 32 if code.has_steps else None
-        (packed,) = pack_pairs([(pair[0], pair[1])], [(0, 1)], statistics, recipe, group, [losses])
+        (packed,) = pack_pairs([(pair[0], pair[1])], [(0, 1)], statistics, None, recipe, group, [losses])
     except UnencodableWeight as error:
         assert max(float(weight.abs().max()) for weight in weights) > 1e5, error
         return

@@ -255,7 +255,7 @@ def test_tensors_are_moved_wherever_they_are():
 
 
 def test_a_plan_has_the_first_calibrate_and_all_merge(source, monkeypatch):
-    job = job_of(source, PairMethod(PairRecipe(code="angle8", compensate=True)))
+    job = job_of(source, PairMethod(PairRecipe(code="angle8", compensate=True, correct_down=False)))
     weights = job.checkpoint.routed_bytes / 2
     for calibrating, others, seconds in ((0.0, 3, 5.0), (20.0, 3, 20.0), (20.0, 1, 20.0), (20.0, 0, 40.0)):
         tokens = round(calibrating * 1e6)
@@ -267,6 +267,20 @@ def test_a_plan_has_the_first_calibrate_and_all_merge(source, monkeypatch):
             made = plan.make_plan(replace(job, tokens=tokens))
         assert made.devices == 1 + others
         assert made.seconds == pytest.approx(seconds, rel=0.01)
+
+
+def test_a_plan_corrects_down_projections_where_it_merges(source, monkeypatch):
+    monkeypatch.setattr(plan, "_product_rate", lambda device: 1e6)
+    monkeypatch.setattr(plan, "_moments_rate", lambda device: 1e6)
+    monkeypatch.setattr(plan, "_merge_rate", lambda job, method: 1e12)
+    made = {}
+    for others in (0, 3):
+        monkeypatch.setattr(plan, "other_gpus", lambda device, others=others: ["cpu"] * others)
+        for correct in (False, True):
+            recipe = PairRecipe(code="angle8", compensate=True, correct_down=correct)
+            made[others, correct] = plan.make_plan(replace(job_of(source, PairMethod(recipe)), tokens=10**6))
+    # The other devices take that work from the one that calibrates, and moments of hidden values as well.
+    assert made[0, True].seconds > made[0, False].seconds and made[3, True].seconds < made[3, False].seconds
 
 
 def _operations(job: Job) -> float:

@@ -147,10 +147,10 @@ def test_pairs_of_trellis_words_at_once_are_those_of_each_alone():
         PairRecipe(code="trellis3"),
     )
     losses = [Losses(), Losses()]
-    together = pack_pairs(members, ids, statistics, recipe, 32, losses)
+    together = pack_pairs(members, ids, statistics, None, recipe, 32, losses)
     for number, pair in enumerate(together):
         own = Losses()
-        (alone,) = pack_pairs([members[number]], [ids[number]], statistics, recipe, 32, [own])
+        (alone,) = pack_pairs([members[number]], [ids[number]], statistics, None, recipe, 32, [own])
         torch.testing.assert_close(losses[number].error, own.error, rtol=0.05, atol=0)
         for packed, expected in zip(pair, alone, strict=True):
             # Roundings of batched products may turn a near tie, after which a row of tiles goes on differently.
