@@ -153,14 +153,24 @@ def compression() -> str:
     return table(["layer, recipe, calibration tokens", *columns], rows)
 
 
+WHOLE_COMMANDS = (
+    ("Mixtral-8x7B", "H200", "mixtral-8x7b-h200"),
+    ("Mixtral-8x7B's first four layers, `--bits 3`", "H200", "mixtral-8x7b-4-layers-trellis6-h200"),
+    ("Qwen3-30B-A3B, before down projections were corrected", "H100", "qwen3-30b-a3b-h100"),
+    ("Qwen3-30B-A3B, before down projections were corrected", "H200", "qwen3-30b-a3b-h200"),
+    ("Qwen3-30B-A3B, before down projections were corrected", "2 x H200", "qwen3-30b-a3b-2-h200"),
+)
+"""Models, machines and results of end_to_end.py."""
+
+
 def whole_command() -> str:
     """What compressing a whole model takes: by end_to_end.py, and as read off by hand of an earlier version."""
     rows = []
-    for machine, file in {"H100": "h100", "H200": "h200", "2 x H200": "2-h200"}.items():
-        run = load(f"end-to-end-qwen3-30b-a3b-{file}.json")["compress"]
+    for model, machine, file in WHOLE_COMMANDS:
+        run = load(f"end-to-end-{file}.json")["compress"]
         before, after = (run["bytes"][f"experts_{when}"] + run["bytes"]["other"] for when in ("before", "after"))
         size, memory = f"{before / 1e9:.1f} -> {after / 1e9:.1f} GB", f"{run['peak_gpu_bytes'] / 1e9:.1f} GB"
-        rows.append(["Qwen3-30B-A3B", machine, size, *_took(run), memory])
+        rows.append([model, machine, size, *_took(run), memory])
     for run in load("whole-command-h200.json")["compress"]:
         size = f"{run['gigabytes']['before']} -> {run['gigabytes']['after']} GB"
         memory = f"{run['gpu_gigabytes']} GB" if run["gpu_gigabytes"] else "not read"
