@@ -41,18 +41,16 @@ class TrellisWords {
   __device__ static Words load(uint32_t tile, int lane, bool odd) {
     const uint32_t before = odd ? tile - kTileBytes : tile + kTileBytes;
     const int lane_before = odd ? lane : (lane + 31) % 32;
-    if constexpr (kBits == 8) {
-      const uint2 own = load_shared_8(tile + lane * 8), end = load_shared_8(before + lane_before * 8);
-      return {own.x, own.y, end.x, end.y};
-    } else if constexpr (kBits <= 4) {
+    if constexpr (kBits <= 4) {
       if (odd) return odd_runs(two_tiles(tile - kTileBytes, lane));
       return even_runs(two_tiles(tile, lane), two_tiles(tile, lane_before));
-    } else {
-      uint32_t rest = 0;
-      if constexpr (kBits == 6) rest = load_shared_2(tile + 128 + lane * 2);
-      if constexpr (kBits == 5) rest = load_shared_1(tile + 128 + lane);
-      return {load_shared_4(tile + lane * 4), rest, load_shared_4(before + lane_before * 4), 0};
     }
+    const uint2 own = one_tile(tile, lane);
+    if constexpr (kBits == 8) {
+      const uint2 end = one_tile(before, lane_before);
+      return {own.x, own.y, end.x, end.y};
+    }
+    return {own.x, own.y, load_shared_4(before + lane_before * 4), 0};
   }
 
   // Of an even tile and the odd one after it: before the odd tile's runs come the even one's, which are there.
@@ -63,15 +61,8 @@ class TrellisWords {
       return;
     }
     two[0] = load(tile, lane, false);
-    if constexpr (kBits == 8) {
-      const uint2 own = load_shared_8(tile + kTileBytes + lane * 8);
-      two[1] = {own.x, own.y, two[0].first, two[0].second};
-    } else {
-      uint32_t rest = 0;
-      if constexpr (kBits == 6) rest = load_shared_2(tile + kTileBytes + 128 + lane * 2);
-      if constexpr (kBits == 5) rest = load_shared_1(tile + kTileBytes + 128 + lane);
-      two[1] = {load_shared_4(tile + kTileBytes + lane * 4), rest, two[0].first, 0};
-    }
+    const uint2 own = one_tile(tile + kTileBytes, lane);
+    two[1] = {own.x, own.y, two[0].first, kBits == 8 ? two[0].second : 0};
   }
 
   // What a position's weights are sums of: the four bytes of a state times the multiplier, masked, and at position 1
@@ -133,6 +124,14 @@ class TrellisWords {
     return reinterpret_cast<const uint32_t&>(weights);
   }
 
+  // Of 8 bits both runs, of 6 and 5 the two planes.
+  __device__ static uint2 one_tile(uint32_t tile, int lane) {
+    if constexpr (kBits == 8) return load_shared_8(tile + lane * 8);
+    uint32_t rest = 0;
+    if constexpr (kBits == 6) rest = load_shared_2(tile + 128 + lane * 2);
+    if constexpr (kBits == 5) rest = load_shared_1(tile + 128 + lane);
+    return {load_shared_4(tile + lane * 4), rest};
+  }
   // Of an even tile and the odd one after it: both runs, or of 3 bits the two planes.
   __device__ static uint2 two_tiles(uint32_t tile, int lane) {
     if constexpr (kBits == 4) return load_shared_8(tile + lane * 8);

@@ -51,7 +51,7 @@ inline Index threadIdx, blockIdx, gridDim;
   abort();
 }
 
-// What is not emulated; kernels that need it are compiled, never run.
+// What is not emulated; kernels that need it are compiled, never run.  Of bf16, exact sums are, below.
 struct __nv_bfloat16 {
   uint16_t bits;
 };
@@ -60,9 +60,7 @@ struct __nv_bfloat162 {
 };
 inline __nv_bfloat162 no_bf16() { fail("no arithmetic of bf16 here"); }
 inline __nv_bfloat162 __hmul2(__nv_bfloat162, __nv_bfloat162) { return no_bf16(); }
-inline __nv_bfloat162 __hadd2(__nv_bfloat162, __nv_bfloat162) { return no_bf16(); }
 inline __nv_bfloat162 __hfma2(__nv_bfloat162, __nv_bfloat162, __nv_bfloat162) { return no_bf16(); }
-inline __nv_bfloat162 __float2bfloat162_rn(float) { return no_bf16(); }
 inline __nv_bfloat162 __low2bfloat162(__nv_bfloat162) { return no_bf16(); }
 inline __nv_bfloat162 __high2bfloat162(__nv_bfloat162) { return no_bf16(); }
 inline void ldmatrix_x4(uint32_t (&)[4], uint32_t) { no_bf16(); }
@@ -170,7 +168,11 @@ inline uint32_t and_xor(uint32_t value, uint32_t mask, uint32_t turned) { return
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = uint64_t(b) << 32 | a;
   uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) result |= uint32_t(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = selector >> 4 * i & 15;
+    if (byte > 7) fail("no byte's sign is spread here");
+    result |= uint32_t(both >> 8 * byte & 255) << 8 * i;
+  }
   return result;
 }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int bits) {
@@ -185,6 +187,15 @@ inline float __uint_as_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
+}
+inline uint32_t exact_bf16(float value) {
+  if (__float_as_uint(value) & 0xFFFF) fail("this is no bf16");
+  return __float_as_uint(value) >> 16;
+}
+inline __nv_bfloat162 __float2bfloat162_rn(float value) { return {exact_bf16(value) << 16 | exact_bf16(value)}; }
+inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  auto sum = [](uint32_t a, uint32_t b) { return exact_bf16(__uint_as_float(a) + __uint_as_float(b)); };
+  return {sum(a.bits << 16, b.bits << 16) | sum(a.bits & 0xFFFF0000, b.bits & 0xFFFF0000) << 16};
 }
 inline float reciprocal(float value) { return 1 / value; }
 inline float __fdividef(float a, float b) { return a / b; }

@@ -4,22 +4,19 @@ them to bf16 outputs, against float64."""
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from support.host_compiler import COMPILER, needs_compiler
+from support.host_compiler import COMPILER, change, emulated_sources, needs_compiler
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import cuda
 from puzzlemoe_vllm.format.codes import CODES, TrellisCode
 from puzzlemoe_vllm.format.codes.trellis import values
 
-HERE, CUDA = Path(__file__).parent, Path(__file__).parents[2] / "cuda"
-EMULATED = ("cuda_bf16.h", "ptx.cuh", "launch.cuh", "sm90/ptx_sm90.cuh", "sm90/mainloop_wgmma.cuh")
-"""Headers that host_gpu.h stands in for."""
+HERE = Path(__file__).parent
 
 TOPK = 2
 
@@ -39,16 +36,12 @@ class GroupedGemm(ctypes.Structure):
 
 def built(folder: Path, code: TrellisCode, changes: tuple[tuple[str, str, str], ...] = ()) -> ctypes.CDLL:
     """The kernel of a code for the host; changes: of a header, what is replaced by what."""
-    shutil.copytree(CUDA, folder / "cuda")
-    for name in EMULATED:
-        (folder / "cuda" / name).write_text('#pragma once\n#include "host_gpu.h"\n')
+    sources = emulated_sources(folder)
     for name, right, wrong in changes:
-        source = (folder / "cuda" / name).read_text()
-        assert source.count(right) == 1
-        (folder / "cuda" / name).write_text(source.replace(right, wrong))
+        change(sources / name, right, wrong)
     library = folder / "kernel.so"
     command = [COMPILER, "-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-fPIC", "-shared"]
-    command += [f"-DBITS={code.bits}", f"-I{folder / 'cuda'}", f"-I{HERE}"]
+    command += [f"-DBITS={code.bits}", f"-I{sources}", f"-I{HERE}"]
     command += [str(HERE / "integer_kernel.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, timeout=600)
     return ctypes.CDLL(str(library))

@@ -1,11 +1,32 @@
-"""The compiler with which CUDA sources are built for the host."""
+"""The compiler with which CUDA sources are built for the host, and those sources."""
 
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+CUDA = Path(__file__).parents[2] / "cuda"
+EMULATED = ("cuda_bf16.h", "ptx.cuh", "launch.cuh", "sm90/ptx_sm90.cuh", "sm90/mainloop_wgmma.cuh")
+"""Headers that tests/cuda/host_gpu.h stands in for."""
+
+
+def emulated_sources(folder: Path) -> Path:
+    """A copy of cuda/ that asks host_gpu.h for its instructions."""
+    sources = folder / "cuda"
+    shutil.copytree(CUDA, sources)
+    for name in EMULATED:
+        (sources / name).write_text('#pragma once\n#include "host_gpu.h"\n')
+    return sources
+
+
+def change(source: Path, right: str, wrong: str) -> None:
+    """Replaces what a source has in one place."""
+    text = source.read_text()
+    assert text.count(right) == 1
+    source.write_text(text.replace(right, wrong))
