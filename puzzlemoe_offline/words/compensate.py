@@ -14,7 +14,12 @@ from torch import Tensor
 
 from puzzlemoe_offline.words.column_coders import BLOCK, Coder, NeighbourTiles, coder_of
 from puzzlemoe_offline.words.nearest import PackedMatrix, bounded_importance, check_finite
+from puzzlemoe_offline.words.split_product import product
 from puzzlemoe_vllm.format.codes import PairCode, TrellisCode
+
+PANEL = 512
+"""Columns of a matrix whose errors reach the rest of it together: one product on tensor cores, and one pass over the
+rest, in place of one for every block."""
 
 
 def fit_compensated(
@@ -61,15 +66,26 @@ def fit_neighbours(
 
 
 def _code_columns(coder: Coder, left: Tensor, importance: Tensor, factors: Tensor) -> PackedMatrix:
-    """Columns float32 [matrices, K, N], a block after the other; they change until they are coded.
+    """Columns float32 [matrices, K, N], a panel after the other; they change until they are coded.
 
     importance: [matrices, K]; factors: [matrices, K, K].
     """
-    words, size = [], BLOCK * coder.columns
+    words: list[Tensor] = []
+    for start in range(0, left.shape[1], PANEL):
+        here, later = slice(start, start + PANEL), slice(start + PANEL, None)
+        coded, errors = _code_panel(coder, left[:, here], importance[:, here], factors[:, here, here])
+        words += coded
+        if start + PANEL < left.shape[1]:
+            left[:, later] -= product(factors[:, here, later].mT, errors)
+    return coder.packed(torch.cat(words).T)
+
+
+def _code_panel(coder: Coder, left: Tensor, importance: Tensor, factors: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The words of each block of a panel's columns, and errors as `Coder.code_block` gives them."""
+    words, errors, size = [], torch.empty_like(left), BLOCK * coder.columns
     for start in range(0, left.shape[1], size):
         here, later = slice(start, start + size), slice(start + size, None)
-        factor = factors[:, here]
-        coded, errors = coder.code_block(left[:, here], importance[:, here], factor[:, :, here])
+        coded, errors[:, here] = coder.code_block(left[:, here], importance[:, here], factors[:, here, here])
         words.append(coded)
-        left[:, later].baddbmm_(factor[:, :, later].mT, errors, alpha=-1)
-    return coder.packed(torch.cat(words).T)
+        left[:, later].baddbmm_(factors[:, here, later].mT, errors[:, here], alpha=-1)
+    return words, errors

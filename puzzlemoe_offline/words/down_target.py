@@ -20,10 +20,14 @@ from puzzlemoe_offline.finite import all_finite
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.words.factors import MomentsError
 from puzzlemoe_offline.words.nearest import BALANCE
+from puzzlemoe_offline.words.split_product import product
 
 CORRECTION_DAMPING = 0.3
 """Of the moments of h', in place of `factors.DAMPING`: what an output lacks is noise for the most part, and a few
 thousand tokens tell less of it than of h'."""
+
+MOMENTS_TOGETHER = 2048
+"""Columns whose moments are added up in one product: what lies below their own is not computed."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,9 @@ class DownInputs:
             found = packed.hidden(inputs)
             output = F.linear(exact.hidden(inputs) - found, exact.down.to(inputs.dtype))
             output, found = ((rows * weights[:, None]).to(rows.dtype) for rows in (output, found))
-            add_products(moments, found, found)
+            _add_upper_moments(moments, found)
             add_products(lacking, output, found)
+        _mirror(moments)
         return cls(ProjectionInputs(moments.diagonal().sqrt(), source.tokens, moments), lacking)
 
     def target(self, weight: Tensor, factor: Tensor) -> Tensor:
@@ -62,10 +67,25 @@ class DownInputs:
 
         Raises MomentsError for outputs that are too large.
         """
-        found: Tensor = (self.lacking / self.seen.tokens**BALANCE) @ factor.T @ factor
+        whitened = product((self.lacking / self.seen.tokens**BALANCE)[None], factor.T[None])
+        found = product(whitened, factor[None])[0]
         if not all_finite(found):
             raise MomentsError(
                 "on the calibration text the outputs of this projection leave float32: copy or download the source "
                 "again if it should have no such activations"
             )
         return found.add_(weight)
+
+
+def _add_upper_moments(sums: Tensor, rows: Tensor) -> None:
+    """Adds X'X of rows X [m, K] to sums [K, K], but for blocks below the diagonal."""
+    for start in range(0, len(sums), MOMENTS_TOGETHER):
+        here = slice(start, start + MOMENTS_TOGETHER)
+        add_products(sums[here, start:], rows[:, here], rows[:, start:])
+
+
+def _mirror(sums: Tensor) -> None:
+    """Fills those blocks from above the diagonal."""
+    for start in range(0, len(sums), MOMENTS_TOGETHER):
+        here, later = slice(start, start + MOMENTS_TOGETHER), slice(start + MOMENTS_TOGETHER, None)
+        sums[later, here] = sums[here, later].T

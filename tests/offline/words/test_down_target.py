@@ -10,6 +10,7 @@ from puzzlemoe_offline.calibration.routed_tokens import RoutedTokens
 from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ExpertStatistics
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.recipe import PairRecipe
+from puzzlemoe_offline.words import down_target
 from puzzlemoe_offline.words.down_target import CORRECTION_DAMPING, DownInputs
 from puzzlemoe_offline.words.factors import MomentsError, inverse_factors
 from puzzlemoe_offline.words.pack import Losses, pack_pairs
@@ -54,6 +55,17 @@ def test_the_target_is_the_damped_least_squares_solution():
     assert (target - expected).norm() <= 1e-3 * (expected - down).norm()
     torch.testing.assert_close(found.seen.moments.double(), moments, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.seen.norms.double(), seen.norm(dim=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("together", [32, 40, INNER])
+def test_moments_by_blocks_are_those_of_one_product(together, monkeypatch):
+    torch.manual_seed(6)
+    exact, (tokens, statistics, x, weights) = expert(), routed(300)
+    statistics.observe(0, [300], x, exact.hidden(x), weights[:, 0])
+    monkeypatch.setattr(down_target, "MOMENTS_TOGETHER", together)
+    moments = DownInputs.of(exact, exact, 0, tokens, statistics.inputs(0, 2)).seen.moments
+    seen = exact.hidden(x).double() * weights[:, :1]
+    torch.testing.assert_close(moments.double(), seen.T @ seen, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [0, FEW_TOKENS - 1])

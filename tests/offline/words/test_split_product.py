@@ -1,0 +1,59 @@
+"""Products of float32 by bf16 parts, against float64."""
+
+import pytest
+import torch
+from support.triton_device import on_a_gpu
+
+from puzzlemoe_offline.calibration.statistics import ProjectionInputs
+from puzzlemoe_offline.words import factors
+from puzzlemoe_offline.words.split_product import _split, product
+
+
+def test_the_parts_hold_sixteen_bits():
+    torch.manual_seed(1)
+    values = torch.randn(1000) * torch.rand(1000).mul(80).sub(40).exp()
+    first, rest = _split(values)
+    assert first.dtype == rest.dtype == torch.bfloat16
+    assert ((values.double() - first.double() - rest.double()).abs() <= 2.0**-16 * values.double().abs()).all()
+
+
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), 3.4e38])
+def test_what_bf16_cannot_hold_is_not_finite(size):
+    first, rest = _split(torch.tensor([size]))
+    assert not (first.float() + rest.float()).isfinite().any()
+
+
+def test_a_cpu_multiplies_in_float32():
+    torch.manual_seed(2)
+    left, right = torch.randn(2, 8, 24), torch.randn(2, 24, 16)
+    assert torch.equal(product(left, right), left @ right)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("shape", [(1, 4096, 14336, 14336), (2, 3584, 512, 4096), (1, 1, 7, 3)])
+def test_a_gpu_loses_no_more_than_the_parts(shape):
+    torch.manual_seed(3)
+    count, rows, inner, columns = shape
+    # Of very different sizes, as moments' factors are.
+    left = torch.randn(count, rows, inner, device="cuda") * torch.rand(inner, device="cuda").mul(8).exp()
+    right = torch.randn(count, columns, inner, device="cuda").mT
+    found, exact = product(left, right), left.double() @ right.double()
+    assert found.dtype == torch.float32
+    largest = left.abs().double() @ right.abs().double()
+    assert ((found - exact).abs() / largest).max() < 2.0**-15
+    assert (found - exact).norm() < 2.0**-15 * exact.norm()
+
+
+@on_a_gpu
+def test_a_gpu_inverts_moments_of_many_columns():
+    torch.manual_seed(4)
+    columns = 2 * factors.FACTORED_TOGETHER + 64
+    directions = torch.randn(64, columns, device="cuda") * torch.arange(1, 65, device="cuda")[:, None]
+    x = torch.randn(3000, 64, device="cuda") @ directions + torch.randn(3000, columns, device="cuda")
+    seen = ProjectionInputs(x.norm(dim=0), len(x), x.T @ x)
+    (factor,) = factors.inverse_factors([seen])
+    moments = seen.moments.double() / len(x) ** factors.BALANCE
+    moments.diagonal().add_(factors.DAMPING * moments.diagonal().mean())
+    error = factor.double() @ moments @ factor.double().T - torch.eye(columns, device="cuda")
+    assert not factor.tril(-1).any()
+    assert error.abs().max() < 1e-3
