@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SMALL = 1 << 31
+"""Multiplications of one product that take no longer in float32 than splitting its factors does."""
+
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """float32 [n, M, K] times [n, K, N] -> [n, M, N].
@@ -12,7 +15,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     A GPU takes each factor as the sum of two bf16 numbers, 16 bits together: the products of three of the four
     combinations are exact in float32, and the fourth is below the rest.  Five times as fast as in float32.
     """
-    if not left.is_cuda:
+    if not left.is_cuda or left[0].numel() * right.shape[2] <= SMALL:
         return left @ right
     (first, its_rest), (second, other_rest) = _split(left), _split(right)
     many, others = torch.cat([first, first, its_rest], dim=2), torch.cat([second, other_rest, second], dim=1)
