@@ -24,8 +24,8 @@ from typing import Any
 
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES
 
-VLLM = str(Path(sys.executable).with_name("vllm"))
-"""The command of this Python's vLLM, which need not be on the path."""
+VLLM = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
+"""This Python's `vllm`, wherever the command may be.  -P: as the command, it imports nothing from the current folder."""
 
 PROMPT = 1024
 DECODE = (4, 36)
@@ -195,7 +195,7 @@ def measure_server(url: str, concurrency: int, prompts: int) -> dict[str, Any]:
     Raises MeasurementError when it fails, or when some prompts were not answered: it has figures even then.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [VLLM, "bench", "serve", "--base-url", url, "--dataset-name", "random", "--ignore-eos"]
+        command = [*VLLM, "bench", "serve", "--base-url", url, "--dataset-name", "random", "--ignore-eos"]
         command += ["--random-input-len", str(PROMPT), "--random-output-len", "128", "--num-prompts", str(prompts)]
         command += ["--max-concurrency", str(concurrency), "--save-result", "--result-dir", folder]
         if status := subprocess.run(command, check=False).returncode:
