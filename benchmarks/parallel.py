@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from gpu_groups import Work, environment_of, lacking_room, side_by_side, visible_gpus
-from serving import MeasurementError, driver
+from serving import driver
 
 GENERATE = Path(__file__).with_name("generate.py")
 LAST_LINES = 20
@@ -91,7 +91,7 @@ def _pairs(ones: list[list[Any]], others: list[list[Any]]) -> list[tuple[Any, An
 
 
 def generated(folder: Path, layout: Layout, gpu_memory: float, gpus: list[str]) -> dict[str, Any]:
-    """What generate.py writes, or the last words of one that failed."""
+    """What generate.py writes, or the last words of one that failed; standard error gets all that it said."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "generated.json")
         command = [sys.executable, str(GENERATE), str(folder), "--output", str(output)]
@@ -107,6 +107,7 @@ def generated(folder: Path, layout: Layout, gpu_memory: float, gpus: list[str]) 
             check=False,
         )
         if done.returncode:
+            print(done.stdout, end="", file=sys.stderr, flush=True)
             last = " | ".join(done.stdout.splitlines()[-LAST_LINES:])
             return {"failed": f"generate.py ended with status {done.returncode}: {last}"}
         said: dict[str, Any] = json.loads(output.read_text())

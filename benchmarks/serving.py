@@ -25,7 +25,7 @@ from typing import Any
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES
 
 VLLM = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
-"""This Python's `vllm`, wherever the command may be.  -P: as the command, it imports nothing from the current folder."""
+"""This Python's `vllm`, wherever the command may be.  -P: as the command, it imports nothing from where it is run."""
 
 PROMPT = 1024
 DECODE = (4, 36)

@@ -21,7 +21,7 @@ words = sys.argv
 value = lambda name: words[words.index(name) + 1]
 if words[1] == "serve":
     names = ("CUDA_VISIBLE_DEVICES", "PUZZLEMOE_FP8_PREFILL", "VLLM_CACHE_ROOT", "VLLM_PORT")
-    said = {name: os.environ.get(name) for name in names} | {"model": words[2], "words": words[3:], "began": time.time()}
+    said = {name: os.environ.get(name) for name in names} | {"model": words[2], "words": words[3:]}
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -33,11 +33,15 @@ if words[1] == "serve":
     open(os.path.join(FOLDER, value("--port") + ".json"), "w").write(json.dumps(said))
     server.serve_forever()
 port = value("--base-url").rsplit(":", 1)[1]
-time.sleep(SLEEPS.get(port, 0))
-open(os.path.join(FOLDER, port + ".end"), "w").write(str(time.time()))
+if port in AFTER:
+    while not os.path.exists(os.path.join(FOLDER, AFTER[port] + ".end")):
+        time.sleep(0.05)
+    time.sleep(1)
+open(os.path.join(FOLDER, port + ".end"), "w").close()
 open(os.path.join(value("--result-dir"), "result.json"), "w").write(json.dumps(RESULT))
 """
-"""A command in the place of vLLM's that serves, as far as it is asked here, and measures after some sleep."""
+"""A command in the place of vLLM's that serves, as far as it is asked here, and measures; at some ports it sleeps until
+another server was measured."""
 
 
 @pytest.fixture
@@ -145,21 +149,19 @@ def served(modules, tmp_path, monkeypatch):
     class Served:
         port = str(first)
 
-        def sleep(self, *seconds: float) -> None:
+        def write(self, after: dict[int, int]) -> None:
+            """after: positions of servers that are measured after others."""
             result = {"model_id": "model", "completed": 8} | FIGURES
-            sleeps = {str(first + position): each for position, each in enumerate(seconds)}
-            script.write_text(f"FOLDER, SLEEPS, RESULT = {str(tmp_path)!r}, {sleeps!r}, {result!r}\n{SERVER}")
+            ports = {str(first + late): str(first + early) for late, early in after.items()}
+            script.write_text(f"FOLDER, AFTER, RESULT = {str(tmp_path)!r}, {ports!r}, {result!r}\n{SERVER}")
 
         def given(self, position: int) -> dict[str, object]:
             return json.loads((tmp_path / f"{first + position}.json").read_text())
 
-        def ended(self, position: int) -> float:
-            return float((tmp_path / f"{first + position}.end").read_text())
-
     for module in modules:
         monkeypatch.setattr(module, "VLLM", (sys.executable, str(script)))
     made = Served()
-    made.sleep()
+    made.write({})
     return made
 
 
@@ -168,13 +170,12 @@ def test_servers_side_by_side(modules, served, options, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_PORT", "1")
     monkeypatch.setenv("PUZZLEMOE_FP8_PREFILL", "1")
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: argparse.Namespace(total_memory=1))
-    served.sleep(2, 0, 0)
+    served.write({0: 2})  # which would never end if the third did not have the second's GPUs meanwhile
     weights = ("packed", "packed, prefill in FP8", "bf16")
     arguments = options(weights=weights, tensor_parallel=2, port=int(served.port))
     kept = list(end_to_end.serve_all(arguments, ["4", "5", "6", "7"]))
     assert [[row["weights"] for row in rows] for rows in kept] == [list(weights[1:2]), list(weights[1:]), list(weights)]
     first, second, third = (served.given(position) for position in range(3))
-    assert first["began"] < served.ended(1) < third["began"] < served.ended(0)  # at once, two at a time
     assert [each["CUDA_VISIBLE_DEVICES"] for each in (first, second, third)] == ["4,5", "6,7", "6,7"]
     assert [each["PUZZLEMOE_FP8_PREFILL"] for each in (first, second, third)] == [None, "1", None]
     assert len({each["VLLM_CACHE_ROOT"] for each in (first, second, third)}) == 3
