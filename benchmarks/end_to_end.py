@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from gpu_groups import Work, environment_of, lacking_room, side_by_side, visible_gpus
 from safetensors.torch import save_file
-from serving import MODELS, VLLM, MeasurementError, config_of, driver, measure_server
+from serving import MODELS, VLLM, MeasurementError, config_of, driver, measure_server, why_failed
 
 from puzzlemoe_vllm.backends import FP8_VARIABLE
 
@@ -47,8 +47,6 @@ WEIGHTS = ("packed", PREFILL_FP8, "bf16", "fp8", "int4")
 WRITERS = 6
 """Threads that write files, and files that wait for one."""
 WINDOWS, WINDOW = 128, 2048
-LAST_LINES = 20
-"""Of a server that fails, which say why."""
 CHARACTERS = 4
 """Of text for each token that is asked for: the tokenizer makes one of 3.8 on average."""
 
@@ -239,8 +237,8 @@ def server_environment(weights: str, gpus: list[str], scratch: str) -> dict[str,
 
 @contextmanager
 def running(command: list[str], port: int, environment: Mapping[str, str]) -> Iterator[None]:
-    """A server, from when it answers.  Raises MeasurementError when another is there already, or, with its last words,
-    when it ends before."""
+    """A server, from when it answers.  Raises MeasurementError when another is there already, or, with its errors,
+    when it ends before; standard error then gets all that it said."""
     health = f"http://127.0.0.1:{port}/health"
     if answers(health):
         raise MeasurementError(f"another server answers at port {port} already: give another --port")
@@ -250,9 +248,10 @@ def running(command: list[str], port: int, environment: Mapping[str, str]) -> It
             while not answers(health):
                 if process.poll() is not None:
                     said.seek(0)
+                    words = said.read()
+                    print(words, end="", file=sys.stderr, flush=True)
                     raise MeasurementError(
-                        f"vllm serve ended with status {process.returncode} before it answered: "
-                        + " | ".join(said.read().splitlines()[-LAST_LINES:])
+                        f"vllm serve ended with status {process.returncode} before it answered: {why_failed(words)}"
                     )
                 time.sleep(0.5)
             yield

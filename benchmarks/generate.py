@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def generate(folder: Path, tensor_parallel: int, expert_parallel: bool, gpu_memo
 
 
 def main() -> None:
-    """Writes the JSON."""
+    """Writes the JSON.  Raises ValueError when a log-probability is not finite."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--tensor-parallel", type=int, default=1)
@@ -68,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     said = generate(arguments.model, arguments.tensor_parallel, arguments.expert_parallel, arguments.gpu_memory)
     if not all(math.isfinite(each) for prompt in said["prompt_logprobs"] for each in prompt):
-        sys.exit(f"{arguments.model}: some log-probabilities are no finite numbers")
+        raise ValueError(f"{arguments.model}: some log-probabilities are not finite")
     arguments.output.write_text(json.dumps(said))
 
 

@@ -28,11 +28,9 @@ from typing import Any, NamedTuple
 
 import torch
 from gpu_groups import Work, environment_of, lacking_room, side_by_side, visible_gpus
-from serving import driver
+from serving import driver, why_failed
 
 GENERATE = Path(__file__).with_name("generate.py")
-LAST_LINES = 20
-"""Of a process that fails, which say why."""
 
 
 class Layout(NamedTuple):
@@ -91,7 +89,7 @@ def _pairs(ones: list[list[Any]], others: list[list[Any]]) -> list[tuple[Any, An
 
 
 def generated(folder: Path, layout: Layout, gpu_memory: float, gpus: list[str]) -> dict[str, Any]:
-    """What generate.py writes, or the last words of one that failed; standard error gets all that it said."""
+    """What generate.py writes, or why it failed; standard error then gets all that it said."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "generated.json")
         command = [sys.executable, str(GENERATE), str(folder), "--output", str(output)]
@@ -108,8 +106,7 @@ def generated(folder: Path, layout: Layout, gpu_memory: float, gpus: list[str]) 
         )
         if done.returncode:
             print(done.stdout, end="", file=sys.stderr, flush=True)
-            last = " | ".join(done.stdout.splitlines()[-LAST_LINES:])
-            return {"failed": f"generate.py ended with status {done.returncode}: {last}"}
+            return {"failed": f"generate.py ended with status {done.returncode}: {why_failed(done.stdout)}"}
         said: dict[str, Any] = json.loads(output.read_text())
         return said
 
@@ -140,14 +137,15 @@ def measured(folders: Mapping[str, Path], layouts: list[str], gpu_memory: float,
 
 def packed_config(packed: Path, unpacked: Path) -> dict[str, Any]:
     """config.json of the packed model.  Exits when a folder is not of its kind."""
-    for folder in (packed, unpacked):
+    configs = []
+    for folder, wanted in ((packed, True), (unpacked, False)):
         if not (folder / "config.json").exists():
             sys.exit(f"{folder}: there is no config.json, so it is no model")
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        is_packed = config.get("quantization_config", {}).get("quant_method") == "puzzlemoe"
-        if is_packed != (folder == packed):
+        configs.append(json.loads((folder / "config.json").read_text()))
+        is_packed = configs[-1].get("quantization_config", {}).get("quant_method") == "puzzlemoe"
+        if is_packed != wanted:
             sys.exit(f"{folder} is {'a' if is_packed else 'no'} packed model: give the packed folder, then the other")
-    return dict(json.loads((packed / "config.json").read_text()))
+    return dict(configs[0])
 
 
 def machine_and_model(config: dict[str, Any], gpus: list[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,10 @@ VLLM = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
 PROMPT = 1024
 DECODE = (4, 36)
 """Output lengths whose difference in time gives a decode step."""
+
+ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): \S.*")
+LAST_ERRORS, LAST_LINES = 5, 20
+"""Of what a failing process said, that are kept."""
 
 _SHARED = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "torch_dtype": "bfloat16", "max_position_embeddings": 8192}
 MODELS: dict[str, dict[str, Any]] = {
@@ -187,6 +192,13 @@ def parameter_bytes(model: Any) -> int:
 
 class MeasurementError(RuntimeError):
     """A measurement that has no figures; the text says why."""
+
+
+def why_failed(said: str) -> str:
+    """The last errors that a process named, each once, since vLLM's own last words are rarely the cause; without any,
+    its last lines."""
+    errors = dict.fromkeys(found[0] for found in ERROR.finditer(said))
+    return " | ".join([*errors][-LAST_ERRORS:] or said.splitlines()[-LAST_LINES:])
 
 
 def measure_server(url: str, concurrency: int, prompts: int) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def test_folders_of_the_wrong_kind_are_refused(parallel, folders, tmp_path):
         parallel.packed_config(folders["unpacked"], folders["packed"])
     with pytest.raises(SystemExit, match="packed is no packed model"):
         parallel.packed_config(folders["unpacked"], folders["unpacked"])
+    with pytest.raises(SystemExit, match="packed is a packed model"):
+        parallel.packed_config(folders["packed"], folders["packed"])
     with pytest.raises(SystemExit, match=r"there is no config\.json"):
         parallel.packed_config(folders["packed"], tmp_path / "neither")
 

@@ -111,6 +111,19 @@ def test_a_server_that_ends_is_a_row_with_its_last_words(modules, vllm, options)
     assert rows == [{"weights": "fp8", "tensor_parallel": 1, "expert_parallel": True, "failed": said}]
 
 
+def test_errors_are_why_a_server_failed(modules):
+    said = (
+        "(Worker pid=7) ERROR [a.py:1]     raise ValueError(why)\n"
+        "(Worker pid=7) ERROR [a.py:1] ValueError: X=1: no kernels\n"
+        "(Worker pid=8) ERROR [a.py:1] ValueError: X=1: no kernels\n"
+        "RuntimeError: Engine core initialization failed.\nthe end\n"
+    )
+    assert (
+        modules[0].why_failed(said) == "ValueError: X=1: no kernels | RuntimeError: Engine core initialization failed."
+    )
+    assert modules[0].why_failed("".join(f"{number}\n" for number in range(30))).startswith("10 | 11")
+
+
 def test_weights_that_do_not_fit_are_a_row_that_says_so(modules, options, monkeypatch):
     arguments = options(tensor_parallel=2)
     (arguments.source / "layer.safetensors").write_bytes(bytes(3_000))
