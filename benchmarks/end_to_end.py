@@ -214,7 +214,9 @@ def served_rows(weights: str, arguments: argparse.Namespace, port: int, gpus: li
         if weights == "int4":
             for file in folder.glob("tokenizer*"):
                 shutil.copy(file, scratch)
-            Path(scratch, "config.json").write_text(json.dumps(config_of(arguments.model, weights)))
+            layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+            config = config_of(arguments.model, weights) | {"num_hidden_layers": layers}
+            Path(scratch, "config.json").write_text(json.dumps(config))
             folder, options = Path(scratch), [*options, "--load-format", "dummy"]
         began = time.perf_counter()
         with running([*VLLM, "serve", str(folder), *options], port, server_environment(weights, gpus, scratch)):

@@ -21,7 +21,9 @@ words = sys.argv
 value = lambda name: words[words.index(name) + 1]
 if words[1] == "serve":
     names = ("CUDA_VISIBLE_DEVICES", "PUZZLEMOE_FP8_PREFILL", "VLLM_CACHE_ROOT", "VLLM_PORT")
+    config = os.path.join(words[2], "config.json")
     said = {name: os.environ.get(name) for name in names} | {"model": words[2], "words": words[3:]}
+    said["config"] = json.load(open(config)) if os.path.exists(config) else None
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -176,6 +178,17 @@ def served(modules, tmp_path, monkeypatch):
     made = Served()
     made.write({})
     return made
+
+
+def test_int4_has_as_many_layers_as_the_source(modules, served, options):
+    arguments = options()
+    (arguments.source / "config.json").write_text('{"num_hidden_layers": 4}')
+    (arguments.source / "tokenizer.json").write_text("{}")
+    [row] = modules[1].serve("int4", arguments, int(served.port), ["0"])
+    assert row["output_throughput"] == 1.0
+    given = served.given(0)
+    assert given["config"]["num_hidden_layers"] == 4 and given["config"]["quantization_config"]["bits"] == 4
+    assert given["words"][-2:] == ["--load-format", "dummy"]
 
 
 def test_servers_side_by_side(modules, served, options, tmp_path, monkeypatch):
