@@ -3,11 +3,13 @@ its rivals, on one machine in one run.
 
     python benchmarks/end_to_end.py --model qwen3-30b-a3b --output results.json
     python benchmarks/end_to_end.py --model mixtral-8x7b --only write --only compress --packed /scratch/packed
+    python benchmarks/end_to_end.py --only serve --tensor-parallel 2 --weights packed --weights bf16
 
 The source lies in memory by default: 61 GB for Qwen3-30B-A3B, 93 GB for Mixtral-8x7B, and the packed model beside it.
 Calibration is 128 windows of 2048 tokens of the tiny example's text, by its tokenizer, over and over: time does not
 depend on what a text says.  Servers take experts at random, uniformly, as benchmarks/serving.py does and says why; the
-int4 rival has no checkpoint, but whatever vLLM's dummy weights are.
+int4 rival has no checkpoint, but whatever vLLM's dummy weights are.  As many servers run side by side as the machine
+has GPUs for: each has its own, and shares the CPUs.
 """
 
 from __future__ import annotations
@@ -23,24 +25,28 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_groups import Work, environment_of, lacking_room, side_by_side, visible_gpus
 from safetensors.torch import save_file
-from serving import MODELS, VLLM, MeasurementError, config_of, driver, measure_server
+from serving import MODELS, VLLM, MeasurementError, config_of, driver, measure_server, why_failed
+
+from puzzlemoe_vllm.backends import FP8_VARIABLE
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-moe"
 PARTS = ("write", "compress", "serve")
-RIVALS = ("bf16", "fp8", "int4")
+PREFILL_FP8 = "packed, prefill in FP8"
+WEIGHTS = ("packed", PREFILL_FP8, "bf16", "fp8", "int4")
+"""What is served: the packed model in two ways, and its rivals."""
 WRITERS = 6
 """Threads that write files, and files that wait for one."""
 WINDOWS, WINDOW = 128, 2048
-LAST_LINES = 20
-"""Of a server that fails, which say why."""
 CHARACTERS = 4
 """Of text for each token that is asked for: the tokenizer makes one of 3.8 on average."""
 
@@ -161,63 +167,93 @@ def gpu_bytes() -> int:
     return sum(map(int, used)) << 20
 
 
-def serve(name: str, weights: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def serve_all(arguments: argparse.Namespace, gpus: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """The rows so far, in the order of the weights, whenever a server has come to its end."""
+    work = [
+        Work(arguments.tensor_parallel, partial(serve, weights, arguments, arguments.port + position))
+        for position, weights in enumerate(arguments.weights)
+    ]
+    rows: list[list[dict[str, Any]]] = [[] for _ in work]
+    for position, measured in side_by_side(work, gpus):
+        rows[position] = measured
+        yield [row for each in rows for row in each]
+
+
+def serve(weights: str, arguments: argparse.Namespace, port: int, gpus: list[str]) -> list[dict[str, Any]]:
     """What `vllm bench serve` says of one kind of weights, by the number of clients; the last row says why there are no
     more, if they do not fit or a server or a measurement failed."""
+    about = {
+        "weights": weights,
+        "tensor_parallel": arguments.tensor_parallel,
+        "expert_parallel": arguments.expert_parallel,
+    }
     rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(about | row)
+        print(json.dumps(rows[-1]) + "\n", end="", flush=True)  # in one piece: others print meanwhile
+
     try:
-        for row in served_rows(name, weights, folder, arguments):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+        for row in served_rows(weights, arguments, port, gpus):
+            add(row)
     except MeasurementError as error:
-        rows.append({"weights": weights, "failed": str(error)})
-        print(json.dumps(rows[-1]), flush=True)
+        add({"failed": str(error)})
     return rows
 
 
-def served_rows(name: str, weights: str, folder: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def served_rows(weights: str, arguments: argparse.Namespace, port: int, gpus: list[str]) -> Iterator[dict[str, Any]]:
     """A row for each number of clients.  Raises MeasurementError."""
-    if weights == "bf16":
-        check_room(folder, arguments.tensor_parallel)
-    options = ["--max-model-len", "2048", "--no-enable-prefix-caching", "--port", str(arguments.port)]
-    options += ["--tensor-parallel-size", str(arguments.tensor_parallel)]
+    folder = arguments.packed if weights in ("packed", PREFILL_FP8) else arguments.source
+    if weights == "bf16" and (reason := lacking_room(folder, len(gpus))):
+        raise MeasurementError(reason)
+    options = ["--max-model-len", "2048", "--no-enable-prefix-caching", "--port", str(port)]
+    options += ["--tensor-parallel-size", str(len(gpus))]
     options += ["--enable-expert-parallel"] if arguments.expert_parallel else []
     options += ["--quantization", "fp8"] if weights == "fp8" else []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         if weights == "int4":
             for file in folder.glob("tokenizer*"):
                 shutil.copy(file, scratch)
-            Path(scratch, "config.json").write_text(json.dumps(config_of(name, weights)))
+            layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+            config = config_of(arguments.model, weights) | {"num_hidden_layers": layers}
+            Path(scratch, "config.json").write_text(json.dumps(config))
             folder, options = Path(scratch), [*options, "--load-format", "dummy"]
         began = time.perf_counter()
-        with running([VLLM, "serve", str(folder), *options], arguments.port):
+        with running([*VLLM, "serve", str(folder), *options], port, server_environment(weights, gpus, scratch)):
             started = time.perf_counter() - began
             for clients in arguments.clients:
-                row = measure_server(f"http://127.0.0.1:{arguments.port}", clients, max(8, 4 * clients))
-                yield {"weights": weights, "start_seconds": started} | row
+                row = measure_server(f"http://127.0.0.1:{port}", clients, max(8, 4 * clients))
+                yield {"start_seconds": started} | row
 
 
-def check_room(folder: Path, devices: int) -> None:
-    """Raises MeasurementError when a model's files do not fit into the memory of so many GPUs."""
-    needed = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    there = devices * torch.cuda.get_device_properties(0).total_memory
-    if needed > there:
-        raise MeasurementError(f"{needed / 1e9:.0f} GB of weights do not fit into {there / 1e9:.0f} GB of GPU memory")
+def server_environment(weights: str, gpus: list[str], scratch: str) -> dict[str, str]:
+    """A server's environment.  It compiles into a cache of its own below scratch: vLLM writes some of its files in
+    place, where another server of the same model could read half of one."""
+    environment = environment_of(gpus) | {
+        "VLLM_CACHE_ROOT": str(Path(scratch, "cache")),
+        "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random",
+    }
+    environment.pop(FP8_VARIABLE, None)
+    return environment | ({FP8_VARIABLE: "1"} if weights == PREFILL_FP8 else {})
 
 
 @contextmanager
-def running(command: list[str], port: int) -> Iterator[None]:
-    """A server, from when it answers.  Raises MeasurementError, with its last words, when it ends before."""
-    environment = os.environ | {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}
+def running(command: list[str], port: int, environment: Mapping[str, str]) -> Iterator[None]:
+    """A server, from when it answers.  Raises MeasurementError when another is there already, or, with its errors,
+    when it ends before; standard error then gets all that it said."""
+    health = f"http://127.0.0.1:{port}/health"
+    if answers(health):
+        raise MeasurementError(f"another server answers at port {port} already: give another --port")
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
         try:
-            while not answers(f"http://127.0.0.1:{port}/health"):
+            while not answers(health):
                 if process.poll() is not None:
                     said.seek(0)
+                    words = said.read()
+                    print(words, end="", file=sys.stderr, flush=True)
                     raise MeasurementError(
-                        f"vllm serve ended with status {process.returncode} before it answered: "
-                        + " | ".join(said.read().splitlines()[-LAST_LINES:])
+                        f"vllm serve ended with status {process.returncode} before it answered: {why_failed(words)}"
                     )
                 time.sleep(0.5)
             yield
@@ -246,31 +282,33 @@ def main() -> None:
     parser.add_argument(
         "--compress-option", action="append", default=[], help="handed on, e.g. --compress-option=--code"
     )
-    parser.add_argument("--rival", choices=RIVALS, action="append", help="default all")
-    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--weights", choices=WEIGHTS, action="append", help="to serve; default all")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of a server")
     parser.add_argument("--expert-parallel", action="store_true")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 32, 128])
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="of the first server; the others have the next ones")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    arguments.weights = arguments.weights or WEIGHTS
+    parts, gpus = arguments.only or PARTS, visible_gpus()
+    if "serve" in parts and arguments.tensor_parallel > len(gpus):
+        sys.exit(f"--tensor-parallel {arguments.tensor_parallel} needs as many GPUs, and CUDA sees {len(gpus)}")
     result: dict[str, Any] = {
         "model": arguments.model,
         "layers": arguments.layers or MODELS[arguments.model]["num_hidden_layers"],
         "device": torch.cuda.get_device_name(),
-        "devices": torch.cuda.device_count(),
-        "tensor_parallel": arguments.tensor_parallel,
-        "expert_parallel": arguments.expert_parallel,
+        "devices": len(gpus),
         "torch": torch.__version__,
         "driver": driver(),
     }
 
     def keep(part: str, measured: Any) -> None:
         result[part] = measured
-        print(json.dumps({part: measured}), flush=True)
+        if part != "serve":  # its rows were printed as they came
+            print(json.dumps({part: measured}), flush=True)
         if arguments.output:
             arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
-    parts = arguments.only or PARTS
     if "write" in parts:
         began = time.perf_counter()
         written = write_checkpoint(arguments.model, arguments.source, arguments.layers)
@@ -279,10 +317,8 @@ def main() -> None:
     if "compress" in parts:
         keep("compress", compress(arguments.source, arguments.packed, arguments.compress_option))
     if "serve" in parts:
-        rows: list[dict[str, Any]] = []
-        for weights in ("packed", *(arguments.rival or RIVALS)):
-            folder = arguments.packed if weights == "packed" else arguments.source
-            rows += serve(arguments.model, weights, folder, arguments)
+        result["side_by_side"] = min(len(arguments.weights), len(gpus) // arguments.tensor_parallel)
+        for rows in serve_all(arguments, gpus):
             keep("serve", rows)
         if any("failed" in row for row in rows if row["weights"] == "packed"):
             sys.exit("the packed model was not served")

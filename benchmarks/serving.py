@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,12 +25,16 @@ from typing import Any
 
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES
 
-VLLM = str(Path(sys.executable).with_name("vllm"))
-"""The command of this Python's vLLM, which need not be on the path."""
+VLLM = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
+"""This Python's `vllm`, wherever the command may be.  -P: as the command, it imports nothing from where it is run."""
 
 PROMPT = 1024
 DECODE = (4, 36)
 """Output lengths whose difference in time gives a decode step."""
+
+ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): \S.*")
+LAST_ERRORS, LAST_LINES = 5, 20
+"""Of what a failing process said, that are kept."""
 
 _SHARED = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "torch_dtype": "bfloat16", "max_position_embeddings": 8192}
 MODELS: dict[str, dict[str, Any]] = {
@@ -189,13 +194,20 @@ class MeasurementError(RuntimeError):
     """A measurement that has no figures; the text says why."""
 
 
+def why_failed(said: str) -> str:
+    """The last errors that a process named, each once, since vLLM's own last words are rarely the cause; without any,
+    its last lines."""
+    errors = dict.fromkeys(found[0] for found in ERROR.finditer(said))
+    return " | ".join([*errors][-LAST_ERRORS:] or said.splitlines()[-LAST_LINES:])
+
+
 def measure_server(url: str, concurrency: int, prompts: int) -> dict[str, Any]:
     """Figures of a running server from `vllm bench serve` with random prompts.
 
     Raises MeasurementError when it fails, or when some prompts were not answered: it has figures even then.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [VLLM, "bench", "serve", "--base-url", url, "--dataset-name", "random", "--ignore-eos"]
+        command = [*VLLM, "bench", "serve", "--base-url", url, "--dataset-name", "random", "--ignore-eos"]
         command += ["--random-input-len", str(PROMPT), "--random-output-len", "128", "--num-prompts", str(prompts)]
         command += ["--max-concurrency", str(concurrency), "--save-result", "--result-dir", folder]
         if status := subprocess.run(command, check=False).returncode:
