@@ -278,7 +278,7 @@ class Checkpoint:
         if name not in self._scales:
             return stored
         assert self.fp8
-        return dequantize(stored.to(device), self.scale(name, part).to(device), self.fp8.block)
+        return dequantize(on_device(stored, device), self.scale(name, part).to(device), self.fp8.block)
 
     def in_blocks(self, name: str) -> bool:
         """Whether a tensor is in FP8 with a scale for each block of `FP8_BLOCK` rows and columns."""
@@ -351,7 +351,7 @@ class Checkpoint:
     def _projection(self, layer: int, expert: int, index: int, device: str) -> Tensor:
         experts, projection = f"{self.block(layer)}.experts", self.family.projections[index]
         if expert < self.merged(layer):
-            words = self.pair_words(layer, expert & ~1, projection).to(device)
+            words = on_device(self.pair_words(layer, expert & ~1, projection), device)
             steps = self.pair_steps(layer, expert & ~1, projection)
             return self.code.decode(words, expert & 1, None if steps is None else steps.to(device))
         fused = f"{self.block(layer)}.{self.family.fused[index == 2]}"
@@ -366,7 +366,7 @@ class Checkpoint:
         else:
             name, weight = stored, self.tensor(stored, device=device)
         self._check_shape(name, tuple(weight.shape), index)
-        weight = weight.to(device, torch.bfloat16)
+        weight = on_device(weight, device).to(torch.bfloat16)
         if not all_finite(weight):
             raise CheckpointError(
                 f"{shown(name)} in {shown(self.folder, 200)} holds NaN or infinite values: fetch or convert the source "
@@ -542,3 +542,13 @@ class Checkpoint:
             status = (self.folder / file).stat()
             digest.update(f"{file}|{status.st_size}|{status.st_mtime_ns}".encode())
         return digest.hexdigest()
+
+
+def on_device(stored: Tensor, device: str) -> Tensor:
+    """A tensor of a file on a device.
+
+    To a GPU it goes by pinned memory: a copy from a file's pages keeps other threads from launching kernels.
+    """
+    if stored.is_cuda or torch.device(device).type != "cuda":
+        return stored.to(device)
+    return stored.pin_memory().to(device, non_blocking=True)

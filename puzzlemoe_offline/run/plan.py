@@ -70,9 +70,10 @@ def make_plan(job: Job) -> Plan:
     if others:  # those that wait for another GPU
         on_device += WAITING * (layer_experts + _seen_bytes(job))
     # From a GPU the packed layer goes to pinned memory, whose blocks have powers of two as sizes; the last one, and the
-    # hidden states after it, may not be written yet, nor those that were begun before them.
+    # hidden states after it, may not be written yet, nor those that were begun before them.  Experts that are read go
+    # through pinned memory too.
     pinned = job.states_bytes + 2 * packed
-    host = layer_other + (job.states_bytes + on_device if on_cpu else (2 + most_begun(others)) * pinned + expert)
+    host = layer_other + (job.states_bytes + on_device if on_cpu else (2 + most_begun(others)) * pinned + 2 * expert)
     host = max(host, copied)
     return Plan(
         sizes=job.sizes,
