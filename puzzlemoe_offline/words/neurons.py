@@ -42,9 +42,10 @@ def facing_order(energies: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OrderedExpert:
-    """An expert with its neurons in another order, as gate, up and down projection.
+    """An expert with its neurons in another order, or where they were.
 
-    inputs: what they see; rows: float32 [rows] of each, how much the squared errors of its rows count.
+    Of gate, up and down projection, inputs: what they see; rows: float32 [rows], how much the squared errors of its
+    rows count, none where all count the same.
     """
 
     expert: Expert
@@ -61,6 +62,11 @@ def face(
     energies = neuron_energies(first, inputs0[2]), neuron_energies(second, inputs1[2])
     order0, order1 = facing_orders(energies)
     return _ordered(first, inputs0, energies[0], order0), _ordered(second, inputs1, energies[1], order1)
+
+
+def as_it_stands(expert: Expert, number: int, statistics: ExpertStatistics | None) -> OrderedExpert:
+    """One expert whose neurons stay where they are; number: its id in `statistics`."""
+    return OrderedExpert(expert, _inputs_of(expert, number, statistics), [])
 
 
 def face_itself(expert: Expert, number: int, statistics: ExpertStatistics) -> OrderedExpert:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -9,15 +12,15 @@ import torch
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.routed_tokens import RoutedTokens
-from puzzlemoe_offline.calibration.statistics import ExpertStatistics, ProjectionInputs, projection_inputs
-from puzzlemoe_offline.model.expert import PROJECTIONS, Expert
+from puzzlemoe_offline.calibration.statistics import ExpertStatistics, ProjectionInputs
+from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.recipe import PairRecipe
 from puzzlemoe_offline.relative_error import relative_error
 from puzzlemoe_offline.words.compensate import fit_compensated
 from puzzlemoe_offline.words.down_target import CORRECTION_DAMPING, DownInputs
-from puzzlemoe_offline.words.factors import DAMPING, MomentsError, inverse_factors
+from puzzlemoe_offline.words.factors import MomentsError, inverse_factors
 from puzzlemoe_offline.words.nearest import PackedMatrix, column_importance, fit
-from puzzlemoe_offline.words.neurons import face
+from puzzlemoe_offline.words.neurons import OrderedExpert, as_it_stands, face
 from puzzlemoe_vllm.format.codes import PairCode, TrellisCode, UnencodableWeight, get_code
 from puzzlemoe_vllm.format.codes.trellis import TILE_ROWS
 
@@ -32,6 +35,11 @@ T = TypeVar("T")
 
 PackedPair = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
 """A pair's gate, up and down projection."""
+
+_Packed = list[PackedMatrix]
+"""One projection of all pairs."""
+
+_Targets = list[tuple[Tensor, Tensor]] | None
 
 
 @dataclass
@@ -126,61 +134,82 @@ def pack_pairs(
     allows them.
     Raises UnencodableWeight or MomentsError naming the experts, if it is one pair, and the projection.
     """
-    facing = None
-    if isinstance(get_code(recipe.code), TrellisCode):
-        facing = [face(pair, its_ids, statistics) for pair, its_ids in zip(experts, ids, strict=True)]
-        experts = [(first.expert, second.expert) for first, second in facing]
-    packed: list[list[PackedMatrix]] = []
-    factors = targets = None
-    for index, projection in enumerate(PROJECTIONS):
-        weights = [(first.matrices[index], second.matrices[index]) for first, second in experts]
+    members = _members(experts, ids, statistics, get_code(recipe.code))
+
+    def pack(index: int, inputs: list[ProjectionInputs], factors: Tensor | None, targets: _Targets = None) -> _Packed:
+        weights = _by_pair([its.expert.matrices[index] for its in members])
         rows = None
-        if facing:
-            inputs = [(first.inputs[index], second.inputs[index]) for first, second in facing]
-            rows = torch.stack([torch.stack([one.rows[index] for one in pair], dim=1) for pair in facing])
+        if members[0].rows:
+            rows = torch.stack([torch.stack([its.rows[index] for its in pair], dim=1) for pair in _by_pair(members)])
+        return pack_matrices(weights, _by_pair(inputs), factors, recipe, group, losses, index, rows, targets)
+
+    def factors_of(inputs: list[ProjectionInputs]) -> Tensor | None:
+        return inverse_factors(inputs) if recipe.compensate and inputs[0].moments is not None else None
+
+    with _named(ids, "gate"):
+        inputs = [its.inputs[0] for its in members]
+        factors = factors_of(inputs)
+        gate = pack(0, inputs, factors)
+    with _named(ids, "up"):  # it sees what gate does
+        up = pack(1, inputs, factors)
+    with _named(ids, "down"):
+        if tokens:
+            down = pack(2, *_for_down(members, ids, tokens, (gate, up), get_code(recipe.code)))
         else:
-            columns, device = weights[0][0].shape[1], weights[0][0].device
-            seen = [[projection_inputs(statistics, expert, index, columns, device) for expert in pair] for pair in ids]
-            inputs = [(first, second) for first, second in seen]
-        try:
-            down: list[DownInputs] = []
-            if tokens and projection == "down":
-                down = _down_inputs(experts, ids, inputs, tokens, packed, get_code(recipe.code))
-                inputs = _by_pair([its.seen for its in down])
-            # Up sees what gate does.
-            if recipe.compensate and projection != "up" and inputs[0][0].moments is not None:
-                flat = [one for pair in inputs for one in pair]
-                factors = inverse_factors(flat, CORRECTION_DAMPING if down else DAMPING)
-            if down:
-                assert factors is not None
-                matrices = [matrix for pair in weights for matrix in pair]
-                targets = _by_pair([its.target(*both) for its, *both in zip(down, matrices, factors, strict=True)])
-            packed.append(pack_matrices(weights, inputs, factors, recipe, group, losses, index, rows, targets))
-        except (UnencodableWeight, MomentsError) as error:
-            raise type(error)(f"experts {ids[0][0]} and {ids[0][1]}, {projection} projection: {error}") from None
-    return list(zip(*packed, strict=True))
+            inputs = [its.inputs[2] for its in members]
+            down = pack(2, inputs, factors_of(inputs))
+    return list(zip(gate, up, down, strict=True))
+
+
+def _members(
+    experts: list[tuple[Expert, Expert]],
+    ids: list[tuple[int, int]],
+    statistics: ExpertStatistics | None,
+    code: PairCode,
+) -> list[OrderedExpert]:
+    """The experts of all pairs with what they see; those of a pair facing each other where its words share bits."""
+    if isinstance(code, TrellisCode):
+        return [its for pair, numbers in zip(experts, ids, strict=True) for its in face(pair, numbers, statistics)]
+    return [
+        as_it_stands(expert, number, statistics)
+        for pair, numbers in zip(experts, ids, strict=True)
+        for expert, number in zip(pair, numbers, strict=True)
+    ]
+
+
+def _for_down(
+    members: list[OrderedExpert],
+    ids: list[tuple[int, int]],
+    tokens: RoutedTokens,
+    packed: tuple[_Packed, _Packed],
+    code: PairCode,
+) -> tuple[list[ProjectionInputs], Tensor, _Targets]:
+    """What the down projections see of packed gate and up projections, the factors of that, and what the words are to
+    stand for."""
+    found = []
+    for place, (member, number) in enumerate(zip(members, itertools.chain(*ids), strict=True)):
+        pair, position = divmod(place, 2)
+        gate, up = (code.decode(its[pair].words, position, its[pair].steps) for its in packed)
+        seen = Expert(gate, up, member.expert.down)
+        found.append(DownInputs.of(member.expert, seen, number, tokens, member.inputs[2]))
+    inputs = [its.seen for its in found]
+    factors = inverse_factors(inputs, CORRECTION_DAMPING)
+    exact = [member.expert.down for member in members]
+    targets = [its.target(weight, factor) for its, weight, factor in zip(found, exact, factors, strict=True)]
+    return inputs, factors, _by_pair(targets)
 
 
 def _by_pair(values: list[T]) -> list[tuple[T, T]]:
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def _down_inputs(
-    experts: list[tuple[Expert, Expert]],
-    ids: list[tuple[int, int]],
-    inputs: list[tuple[ProjectionInputs, ProjectionInputs]],
-    tokens: RoutedTokens,
-    packed: list[list[PackedMatrix]],
-    code: PairCode,
-) -> list[DownInputs]:
-    """What the down projections of pairs see of packed gate and up projections, pair by pair; inputs: of the exact
-    ones."""
-    found = []
-    for place, (pair, its_ids, its_inputs) in enumerate(zip(experts, ids, inputs, strict=True)):
-        for position, (exact, number, source) in enumerate(zip(pair, its_ids, its_inputs, strict=True)):
-            gate, up = (code.decode(its[place].words, position, its[place].steps) for its in packed)
-            found.append(DownInputs.of(exact, Expert(gate, up, exact.down), number, tokens, source))
-    return found
+@contextmanager
+def _named(ids: list[tuple[int, int]], projection: str) -> Iterator[None]:
+    """Names the experts, if it is one pair, and the projection in errors about weights and moments."""
+    try:
+        yield
+    except (UnencodableWeight, MomentsError) as error:
+        raise type(error)(f"experts {ids[0][0]} and {ids[0][1]}, {projection} projection: {error}") from None
 
 
 def pairs_at_once(code: PairCode, columns: int, rows: int, device: torch.device) -> int:
