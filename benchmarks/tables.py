@@ -154,9 +154,10 @@ def compression() -> str:
 
 
 WHOLE_COMMANDS = (
-    ("Mixtral-8x7B", "H200", "mixtral-8x7b-h200"),
+    ("Mixtral-8x7B", "H100", "mixtral-8x7b-h100"),
+    ("Mixtral-8x7B", "2 x H100", "mixtral-8x7b-2-h100"),
     ("Mixtral-8x7B's first four layers, `--bits 3`", "H200", "mixtral-8x7b-4-layers-trellis6-h200"),
-    ("Qwen3-30B-A3B, before down projections were corrected", "H100", "qwen3-30b-a3b-h100"),
+    ("Qwen3-30B-A3B", "H100", "qwen3-30b-a3b-h100"),
     ("Qwen3-30B-A3B, before down projections were corrected", "H200", "qwen3-30b-a3b-h200"),
     ("Qwen3-30B-A3B, before down projections were corrected", "2 x H200", "qwen3-30b-a3b-2-h200"),
 )
@@ -194,35 +195,6 @@ def over_http() -> str:
         gpus = f"{row['gpus']}, tensor parallel" if row["tensor_parallel"] > 1 else str(row["gpus"])
         rows.append([gpus, *(f"{value:,}" for value in row["by_clients"].values())])
     return table([f"{served['model']}, GPUs", *(f"{count} at once" for count in clients)], rows)
-
-
-def parallel() -> str:
-    """How far a layout's outputs are from those of one GPU, for the packed weights and the same ones unpacked."""
-    rows = []
-    for file in sorted(RESULTS.glob("parallel-*.json")):
-        result = load(file.name)
-        found = {(row["layout"], row["weights"]): row for row in result["rows"] if "failed" not in row}
-        label = f"[{result['model']}, {result['layers']} layers, `{result['code']}`](../benchmarks/results/{file.name})"
-        for layout in dict.fromkeys(layout for layout, _ in found):
-            cells = [cell for weights in ("packed", "unpacked") for cell in _apart(found.get((layout, weights)))]
-            rows.append([label, _layout(layout), *cells])
-    columns = [
-        f"{weights}, {what}" for weights in ("packed", "unpacked") for what in ("mean", "largest", "tokens alike")
-    ]
-    return table(["model", "layout", *columns], rows)
-
-
-def _layout(name: str) -> str:
-    """A layout of benchmarks/parallel.py in words."""
-    return f"{'expert' if name.startswith('ep') else 'tensor'} parallel, {name[2:]} GPUs"
-
-
-def _apart(row: Any) -> list[str]:
-    """Mean and largest difference in nats, and how many generated tokens are alike."""
-    if row is None:
-        return ["failed"] * 3
-    differences = [f"{row[f'{which}_difference']:.4f}" for which in ("mean", "largest")]
-    return [*differences, f"{row['alike']} of {row['generated']}"]
 
 
 CARDS = (16, 24, 48, 80, 141)
@@ -264,7 +236,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving mixtral": lambda: serving("Mixtral-8x7B"),
     "in short": in_short,
     "compression": compression,
-    "parallel": parallel,
     "whole command": whole_command,
     "over http": over_http,
     "sizes": sizes,

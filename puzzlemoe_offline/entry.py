@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 
@@ -18,6 +19,8 @@ def main() -> None:
         require("compress")
     except MissingExtra as error:
         sys.exit(f"error: {error}")
+    # Experts' tokens come in tensors of all sizes, between which segments of a fixed size are left with gaps.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     gc.disable()  # half a million objects that imports make, and stay: looking for garbage among them takes a second
     from puzzlemoe_offline.cli.main import main as command
 

@@ -1,11 +1,29 @@
 """The command itself: its version, completion, what it prints to be pasted into a shell, and sizes."""
 
+import os
 import shlex
 
+import pytest
 from support.command import puzzlemoe
 from support.models import build
 
+from puzzlemoe_offline import entry
+from puzzlemoe_offline.cli import main
 from puzzlemoe_offline.version import VERSION
+
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "expandable_segments:True"), ("backend:native", "backend:native")])
+def test_segments_of_gpu_memory_grow_unless_the_user_says_otherwise(given, used, monkeypatch):
+    monkeypatch.setenv(ALLOCATOR, given or "")
+    if given is None:
+        monkeypatch.delenv(ALLOCATOR)
+    found = []
+    monkeypatch.setattr(entry, "exit_at_once", lambda: None)
+    monkeypatch.setattr(main, "main", lambda began: found.append(os.environ[ALLOCATOR]))
+    entry.main()
+    assert found == [used]
 
 
 def test_version_and_completion(capsys):

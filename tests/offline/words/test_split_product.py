@@ -1,8 +1,11 @@
 """Products of float32 by bf16 parts, against float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.triton_device import on_a_gpu
+from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
 from puzzlemoe_offline.words import factors
@@ -27,6 +30,31 @@ def test_a_cpu_multiplies_in_float32():
     torch.manual_seed(2)
     left, right = torch.randn(2, 8, 24), torch.randn(2, 24, 16)
     assert torch.equal(product(left, right), left @ right)
+
+
+def test_targets_need_the_second_part():
+    """Of moments a few directions of which carry most, what an output lacks times their inverse, by factors."""
+    torch.manual_seed(5)
+    columns = 512
+    directions = torch.linalg.qr(torch.randn(columns, columns)).Q
+    x = torch.randn(2000, columns) * torch.arange(1, columns + 1) ** -0.8 @ directions
+    seen = ProjectionInputs(x.norm(dim=0), len(x), x.T @ x)
+    factor = factors.inverse_factors([seen])[0].double()
+    moments = torch.linalg.inv(factor.T @ factor)
+    lacking = torch.randn(64, columns).double() @ moments
+    exact = lacking @ factor.T @ factor
+
+    def error(times: Callable[[Tensor, Tensor], Tensor]) -> float:
+        difference = times(times(lacking.float(), factor.float().T), factor.float()).double() - exact
+        squares = [((each @ moments) * each).sum() for each in (difference, exact)]
+        return float(squares[0] / squares[1]) ** 0.5
+
+    def by_parts(left: Tensor, right: Tensor) -> Tensor:
+        (first, its_rest), (second, other_rest) = (map(Tensor.float, _split(each)) for each in (left, right))
+        return first @ second + first @ other_rest + its_rest @ second
+
+    assert error(by_parts) < 2e-3
+    assert error(lambda left, right: left.bfloat16().float() @ right.bfloat16().float()) > 0.02
 
 
 @on_a_gpu
