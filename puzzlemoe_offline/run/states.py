@@ -20,7 +20,7 @@ BLOCK = 1 << 25
 """Bytes of a file that one thread writes or reads at a time."""
 
 THREADS = 8
-"""That write or read one file: with these, memory is the bound rather than a thread's copying or digests."""
+"""That write or read a file."""
 
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 """As safetensors spells them."""
