@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import BaseModel
 from safetensors import SafetensorError
 
-from puzzlemoe_offline.run.states import StateRecord
 from puzzlemoe_vllm.errors import UserError
 from puzzlemoe_vllm.format.files import file_digest
 from puzzlemoe_vllm.format.layout import LayoutError
 from puzzlemoe_vllm.format.shards import ShardRecord
+
+STATE_BLOCK = 1 << 25
+"""Bytes of a file of hidden states that one thread reads at a time."""
 
 
 class OutputError(UserError):
@@ -61,6 +66,28 @@ def write_file(target: Path, data: bytes, partial: Path) -> None:
     with open(descriptor, "wb") as file:
         file.write(data)
     put(partial, target)
+
+
+class StateRecord(BaseModel):
+    """What is kept of a file of hidden states: its bytes, and the SHA-256 of the digests of its blocks, which threads
+    read side by side: one would take longer over the states than a GPU takes over a layer."""
+
+    bytes: int
+    blocks_sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> StateRecord:
+        """Reads the whole file."""
+        size = path.stat().st_size
+
+        def digest(start: int) -> bytes:
+            with path.open("rb") as file:
+                file.seek(start)
+                return hashlib.sha256(file.read(STATE_BLOCK)).digest()
+
+        with ThreadPoolExecutor(4) as pool:
+            blocks = b"".join(pool.map(digest, range(0, size, STATE_BLOCK)))
+        return cls(bytes=size, blocks_sha256=hashlib.sha256(blocks).hexdigest())
 
 
 def is_intact(path: Path, record: ShardRecord | StateRecord) -> bool:

@@ -15,20 +15,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum, auto
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.filesize import decimal
+from safetensors.torch import load_file
 from torch import Tensor
 
 from puzzlemoe_offline.methods.base import LayerRecord
 from puzzlemoe_offline.model.hub import small_files
-from puzzlemoe_offline.run.files import OutputError, is_intact, put, sync, write_file, writing
+from puzzlemoe_offline.run.files import OutputError, StateRecord, is_intact, put, sync, write_file, writing
 from puzzlemoe_offline.run.report import REPORT
-from puzzlemoe_offline.run.states import StateRecord, load_state, save_state
 from puzzlemoe_offline.run.work import FinishedShard, WorkFolder
 from puzzlemoe_vllm.format.files import file_digest, read_json_object
 from puzzlemoe_vllm.format.layout import LayoutError, parse_config
@@ -37,8 +36,8 @@ from puzzlemoe_vllm.format.shards import INDEX, ShardRecord, index_with_records,
 
 CONFIG = "config.json"
 
-_Save = Callable[[Path], None]
-"""Writes a file that is not there yet."""
+_Content = tuple[dict[str, Tensor], dict[str, str]]
+"""Tensors and metadata of a file."""
 
 Record = TypeVar("Record", ShardRecord, StateRecord)
 
@@ -215,14 +214,13 @@ class ModelFolder:
         """
         began = time.perf_counter()
         self.wait()
-        on_host = to_host(tensors)
-        files: dict[Path, _Save] = {self._partial_shard: lambda path: save_shard(on_host, path, self.metadata)}
+        files = {self._partial_shard: (to_host(tensors), self.metadata)}
         if state is not None:
-            files[self._partial_state] = partial(save_state, state)
+            files[self._partial_state] = {"state": state}, {"format": "pt"}
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         if not behind:
-            for path, save in files.items():
-                self._save(path, save)
+            for partial, content in files.items():
+                self._save(*content, partial)
         if record:
             record.seconds["write"] = time.perf_counter() - began
         assert self._behind, "the folder is not open"
@@ -238,11 +236,11 @@ class ModelFolder:
     def _partial_state(self) -> Path:
         return self.work.path / "state.partial"
 
-    def _save(self, path: Path, save: _Save) -> None:
+    def _save(self, tensors: dict[str, Tensor], metadata: dict[str, str], partial: Path) -> None:
         with writing(self.folder):
-            path.unlink(missing_ok=True)
-            save(path)
-            path.chmod(self._mode)
+            partial.unlink(missing_ok=True)
+            save_shard(tensors, partial, metadata)
+            partial.chmod(self._mode)
 
     def _keep(
         self,
@@ -250,15 +248,15 @@ class ModelFolder:
         sizes: dict[str, int],
         has_state: bool,
         record: LayerRecord | None,
-        files: dict[Path, _Save],
+        files: dict[Path, _Content],
     ) -> None:
         """Finishes the shard that lies in the partial files, or in `files` that are to be written there."""
 
-        def kept(path: Path, recorded: Callable[[Path], Record]) -> Record:
-            if save := files.get(path):
-                self._save(path, save)
+        def kept(partial: Path, recorded: Callable[[Path], Record]) -> Record:
+            if content := files.get(partial):
+                self._save(*content, partial)
             with writing(self.folder):
-                return recorded(path)
+                return recorded(partial)
 
         with ThreadPoolExecutor(1) as beside:
             waiting = beside.submit(kept, self._partial_state, StateRecord.of) if has_state else None
@@ -280,7 +278,7 @@ class ModelFolder:
 
     def state_after(self, number: int) -> Tensor:
         """The `state` that was written with shard `number`."""
-        return load_state(self.work.state(number))
+        return load_file(self.work.state(number))["state"]
 
     def finish(self, config: dict[str, Any], source: Path, files: dict[str, str]) -> None:
         """Copies the source's small files, writes `files`, then index and config.json, and drops the work folder."""

@@ -15,8 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from puzzlemoe_offline.methods.base import LayerRecord
-from puzzlemoe_offline.run.files import OutputError, is_intact, write_file, writing
-from puzzlemoe_offline.run.states import StateRecord
+from puzzlemoe_offline.run.files import OutputError, StateRecord, is_intact, write_file, writing
 from puzzlemoe_vllm.format.files import read_json_object
 from puzzlemoe_vllm.format.layout import LayoutError
 from puzzlemoe_vllm.format.shards import ShardRecord
