@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -161,8 +160,7 @@ def ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 def gpu_bytes() -> int:
     """Memory in use, as the driver says, of all GPUs, or of those that CUDA is to see."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        query.append(f"--id={visible}")
+    query.append(f"--id={','.join(visible_gpus())}")
     used = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
     return sum(map(int, used)) << 20
 

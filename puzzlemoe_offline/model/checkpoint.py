@@ -545,10 +545,8 @@ class Checkpoint:
 
 
 def on_device(stored: Tensor, device: str) -> Tensor:
-    """A tensor of a file on a device.
-
-    To a GPU it goes by pinned memory: a copy from a file's pages keeps other threads from launching kernels.
-    """
+    """A tensor of a file on a device.  To a GPU it goes by pinned memory: copies from a file's own pages hold up what
+    other threads do on that GPU."""
     if stored.is_cuda or torch.device(device).type != "cuda":
         return stored.to(device)
     return stored.pin_memory().to(device, non_blocking=True)

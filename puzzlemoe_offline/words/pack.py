@@ -134,7 +134,8 @@ def pack_pairs(
     allows them.
     Raises UnencodableWeight or MomentsError naming the experts, if it is one pair, and the projection.
     """
-    members = _members(experts, ids, statistics, get_code(recipe.code))
+    code = get_code(recipe.code)
+    members = _members(experts, ids, statistics, code)
 
     def pack(index: int, inputs: list[ProjectionInputs], factors: Tensor | None, targets: _Targets = None) -> _Packed:
         weights = _by_pair([its.expert.matrices[index] for its in members])
@@ -154,7 +155,7 @@ def pack_pairs(
         up = pack(1, inputs, factors)
     with _named(ids, "down"):
         if tokens:
-            down = pack(2, *_for_down(members, ids, tokens, (gate, up), get_code(recipe.code)))
+            down = pack(2, *_for_down(members, ids, tokens, (gate, up), code))
         else:
             inputs = [its.inputs[2] for its in members]
             down = pack(2, inputs, factors_of(inputs))
