@@ -45,6 +45,8 @@ WEIGHTS = ("packed", PREFILL_FP8, "bf16", "fp8", "int4")
 """What is served: the packed model in two ways, and its rivals."""
 WRITERS = 6
 """Threads that write files, and files that wait for one."""
+PREFILL_CLIENTS, PREFILL_PROMPTS = 32, 256
+"""Of a measurement of prefill alone, whose answers are one token long."""
 WINDOWS, WINDOW = 128, 2048
 CHARACTERS = 4
 """Of text for each token that is asked for: the tokenizer makes one of 3.8 on average."""
@@ -178,8 +180,8 @@ def serve_all(arguments: argparse.Namespace, gpus: list[str]) -> Iterator[list[d
 
 
 def serve(weights: str, arguments: argparse.Namespace, port: int, gpus: list[str]) -> list[dict[str, Any]]:
-    """What `vllm bench serve` says of one kind of weights, by the number of clients; the last row says why there are no
-    more, if they do not fit or a server or a measurement failed."""
+    """What `vllm bench serve` says of one kind of weights, by the number of clients and of prefill; the last row says
+    why there are no more, if they do not fit or a server or a measurement failed."""
     about = {
         "weights": weights,
         "tensor_parallel": arguments.tensor_parallel,
@@ -200,7 +202,7 @@ def serve(weights: str, arguments: argparse.Namespace, port: int, gpus: list[str
 
 
 def served_rows(weights: str, arguments: argparse.Namespace, port: int, gpus: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for each number of clients.  Raises MeasurementError."""
+    """A row for each number of clients and one for prefill alone.  Raises MeasurementError."""
     folder = arguments.packed if weights in ("packed", PREFILL_FP8) else arguments.source
     if weights == "bf16" and (reason := lacking_room(folder, len(gpus))):
         raise MeasurementError(reason)
@@ -219,9 +221,11 @@ def served_rows(weights: str, arguments: argparse.Namespace, port: int, gpus: li
         began = time.perf_counter()
         with running([*VLLM, "serve", str(folder), *options], port, server_environment(weights, gpus, scratch)):
             started = time.perf_counter() - began
+            url = f"http://127.0.0.1:{port}"
             for clients in arguments.clients:
-                row = measure_server(f"http://127.0.0.1:{port}", clients, max(8, 4 * clients))
-                yield {"start_seconds": started} | row
+                yield {"start_seconds": started} | measure_server(url, clients, max(8, 4 * clients))
+            # After all that compiles kernels or loads them.
+            yield {"start_seconds": started} | measure_server(url, PREFILL_CLIENTS, PREFILL_PROMPTS, answer=1)
 
 
 def server_environment(weights: str, gpus: list[str], scratch: str) -> dict[str, str]:

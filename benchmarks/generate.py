@@ -21,6 +21,9 @@ PROMPTS, LENGTH = 16, 256
 GENERATED = 16
 """Tokens after each prompt."""
 
+KV_CACHE = 1 << 30
+"""Bytes on each GPU: enough for all prompts.  vLLM would measure what is free, which other engines change."""
+
 
 def generate(folder: Path, tensor_parallel: int, expert_parallel: bool, gpu_memory: float) -> dict[str, Any]:
     """Log-probabilities, a list for each prompt of its tokens from the second on; generated tokens, a list for each
@@ -40,6 +43,7 @@ def generate(folder: Path, tensor_parallel: int, expert_parallel: bool, gpu_memo
         max_num_seqs=PROMPTS,
         enable_prefix_caching=False,
         gpu_memory_utilization=gpu_memory,
+        kv_cache_memory_bytes=KV_CACHE,
     )
     vocabulary = engine.llm_engine.vllm_config.model_config.get_vocab_size()
     prompts = [random.Random(number).choices(range(vocabulary), k=LENGTH) for number in range(PROMPTS)]

@@ -28,7 +28,7 @@ from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES
 VLLM = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
 """This Python's `vllm`, wherever the command may be.  -P: as the command, it imports nothing from where it is run."""
 
-PROMPT = 1024
+PROMPT, ANSWER = 1024, 128
 DECODE = (4, 36)
 """Output lengths whose difference in time gives a decode step."""
 
@@ -201,22 +201,24 @@ def why_failed(said: str) -> str:
     return " | ".join([*errors][-LAST_ERRORS:] or said.splitlines()[-LAST_LINES:])
 
 
-def measure_server(url: str, concurrency: int, prompts: int) -> dict[str, Any]:
-    """Figures of a running server from `vllm bench serve` with random prompts.
+def measure_server(url: str, concurrency: int, prompts: int, answer: int = ANSWER) -> dict[str, Any]:
+    """Figures of a running server from `vllm bench serve` with random prompts of `PROMPT` tokens; answer: tokens of
+    each answer.
 
     Raises MeasurementError when it fails, or when some prompts were not answered: it has figures even then.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [*VLLM, "bench", "serve", "--base-url", url, "--dataset-name", "random", "--ignore-eos"]
-        command += ["--random-input-len", str(PROMPT), "--random-output-len", "128", "--num-prompts", str(prompts)]
-        command += ["--max-concurrency", str(concurrency), "--save-result", "--result-dir", folder]
+        command += ["--random-input-len", str(PROMPT), "--random-output-len", str(answer)]
+        command += ["--num-prompts", str(prompts), "--max-concurrency", str(concurrency)]
+        command += ["--save-result", "--result-dir", folder]
         if status := subprocess.run(command, check=False).returncode:
             raise MeasurementError(f"vllm bench serve at {concurrency} clients failed with status {status}")
         result = json.loads(next(Path(folder).glob("*.json")).read_text())
     if result["completed"] != prompts:
         raise MeasurementError(f"{result['completed']} of {prompts} prompts of {concurrency} clients were answered")
     kept = ("model_id", "request_throughput", "output_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_tpot_ms")
-    return {"url": url, "concurrency": concurrency} | {key: result[key] for key in kept}
+    return {"url": url, "concurrency": concurrency, "answer_tokens": answer} | {key: result[key] for key in kept}
 
 
 def driver() -> str:

@@ -156,8 +156,11 @@ def compression() -> str:
 WHOLE_COMMANDS = (
     ("Mixtral-8x7B", "H100", "mixtral-8x7b-h100"),
     ("Mixtral-8x7B", "2 x H100", "mixtral-8x7b-2-h100"),
+    ("Mixtral-8x7B", "H200", "mixtral-8x7b-h200"),
+    ("Mixtral-8x7B", "2 x H200", "mixtral-8x7b-2-h200"),
     ("Mixtral-8x7B's first four layers, `--bits 3`", "H200", "mixtral-8x7b-4-layers-trellis6-h200"),
     ("Qwen3-30B-A3B", "H100", "qwen3-30b-a3b-h100"),
+    ("Qwen3-30B-A3B", "H200", "qwen3-30b-a3b-default-h200"),
     ("Qwen3-30B-A3B, before down projections were corrected", "H200", "qwen3-30b-a3b-h200"),
     ("Qwen3-30B-A3B, before down projections were corrected", "2 x H200", "qwen3-30b-a3b-2-h200"),
 )
@@ -165,17 +168,13 @@ WHOLE_COMMANDS = (
 
 
 def whole_command() -> str:
-    """What compressing a whole model takes: by end_to_end.py, and as read off by hand of an earlier version."""
+    """What compressing a whole model takes."""
     rows = []
     for model, machine, file in WHOLE_COMMANDS:
         run = load(f"end-to-end-{file}.json")["compress"]
         before, after = (run["bytes"][f"experts_{when}"] + run["bytes"]["other"] for when in ("before", "after"))
         size, memory = f"{before / 1e9:.1f} -> {after / 1e9:.1f} GB", f"{run['peak_gpu_bytes'] / 1e9:.1f} GB"
         rows.append([model, machine, size, *_took(run), memory])
-    for run in load("whole-command-h200.json")["compress"]:
-        size = f"{run['gigabytes']['before']} -> {run['gigabytes']['after']} GB"
-        memory = f"{run['gpu_gigabytes']} GB" if run["gpu_gigabytes"] else "not read"
-        rows.append([f"{run['model']}, before calibration was grouped", "H200", size, *_took(run), memory])
     columns = ["machine", "size", "whole command", "calibrate", "pair", "merge", "write", "GPU memory"]
     return table(["model", *columns], rows)
 
@@ -195,6 +194,26 @@ def over_http() -> str:
         gpus = f"{row['gpus']}, tensor parallel" if row["tensor_parallel"] > 1 else str(row["gpus"])
         rows.append([gpus, *(f"{value:,}" for value in row["by_clients"].values())])
     return table([f"{served['model']}, GPUs", *(f"{count} at once" for count in clients)], rows)
+
+
+SERVED = (("Qwen3-30B-A3B", "qwen3-30b-a3b-served-h200"), ("Mixtral-8x7B", "mixtral-8x7b-served-h200"))
+"""Models and results of end_to_end.py."""
+
+
+def served() -> str:
+    """Output tokens a second of a server, and milliseconds between those of an answer."""
+    results = [(model, load(f"end-to-end-{file}.json")["serve"]) for model, file in SERVED]
+    clients = sorted({row["concurrency"] for _, rows in results for row in rows})
+    lines = []
+    for model, rows in results:
+        for weights in dict.fromkeys(row["weights"] for row in rows):
+            of = {row["concurrency"]: row for row in rows if row["weights"] == weights}
+            cells = [
+                f"{of[count]['output_throughput']:,.0f}, {of[count]['mean_tpot_ms']:.1f} ms" if count in of else ""
+                for count in clients
+            ]
+            lines.append([f"{model}, {weights}", *cells])
+    return table(["model, weights", *(f"{count} at once" for count in clients)], lines)
 
 
 CARDS = (16, 24, 48, 80, 141)
@@ -238,6 +257,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compression": compression,
     "whole command": whole_command,
     "over http": over_http,
+    "served": served,
     "sizes": sizes,
 }
 

@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RESUMABLE = ("compress", "baseline", "unpack")
 """Commands that have --resume."""
 
-RESUME = "--resume goes on after the last whole layer"
+RESUME = "--resume goes on from what was saved last"
 
 
 class Interrupted(BaseException):

@@ -36,6 +36,13 @@ from puzzlemoe_vllm.format.shards import INDEX, ShardRecord, index_with_records,
 
 CONFIG = "config.json"
 
+STATE_SECONDS = 30
+"""Work of which a killed run may have kept no hidden states, and which it does again.  A GPU may be done with a layer
+sooner than its states are written."""
+
+SMALL_STATES = 1 << 26
+"""Bytes of hidden states that are kept after every layer."""
+
 _Content = tuple[dict[str, Tensor], dict[str, str]]
 """Tensors and metadata of a file."""
 
@@ -73,6 +80,7 @@ class ModelFolder:
         self._mode = 0o666 & ~_umask()
         self._behind: ThreadPoolExecutor | None = None
         self._outstanding: Future[None] | None = None
+        self._state_kept = 0.0  # `time.monotonic()`
 
     def check(self, resume: bool, needed: int) -> None:
         """Raises OutputError when the folder holds something else, an unfinished run that is not to be resumed, or
@@ -150,6 +158,7 @@ class ModelFolder:
                 return
             self._fingerprint = fingerprint
             finished = self._go_on(fingerprint)
+            self._state_kept = time.monotonic()
             with ThreadPoolExecutor(1) as self._behind:
                 yield [shard.layer for shard in finished]
 
@@ -206,7 +215,7 @@ class ModelFolder:
         record: LayerRecord | None,
         behind: bool = False,
     ) -> None:
-        """Writes a shard and what the next shard needs to go on (`state`).
+        """Writes a shard and, if it is time for that, the hidden states that the next one needs (`state`).
 
         It is synced, read for its digest and recorded, and only then finished, while the caller makes the next; an
         error in that is raised by the next call.  behind: so is it written, and the caller leaves tensors and state as
@@ -215,7 +224,7 @@ class ModelFolder:
         began = time.perf_counter()
         self.wait()
         files = {self._partial_shard: (to_host(tensors), self.metadata)}
-        if state is not None:
+        if state is not None and self._is_time_for(state):
             files[self._partial_state] = {"state": state}, {"format": "pt"}
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         if not behind:
@@ -224,9 +233,18 @@ class ModelFolder:
         if record:
             record.seconds["write"] = time.perf_counter() - began
         assert self._behind, "the folder is not open"
+        has_state = self._partial_state in files
         self._outstanding = self._behind.submit(
-            self._keep, number, sizes, state is not None, record, files if behind else {}
+            self._keep, number, sizes, state is not None, has_state, record, files if behind else {}
         )
+
+    def _is_time_for(self, state: Tensor) -> bool:
+        """Whether hidden states are to be kept; if so, the time runs anew."""
+        now = time.monotonic()
+        if state.nbytes > SMALL_STATES and now - self._state_kept < STATE_SECONDS:
+            return False
+        self._state_kept = now
+        return True
 
     @property
     def _partial_shard(self) -> Path:
@@ -246,11 +264,15 @@ class ModelFolder:
         self,
         number: int,
         sizes: dict[str, int],
+        state_needed: bool,
         has_state: bool,
         record: LayerRecord | None,
         files: dict[Path, _Content],
     ) -> None:
-        """Finishes the shard that lies in the partial files, or in `files` that are to be written there."""
+        """Finishes the shard that lies in the partial files, or in `files` that are to be written there.
+
+        state_needed: whether the next shard needs hidden states.  has_state: whether they are kept after this one.
+        """
 
         def kept(partial: Path, recorded: Callable[[Path], Record]) -> Record:
             if content := files.get(partial):
@@ -266,9 +288,12 @@ class ModelFolder:
             put(self._partial_shard, self.folder / self.shard_name(number))
             if has_state:
                 put(self._partial_state, self.work.state(number))
-            finished = FinishedShard(tensors=sizes, digests=digests, state=state, layer=record)
+            finished = FinishedShard(
+                tensors=sizes, digests=digests, state_needed=state_needed, state=state, layer=record
+            )
             self.work.write_json(self.work.record(number), finished)
-            self.work.state(number - 1).unlink(missing_ok=True)
+            if has_state:
+                self.work.drop_states_before(number)
 
     def wait(self) -> None:
         """Returns when the shard before is finished: no more than one is written behind."""

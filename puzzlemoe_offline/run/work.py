@@ -28,11 +28,12 @@ WORK = ".puzzlemoe-work"
 class FinishedShard(BaseModel):
     """What is kept of a finished shard: its tensors' bytes, its digests, and what is known of its layer.
 
-    state: digests of the hidden states after it, without which the next layer cannot be made; None where it needs none.
+    state_needed: whether the next layer needs the hidden states after it.  state: digests of them, if they were kept.
     """
 
     tensors: dict[str, int]
     digests: ShardRecord
+    state_needed: bool
     state: StateRecord | None = None
     layer: LayerRecord | None = None
 
@@ -115,8 +116,9 @@ class WorkFolder:
         """The finished shards after which the run can go on; all that is not of them is removed.
 
         shards: all files that the run writes, in order.  Those of which an earlier run finished are read whole.  A line
-        on stderr says so when one of them, or the hidden states after the last, are no longer as they were written.
-        Then layers that need the states of a layer before start again from the first.
+        on stderr says so when one of them, or the hidden states that were kept last, are no longer as they were
+        written.  Layers that need hidden states go on after those that were kept last, or else start again from the
+        first.
         """
         recorded = sum(os.path.lexists(self.record(number)) for number in range(len(shards)))
         usable: list[FinishedShard] = []
@@ -127,14 +129,21 @@ class WorkFolder:
                 usable.append(shard)
         count = len(usable)
         lost = "" if count == recorded else f"{shards[count].name}, or what is kept of it,"
-        if usable and (state := usable[-1].state) and not is_intact(self.state(count - 1), state):
-            lost, usable = lost or f"{self.state(count - 1).name}", []
+        while usable and usable[-1].state_needed:
+            kept_last = self.state(len(usable) - 1)
+            if state := usable[-1].state:
+                if is_intact(kept_last, state):
+                    break
+                lost = lost or kept_last.name
+            usable.pop()
         if lost:
             logger.warning(
                 "%s: %s is not as the unfinished run wrote it: going on from layer %d", self.out, lost, len(usable)
             )
         kept = {self.record(number) for number in range(len(usable))} | {self.state(len(usable) - 1)}
         self.clear(kept | {self.run})
+        for shard_path in shards[len(usable) :]:  # a disk may have no room for a second one beside it
+            shard_path.unlink(missing_ok=True)
         return usable
 
     def _intact_shard(self, number: int, shard: Path) -> FinishedShard | None:
@@ -143,6 +152,12 @@ class WorkFolder:
         except (LayoutError, ValidationError):
             return None
         return finished if is_intact(shard, finished.digests) else None
+
+    def drop_states_before(self, number: int) -> None:
+        """Removes the hidden states after earlier shards."""
+        for path in self.path.glob("state-*"):
+            if path.name < self.state(number).name:
+                path.unlink()
 
     def clear(self, kept: set[Path] | None = None) -> None:
         """Removes what earlier runs left but for the lock and the files `kept`."""

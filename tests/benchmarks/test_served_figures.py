@@ -39,11 +39,14 @@ if port in AFTER:
     while not os.path.exists(os.path.join(FOLDER, AFTER[port] + ".end")):
         time.sleep(0.05)
     time.sleep(1)
-open(os.path.join(FOLDER, port + ".end"), "w").close()
-open(os.path.join(value("--result-dir"), "result.json"), "w").write(json.dumps(RESULT))
+answer = int(value("--random-output-len"))
+if answer == 1:
+    open(os.path.join(FOLDER, port + ".end"), "w").close()
+measured = {"completed": int(value("--num-prompts")), "request_throughput": answer}
+open(os.path.join(value("--result-dir"), "result.json"), "w").write(json.dumps(RESULT | measured))
 """
 """A command in the place of vLLM's that serves, as far as it is asked here, and measures; at some ports it sleeps until
-another server was measured."""
+another server was measured.  As the throughput of requests it gives the tokens that were asked for."""
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def options(tmp_path):
 def test_figures_of_prompts_that_all_were_answered(modules, vllm):
     vllm(answered=8)
     row = modules[0].measure_server("http://127.0.0.1:1", 2, 8)
-    assert row == {"url": "http://127.0.0.1:1", "concurrency": 2, "model_id": "model"} | FIGURES
+    assert row == {"url": "http://127.0.0.1:1", "concurrency": 2, "answer_tokens": 128, "model_id": "model"} | FIGURES
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,7 @@ def served(modules, tmp_path, monkeypatch):
 
         def write(self, after: dict[int, int]) -> None:
             """after: positions of servers that are measured after others."""
-            result = {"model_id": "model", "completed": 8} | FIGURES
+            result = {"model_id": "model"} | FIGURES
             ports = {str(first + late): str(first + early) for late, early in after.items()}
             script.write_text(f"FOLDER, AFTER, RESULT = {str(tmp_path)!r}, {ports!r}, {result!r}\n{SERVER}")
 
@@ -184,8 +187,10 @@ def test_int4_has_as_many_layers_as_the_source(modules, served, options):
     arguments = options()
     (arguments.source / "config.json").write_text('{"num_hidden_layers": 4}')
     (arguments.source / "tokenizer.json").write_text("{}")
-    [row] = modules[1].serve("int4", arguments, int(served.port), ["0"])
+    row, prefill = modules[1].serve("int4", arguments, int(served.port), ["0"])
     assert row["output_throughput"] == 1.0
+    assert (row["concurrency"], row["answer_tokens"], row["request_throughput"]) == (1, 128, 128)
+    assert (prefill["concurrency"], prefill["answer_tokens"], prefill["request_throughput"]) == (32, 1, 1)
     given = served.given(0)
     assert given["config"]["num_hidden_layers"] == 4 and given["config"]["quantization_config"]["bits"] == 4
     assert given["words"][-2:] == ["--load-format", "dummy"]
@@ -200,7 +205,8 @@ def test_servers_side_by_side(modules, served, options, tmp_path, monkeypatch):
     weights = ("packed", "packed, prefill in FP8", "bf16")
     arguments = options(weights=weights, tensor_parallel=2, port=int(served.port))
     kept = list(end_to_end.serve_all(arguments, ["4", "5", "6", "7"]))
-    assert [[row["weights"] for row in rows] for rows in kept] == [list(weights[1:2]), list(weights[1:]), list(weights)]
+    named = [list(dict.fromkeys(row["weights"] for row in rows)) for rows in kept]
+    assert named == [list(weights[1:2]), list(weights[1:]), list(weights)]
     first, second, third = (served.given(position) for position in range(3))
     assert [each["CUDA_VISIBLE_DEVICES"] for each in (first, second, third)] == ["4,5", "6,7", "6,7"]
     assert [each["PUZZLEMOE_FP8_PREFILL"] for each in (first, second, third)] == [None, "1", None]

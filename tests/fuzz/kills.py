@@ -104,7 +104,7 @@ class Trials:
         source = build("mixtral", folder / "source", num_hidden_layers=3)
         text = folder / "text.txt"
         text.write_text(SENTENCE * 60)
-        sizes = ["--samples", "8", "--sequence-length", "64"]
+        sizes = ["--samples", "8", "--sequence-length", "64", "--device", "cpu"]  # forks share no GPU
         self.words = ["compress", str(source), "--calibration", str(text), "--recipe", "paper", *sizes]
         self.kills = self.again = self.finished = self.resumed = 0
         whole = folder / "whole"

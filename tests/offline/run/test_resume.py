@@ -163,6 +163,43 @@ def test_damage_sends_a_calibrated_run_back_to_its_start(source, packed, unfinis
     assert contents(out) == contents(packed)
 
 
+def test_large_states_are_kept_from_time_to_time(source, packed, tmp_path, monkeypatch, caplog):
+    """And a run goes on after those that were kept last."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(output, "SMALL_STATES", 0)
+    for kept, seconds in ((0, 0), (None, 3600)):
+        shutil.rmtree(out, ignore_errors=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(output, "STATE_SECONDS", seconds)
+            stop_at(1, lambda: patch.setattr(output, "STATE_SECONDS", 3600), patch)
+            stop_at(LAYERS - 1, interrupt, patch)
+            assert puzzlemoe(*compress(source, out)) == 130
+        assert (out / WORK / "shard-00001.json").exists()
+        states = [] if kept is None else [f"state-{kept:05d}.safetensors"]
+        assert sorted(path.name for path in (out / WORK).glob("state-*")) == states
+        begun = layers_begun(monkeypatch)
+        assert puzzlemoe(*compress(source, out, "--resume")) == 0
+        assert begun == list(range(len(states), LAYERS)) and contents(out) == contents(packed)
+    assert not caplog.messages
+
+
+def layers_begun(monkeypatch) -> list[int]:
+    """Grows by the index of every layer that a run begins."""
+    begun: list[int] = []
+    observe = runner._observe
+    monkeypatch.setattr(runner, "_observe", lambda job, index, *more: begun.append(index) or observe(job, index, *more))
+    return begun
+
+
+def test_the_states_kept_last_go_when_the_next_ones_are_there(tmp_path):
+    folder = ModelFolder(tmp_path / "out", 4, {"format": "pt"})
+    with folder.opened("run", False, 0):
+        for number in range(3):
+            folder.write_shard(number, {"a": torch.ones(1)}, torch.ones(number), None)
+        folder.wait()
+        assert [path.name for path in (tmp_path / "out" / WORK).glob("state-*")] == ["state-00002.safetensors"]
+
+
 def test_without_calibration_only_what_is_damaged_is_made_again(source, tmp_path, monkeypatch, caplog):
     words = ["compress", source, tmp_path / "out", "--recipe", "paper", "--saliency", "magnitude", "--device", "cpu"]
     with monkeypatch.context() as patch:
@@ -248,7 +285,7 @@ def test_a_failure_while_writing_behind_ends_the_run(source, packed, tmp_path, c
         patch.setattr(output, "record_shard", full)
         assert puzzlemoe(*compress(source, tmp_path / "out")) == 1
     assert "No space left on device" in (line := said(capsys)) and line.endswith(
-        "--resume goes on after the last whole layer"
+        "--resume goes on from what was saved last"
     )
     assert puzzlemoe(*compress(source, tmp_path / "out", "--resume")) == 0
     assert contents(tmp_path / "out") == contents(packed)
@@ -302,11 +339,11 @@ def test_every_command_that_writes_a_model_resumes_it(source, packed, tmp_path, 
     assert "and its disk has 1.0 kB left" in said(capsys) and not out.exists()
     with files_up_to(100_000):
         assert puzzlemoe(*command(source, out)) == 1
-    assert said(capsys).endswith("make room or name another folder; --resume goes on after the last whole layer")
+    assert said(capsys).endswith("make room or name another folder; --resume goes on from what was saved last")
     with monkeypatch.context() as patch:
         stop_at(1, interrupt, patch)
         assert puzzlemoe(*command(source, out, "--resume")) == 130
-    assert said(capsys) == "error: interrupted; the same command with --resume goes on after the last whole layer"
+    assert said(capsys) == "error: interrupted; the same command with --resume goes on from what was saved last"
     assert puzzlemoe(*command(source, out)) == 1
     assert "holds an unfinished run: go on with --resume" in said(capsys)
     for _ in range(2):
@@ -358,7 +395,7 @@ def test_a_signal_while_modules_are_imported_is_one_line(number, words):
     time.sleep(0.3)  # well inside torch
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    advice = "; the same command with --resume goes on after the last whole layer" if words[0] == "unpack" else ""
+    advice = "; the same command with --resume goes on from what was saved last" if words[0] == "unpack" else ""
     assert (process.returncode, errors) == (128 + number, f"error: interrupted{advice}\n")
 
 
