@@ -201,18 +201,18 @@ SERVED = (("Qwen3-30B-A3B", "qwen3-30b-a3b-served-h200"), ("Mixtral-8x7B", "mixt
 
 
 def served() -> str:
-    """Output tokens a second of a server, and milliseconds between those of an answer."""
-    results = [(model, load(f"end-to-end-{file}.json")["serve"]) for model, file in SERVED]
-    clients = sorted({row["concurrency"] for _, rows in results for row in rows})
-    lines = []
-    for model, rows in results:
-        for weights in dict.fromkeys(row["weights"] for row in rows):
-            of = {row["concurrency"]: row for row in rows if row["weights"] == weights}
-            cells = [
-                f"{of[count]['output_throughput']:,.0f}, {of[count]['mean_tpot_ms']:.1f} ms" if count in of else ""
-                for count in clients
-            ]
-            lines.append([f"{model}, {weights}", *cells])
+    """Output tokens a second of a server, and milliseconds between those of an answer.
+
+    Rows of prefill alone, which have no such time, and of what failed are left out.
+    """
+    cells: dict[str, dict[int, str]] = {}
+    for model, file in SERVED:
+        for row in load(f"end-to-end-{file}.json")["serve"]:
+            if row.get("answer_tokens", 0) > 1:
+                figures = f"{row['output_throughput']:,.0f}, {row['mean_tpot_ms']:.1f} ms"
+                cells.setdefault(f"{model}, {row['weights']}", {})[row["concurrency"]] = figures
+    clients = sorted({count for own in cells.values() for count in own})
+    lines = [[name, *(own.get(count, "") for count in clients)] for name, own in cells.items()]
     return table(["model, weights", *(f"{count} at once" for count in clients)], lines)
 
 
