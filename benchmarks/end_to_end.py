@@ -206,8 +206,9 @@ def served_rows(weights: str, arguments: argparse.Namespace, port: int, gpus: li
     folder = arguments.packed if weights in ("packed", PREFILL_FP8) else arguments.source
     if weights == "bf16" and (reason := lacking_room(folder, len(gpus))):
         raise MeasurementError(reason)
+    at_most = max(*arguments.clients, PREFILL_CLIENTS)  # CUDA graphs for more would take time and serve nobody
     options = ["--max-model-len", "2048", "--no-enable-prefix-caching", "--port", str(port)]
-    options += ["--tensor-parallel-size", str(len(gpus))]
+    options += ["--tensor-parallel-size", str(len(gpus)), "--max-num-seqs", str(at_most)]
     options += ["--enable-expert-parallel"] if arguments.expert_parallel else []
     options += ["--quantization", "fp8"] if weights == "fp8" else []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:

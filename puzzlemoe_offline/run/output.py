@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,6 +43,10 @@ sooner than its states are written."""
 
 SMALL_STATES = 1 << 26
 """Bytes of hidden states that are kept after every layer."""
+
+BEHIND = 2
+"""Shards that are written and read for their digest while the caller makes others.  One thread is slower at Mixtral's
+0.7 GB than two GPUs are at a layer."""
 
 _Content = tuple[dict[str, Tensor], dict[str, str]]
 """Tensors and metadata of a file."""
@@ -79,7 +84,7 @@ class ModelFolder:
         self._fingerprint = ""
         self._mode = 0o666 & ~_umask()
         self._behind: ThreadPoolExecutor | None = None
-        self._outstanding: Future[None] | None = None
+        self._outstanding: deque[Future[None]] = deque()
         self._state_kept = 0.0  # `time.monotonic()`
 
     def check(self, resume: bool, needed: int) -> None:
@@ -159,7 +164,7 @@ class ModelFolder:
             self._fingerprint = fingerprint
             finished = self._go_on(fingerprint)
             self._state_kept = time.monotonic()
-            with ThreadPoolExecutor(1) as self._behind:
+            with ThreadPoolExecutor(BEHIND) as self._behind:
                 yield [shard.layer for shard in finished]
 
     def _go_on(self, fingerprint: str) -> list[FinishedShard]:
@@ -217,15 +222,15 @@ class ModelFolder:
     ) -> None:
         """Writes a shard and, if it is time for that, the hidden states that the next one needs (`state`).
 
-        It is synced, read for its digest and recorded, and only then finished, while the caller makes the next; an
-        error in that is raised by the next call.  behind: so is it written, and the caller leaves tensors and state as
-        they are until that call.  The record gets the seconds that this call took.
+        It is synced, read for its digest and recorded, and only then finished, while the caller makes the next ones;
+        an error in that is raised by a later call.  behind: so is it written, and the caller leaves tensors and state
+        as they are.  The record gets the seconds that this call took.
         """
         began = time.perf_counter()
-        self.wait()
-        files = {self._partial_shard: (to_host(tensors), self.metadata)}
-        if state is not None and self._is_time_for(state):
-            files[self._partial_state] = {"state": state}, {"format": "pt"}
+        self._wait_until_outstanding(BEHIND - 1)
+        files = {self._partial(self.shard_name(number)): (to_host(tensors), self.metadata)}
+        if has_state := state is not None and self._is_time_for(state):
+            files[self._partial(self.work.state(number).name)] = {"state": state}, {"format": "pt"}
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         if not behind:
             for partial, content in files.items():
@@ -233,10 +238,17 @@ class ModelFolder:
         if record:
             record.seconds["write"] = time.perf_counter() - began
         assert self._behind, "the folder is not open"
-        has_state = self._partial_state in files
-        self._outstanding = self._behind.submit(
-            self._keep, number, sizes, state is not None, has_state, record, files if behind else {}
+        finishing = self._behind.submit(
+            self._finish_shard,
+            number,
+            sizes,
+            record,
+            files if behind else {},
+            self._outstanding[-1] if self._outstanding else None,
+            state_needed=state is not None,
+            has_state=has_state,
         )
+        self._outstanding.append(finishing)
 
     def _is_time_for(self, state: Tensor) -> bool:
         """Whether hidden states are to be kept; if so, the time runs anew."""
@@ -246,13 +258,8 @@ class ModelFolder:
         self._state_kept = now
         return True
 
-    @property
-    def _partial_shard(self) -> Path:
-        return self.work.path / "shard.partial"
-
-    @property
-    def _partial_state(self) -> Path:
-        return self.work.path / "state.partial"
+    def _partial(self, name: str) -> Path:
+        return self.work.path / f"{name}.partial"
 
     def _save(self, tensors: dict[str, Tensor], metadata: dict[str, str], partial: Path) -> None:
         with writing(self.folder):
@@ -260,34 +267,41 @@ class ModelFolder:
             save_shard(tensors, partial, metadata)
             partial.chmod(self._mode)
 
-    def _keep(
+    def _finish_shard(
         self,
         number: int,
         sizes: dict[str, int],
-        state_needed: bool,
-        has_state: bool,
         record: LayerRecord | None,
         files: dict[Path, _Content],
+        before: Future[None] | None,
+        *,
+        state_needed: bool,
+        has_state: bool,
     ) -> None:
-        """Finishes the shard that lies in the partial files, or in `files` that are to be written there.
+        """Finishes the shard that lies in the partial files, or in `files` that are to be written there, after the one
+        `before` it.
 
         state_needed: whether the next shard needs hidden states.  has_state: whether they are kept after this one.
         """
+        partial_shard = self._partial(self.shard_name(number))
+        partial_state = self._partial(self.work.state(number).name)
 
-        def kept(partial: Path, recorded: Callable[[Path], Record]) -> Record:
+        def recorded(partial: Path, recorder: Callable[[Path], Record]) -> Record:
             if content := files.get(partial):
                 self._save(*content, partial)
             with writing(self.folder):
-                return recorded(partial)
+                return recorder(partial)
 
         with ThreadPoolExecutor(1) as beside:
-            waiting = beside.submit(kept, self._partial_state, StateRecord.of) if has_state else None
-            digests = kept(self._partial_shard, record_shard)
+            waiting = beside.submit(recorded, partial_state, StateRecord.of) if has_state else None
+            digests = recorded(partial_shard, record_shard)
             state = waiting.result() if waiting else None
+        if before:
+            before.result()
         with writing(self.folder):
-            put(self._partial_shard, self.folder / self.shard_name(number))
+            put(partial_shard, self.folder / self.shard_name(number))
             if has_state:
-                put(self._partial_state, self.work.state(number))
+                put(partial_state, self.work.state(number))
             finished = FinishedShard(
                 tensors=sizes, digests=digests, state_needed=state_needed, state=state, layer=record
             )
@@ -296,10 +310,13 @@ class ModelFolder:
                 self.work.drop_states_before(number)
 
     def wait(self) -> None:
-        """Returns when the shard before is finished: no more than one is written behind."""
-        if self._outstanding:
-            self._outstanding.result()
-            self._outstanding = None
+        """Returns when the shards before are finished.  Raises what writing them behind raised."""
+        self._wait_until_outstanding(0)
+
+    def _wait_until_outstanding(self, most: int) -> None:
+        """Returns when no more shards than that are being finished; raises what one of the others raised."""
+        while self._outstanding and (self._outstanding[0].done() or len(self._outstanding) > most):
+            self._outstanding.popleft().result()
 
     def state_after(self, number: int) -> Tensor:
         """The `state` that was written with shard `number`."""

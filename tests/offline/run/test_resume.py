@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from puzzlemoe_offline.run import output, runner
 from puzzlemoe_offline.run.files import WriteError, write_file
 from puzzlemoe_offline.run.output import ModelFolder
 from puzzlemoe_offline.run.work import WORK, WorkFolder
+from puzzlemoe_vllm.format.shards import ShardRecord, record_shard
 
 LAYERS = 3
 ROOT = Path(__file__).resolve().parents[3]
@@ -239,7 +241,7 @@ def test_one_run_at_a_time(source, unfinished, tmp_path, capsys):
 
 def test_partial_files_do_not_stay(source, packed, unfinished, tmp_path):
     out = copy(unfinished, tmp_path / "out")
-    for name in ("shard.partial", "state.partial", "partial", ".tmpXk2"):
+    for name in (f"{SECOND}.partial", "state-00001.safetensors.partial", "partial", ".tmpXk2"):
         (out / WORK / name).write_bytes(b"half")
     assert puzzlemoe(*compress(source, out, "--resume")) == 0
     assert contents(out) == contents(packed)
@@ -292,7 +294,7 @@ def test_a_failure_while_writing_behind_ends_the_run(source, packed, tmp_path, c
 
 
 def test_tensors_written_behind_are_those_written_before_the_call_returns(tmp_path):
-    """And a disk that is full then ends the run at the next call, in one line that names the folder."""
+    """And a disk that is full then ends the run at a later call, in one line that names the folder."""
     tensors, state = {"a": torch.arange(9.0), "b": torch.ones(2, 3)}, torch.rand(4, 5)
     for name, behind in (("now", False), ("behind", True)):
         folder = ModelFolder(tmp_path / name, 2, {"format": "pt"})
@@ -307,7 +309,53 @@ def test_tensors_written_behind_are_those_written_before_the_call_returns(tmp_pa
         folder.write_shard(0, {"a": torch.zeros(1000)}, None, None, behind=True)
         with pytest.raises(WriteError, match=f"{tmp_path / 'full'} cannot be written"):
             folder.write_shard(1, tensors, None, None, behind=True)
+            folder.wait()
     assert not list((tmp_path / "full").glob("*.safetensors"))
+
+
+def test_shards_are_finished_in_order(tmp_path, monkeypatch):
+    """A run that goes on has all shards before its last one, so that one which is ready sooner waits; and while two
+    wait, no third is written."""
+    first_may_end, second_is_read, begun = threading.Event(), threading.Event(), list[str]()
+
+    def slow(path: Path) -> ShardRecord:
+        begun.append(path.name)
+        if "00001-of" in path.name:
+            assert first_may_end.wait(30)
+        else:
+            second_is_read.set()
+        return record_shard(path)
+
+    monkeypatch.setattr(output, "record_shard", slow)
+    folder = ModelFolder(tmp_path / "out", 3, {"format": "pt"})
+    names = [folder.shard_name(number) for number in range(3)]
+    with ThreadPoolExecutor(1) as caller, folder.opened("run", False, 0):
+        for number in range(2):
+            folder.write_shard(number, {"a": torch.zeros(9)}, None, None, behind=True)
+        third = caller.submit(folder.write_shard, 2, {"a": torch.zeros(9)}, None, None, behind=True)
+        assert second_is_read.wait(30)
+        with pytest.raises(TimeoutError):
+            third.result(0.2)
+        assert not list(folder.folder.glob("*.safetensors")) and len(begun) == 2
+        first_may_end.set()
+        third.result(30)
+        folder.wait()
+    assert [path.name for path in sorted(folder.folder.glob("*.safetensors"))] == names
+
+
+def test_no_shard_is_finished_after_one_that_failed(tmp_path, monkeypatch):
+    def fails(path: Path) -> ShardRecord:
+        if "00001-of" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return record_shard(path)
+
+    monkeypatch.setattr(output, "record_shard", fails)
+    folder = ModelFolder(tmp_path / "out", 2, {"format": "pt"})
+    with folder.opened("run", False, 0), pytest.raises(WriteError, match="No space left"):
+        for number in range(2):
+            folder.write_shard(number, {"a": torch.zeros(9)}, None, None, behind=True)
+        folder.wait()
+    assert not list(folder.folder.glob("*.safetensors")) and not list(folder.work.path.glob("shard-*.json"))
 
 
 @contextmanager
@@ -419,23 +467,23 @@ def test_kills_at_random_times_and_inside_every_step_of_finishing():
     assert int(second.split()[0]) > 25 and "each step of finishing: the same bytes" in second
 
 
-def test_a_shard_is_finished_while_the_next_layer_is_made(source, packed, tmp_path, monkeypatch):
-    """And no more than one: each waits here for the next layer to begin, and the layer after that for it."""
+def test_a_shard_is_finished_while_the_next_layers_are_made(source, packed, tmp_path, monkeypatch):
+    """Each waits here for the layer after the next to begin."""
     out, begun = tmp_path / "out", [threading.Event() for _ in range(LAYERS)]
-    keep, observe, recorded = ModelFolder._keep, runner._observe, []
+    finish, observe, recorded = ModelFolder._finish_shard, runner._observe, []
 
-    def waiting(self: ModelFolder, number: int, *words: Any) -> None:
-        if number + 1 < LAYERS:
-            assert begun[number + 1].wait(60)
-        keep(self, number, *words)
+    def waiting(self: ModelFolder, number: int, *words: Any, **truths: bool) -> None:
+        if number + 2 < LAYERS:
+            assert begun[number + 2].wait(60)
+        finish(self, number, *words, **truths)
 
     def beginning(job: Any, index: int, *words: Any) -> Any:
         recorded.append(len(list((out / WORK).glob("shard-*.json"))))
         begun[index].set()
         return observe(job, index, *words)
 
-    monkeypatch.setattr(ModelFolder, "_keep", waiting)
+    monkeypatch.setattr(ModelFolder, "_finish_shard", waiting)
     monkeypatch.setattr(runner, "_observe", beginning)
     assert puzzlemoe(*compress(source, out)) == 0
-    assert recorded == [0, 0, 1]
+    assert recorded == [0, 0, 0]
     assert contents(out) == contents(packed)
