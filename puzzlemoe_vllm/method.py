@@ -339,14 +339,14 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             if name.endswith("_puzzle"):
                 continue
             kind, limit = ("steps", step_limit) if name.endswith("_grid") else ("weights", largest)
-            for expert, row in rows.items():
-                low, high = getattr(layer, name).data[row].aminmax()
-                # A comparison with NaN is false.
-                if not (low >= -limit and high <= limit):
-                    raise LayoutError(
-                        f"{self.prefix}.{expert}: its {kind} ({name}) are NaN, infinite or too large: the file is "
-                        "damaged; copy or download it again, or compress the source again"
-                    )
+            values = getattr(layer, name).data
+            if not rows or _within(values, limit):  # one answer of the device, not one for each expert
+                continue
+            expert = next(expert for expert, row in rows.items() if not _within(values[row], limit))
+            raise LayoutError(
+                f"{self.prefix}.{expert}: its {kind} ({name}) are NaN, infinite or too large: the file is damaged; "
+                "copy or download it again, or compress the source again"
+            )
 
     def apply(
         self,
@@ -374,6 +374,12 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             layer.w13_puzzle_grid if self.share.group_size else None,
             layer.w2_puzzle_grid if self.share.group_size else None,
         )
+
+
+def _within(values: Tensor, limit: float) -> bool:
+    """Whether no value is NaN or farther than that from zero."""
+    low, high = values.aminmax()
+    return bool((low >= -limit) & (high <= limit))  # a comparison with NaN is false
 
 
 def _warn_of_halves(local: list[int], pairs: list[int]) -> None:

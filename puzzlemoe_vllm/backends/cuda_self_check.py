@@ -7,7 +7,8 @@ Users compile the library with their own nvcc, and a driver may translate PTX fo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -84,6 +85,19 @@ def random_inputs(tokens: int, layer: ExpertWeights, draw: torch.Generator) -> t
     return x.to(torch.bfloat16), topk_weights, topk_ids
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's work on the CPU is this thread's alone.  The reference of a small layer is done sooner than many threads
+    have begun, and where other processes hold the cores, each of its steps would wait for the last of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def find_fault(
     device: torch.device,
     kernels: Callable[[PairCode], Iterable[str]],

@@ -63,6 +63,22 @@ def test_every_code_is_checked():
     assert seen == set(CODES)
 
 
+def test_it_takes_one_thread():
+    """With all 64 of a machine, others of which were busy, a server's start waited a minute and a half for it."""
+    before, seen = torch.get_num_threads(), set()
+
+    def fused_experts(x, topk_weights, topk_ids, weights, kernel):
+        seen.add(torch.get_num_threads())
+        return reference.fused_experts(x, topk_weights, topk_ids, weights)
+
+    torch.set_num_threads(2)
+    try:
+        find_fault(CPU, lambda code: {"kernel"}, no_kernels, reference.prepare, fused_experts)
+        assert seen == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_every_group_size_is_checked(group_size):
     """There is a kernel for each in e4m3, and paths for some in bf16."""
