@@ -109,8 +109,10 @@ def layer_tensors(config: dict[str, Any], layer: str) -> dict[str, torch.Tensor]
 
 
 def drawn(rows: int, columns: int) -> torch.Tensor:
-    """bf16 [rows, columns] on the CPU."""
-    return torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(std=columns**-0.5).cpu()
+    """bf16 [rows, columns] on the CPU, in pinned memory, which torch keeps for the next ones: fresh memory costs more
+    than the copy."""
+    weights = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(std=columns**-0.5)
+    return torch.empty_like(weights, device="cpu", pin_memory=True).copy_(weights)
 
 
 def ones(size: int) -> torch.Tensor:

@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from serving import PROMPT
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -196,24 +198,60 @@ def over_http() -> str:
     return table([f"{served['model']}, GPUs", *(f"{count} at once" for count in clients)], rows)
 
 
-SERVED = (("Qwen3-30B-A3B", "qwen3-30b-a3b-served-h200"), ("Mixtral-8x7B", "mixtral-8x7b-served-h200"))
+SERVED = (
+    ("Qwen3-30B-A3B", "qwen3-30b-a3b-served-h200"),
+    ("Qwen3-30B-A3B", "qwen3-30b-a3b-served-fp8-h200"),
+    ("Mixtral-8x7B", "mixtral-8x7b-served-h200"),
+)
 """Models and results of end_to_end.py."""
 
 
 def served() -> str:
-    """Output tokens a second of a server, and milliseconds between those of an answer.
-
-    Rows of prefill alone, which have no such time, and of what failed are left out.
-    """
-    cells: dict[str, dict[int, str]] = {}
+    """Output tokens a second of a server, and milliseconds between those of an answer; tokens a second of prompts with
+    answers of one token.  Rows of what failed are left out."""
+    cells: dict[str, dict[str, str]] = {}
     for model, file in SERVED:
         for row in load(f"end-to-end-{file}.json")["serve"]:
-            if row.get("answer_tokens", 0) > 1:
-                figures = f"{row['output_throughput']:,.0f}, {row['mean_tpot_ms']:.1f} ms"
-                cells.setdefault(f"{model}, {row['weights']}", {})[row["concurrency"]] = figures
-    clients = sorted({count for own in cells.values() for count in own})
-    lines = [[name, *(own.get(count, "") for count in clients)] for name, own in cells.items()]
-    return table(["model, weights", *(f"{count} at once" for count in clients)], lines)
+            if "failed" in row:
+                continue
+            column, figures = f"{row['concurrency']} at once", f"{row['output_throughput']:,.0f}, "
+            if row["answer_tokens"] > 1:
+                figures += f"{row['mean_tpot_ms']:.1f} ms"
+            else:
+                column, figures = "prompts alone", f"{row['request_throughput'] * PROMPT:,.0f}"
+            cells.setdefault(f"{model}, {row['weights']}", {})[column] = figures
+    columns = list(dict.fromkeys(column for own in cells.values() for column in own))
+    lines = [[name, *(own.get(column, "") for column in columns)] for name, own in cells.items()]
+    return table(["model, weights", *columns], lines)
+
+
+def parallel() -> str:
+    """How far a layout's outputs are from those of one GPU, for the packed weights and the same ones unpacked."""
+    rows = []
+    for file in sorted(RESULTS.glob("parallel-*.json")):
+        result = load(file.name)
+        found = {(row["layout"], row["weights"]): row for row in result["rows"] if "failed" not in row}
+        label = f"[{result['model']}, {result['layers']} layers, `{result['code']}`](../benchmarks/results/{file.name})"
+        for layout in dict.fromkeys(layout for layout, _ in found):
+            cells = [cell for weights in ("packed", "unpacked") for cell in _apart(found.get((layout, weights)))]
+            rows.append([label, _layout(layout), *cells])
+    columns = [
+        f"{weights}, {what}" for weights in ("packed", "unpacked") for what in ("mean", "largest", "tokens alike")
+    ]
+    return table(["model", "layout", *columns], rows)
+
+
+def _layout(name: str) -> str:
+    """A layout of benchmarks/parallel.py in words."""
+    return f"{'expert' if name.startswith('ep') else 'tensor'} parallel, {name[2:]} GPUs"
+
+
+def _apart(row: Any) -> list[str]:
+    """Mean and largest difference in nats, and how many generated tokens are alike."""
+    if row is None:
+        return ["failed"] * 3
+    differences = [f"{row[f'{which}_difference']:.4f}" for which in ("mean", "largest")]
+    return [*differences, f"{row['alike']} of {row['generated']}"]
 
 
 CARDS = (16, 24, 48, 80, 141)
@@ -255,6 +293,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving mixtral": lambda: serving("Mixtral-8x7B"),
     "in short": in_short,
     "compression": compression,
+    "parallel": parallel,
     "whole command": whole_command,
     "over http": over_http,
     "served": served,

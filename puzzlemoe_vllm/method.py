@@ -339,14 +339,15 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             if name.endswith("_puzzle"):
                 continue
             kind, limit = ("steps", step_limit) if name.endswith("_grid") else ("weights", largest)
-            values = getattr(layer, name).data
-            if not rows or _within(values, limit):  # one answer of the device, not one for each expert
-                continue
-            expert = next(expert for expert, row in rows.items() if not _within(values[row], limit))
-            raise LayoutError(
-                f"{self.prefix}.{expert}: its {kind} ({name}) are NaN, infinite or too large: the file is damaged; "
-                "copy or download it again, or compress the source again"
-            )
+            low, high = getattr(layer, name).data.flatten(1).aminmax(dim=1)
+            # A comparison with NaN is false.  One answer of the device for all experts: each waits for its work.
+            within = ((low >= -limit) & (high <= limit)).tolist()
+            for expert, row in rows.items():
+                if not within[row]:
+                    raise LayoutError(
+                        f"{self.prefix}.{expert}: its {kind} ({name}) are NaN, infinite or too large: the file is "
+                        "damaged; copy or download it again, or compress the source again"
+                    )
 
     def apply(
         self,
@@ -374,12 +375,6 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             layer.w13_puzzle_grid if self.share.group_size else None,
             layer.w2_puzzle_grid if self.share.group_size else None,
         )
-
-
-def _within(values: Tensor, limit: float) -> bool:
-    """Whether no value is NaN or farther than that from zero."""
-    low, high = values.aminmax()
-    return bool((low >= -limit) & (high <= limit))  # a comparison with NaN is false
 
 
 def _warn_of_halves(local: list[int], pairs: list[int]) -> None:
