@@ -36,6 +36,7 @@ from gpu_groups import Work, environment_of, lacking_room, side_by_side, visible
 from safetensors.torch import save_file
 from serving import MODELS, VLLM, MeasurementError, config_of, driver, measure_server, why_failed
 
+from puzzlemoe_offline.run.output import to_host
 from puzzlemoe_vllm.backends import FP8_VARIABLE
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-moe"
@@ -65,7 +66,7 @@ def write_checkpoint(name: str, folder: Path, layers: int | None) -> int:
         for file, tensors in files_of(config):
             weight_map |= dict.fromkeys(tensors, file)
             written += sum(tensor.nbytes for tensor in tensors.values())
-            waiting.append(pool.submit(save_file, tensors, folder / file, {"format": "pt"}))
+            waiting.append(pool.submit(save_file, to_host(tensors), folder / file, {"format": "pt"}))
             if len(waiting) > WRITERS:
                 waiting.pop(0).result()
         for each in waiting:
@@ -76,7 +77,7 @@ def write_checkpoint(name: str, folder: Path, layers: int | None) -> int:
 
 
 def files_of(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Names and tensors of the files of a model, drawn on the GPU."""
+    """Names and tensors of the files of a model."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     outside = {"model.embed_tokens.weight": drawn(vocabulary, hidden), "model.norm.weight": ones(hidden)}
     yield "outside.safetensors", outside | {"lm_head.weight": drawn(vocabulary, hidden)}
@@ -109,10 +110,8 @@ def layer_tensors(config: dict[str, Any], layer: str) -> dict[str, torch.Tensor]
 
 
 def drawn(rows: int, columns: int) -> torch.Tensor:
-    """bf16 [rows, columns] on the CPU, in pinned memory, which torch keeps for the next ones: fresh memory costs more
-    than the copy."""
-    weights = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(std=columns**-0.5)
-    return torch.empty_like(weights, device="cpu", pin_memory=True).copy_(weights)
+    """bf16 [rows, columns] on the GPU."""
+    return torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(std=columns**-0.5)
 
 
 def ones(size: int) -> torch.Tensor:

@@ -214,9 +214,9 @@ def served() -> str:
         for row in load(f"end-to-end-{file}.json")["serve"]:
             if "failed" in row:
                 continue
-            column, figures = f"{row['concurrency']} at once", f"{row['output_throughput']:,.0f}, "
             if row["answer_tokens"] > 1:
-                figures += f"{row['mean_tpot_ms']:.1f} ms"
+                column = f"{row['concurrency']} at once"
+                figures = f"{row['output_throughput']:,.0f}, {row['mean_tpot_ms']:.1f} ms"
             else:
                 column, figures = "prompts alone", f"{row['request_throughput'] * PROMPT:,.0f}"
             cells.setdefault(f"{model}, {row['weights']}", {})[column] = figures
