@@ -3,13 +3,14 @@ its rivals, on one machine in one run.
 
     python benchmarks/end_to_end.py --model qwen3-30b-a3b --output results.json
     python benchmarks/end_to_end.py --model mixtral-8x7b --only write --only compress --packed /scratch/packed
-    python benchmarks/end_to_end.py --only serve --tensor-parallel 2 --weights packed --weights bf16
+    python benchmarks/end_to_end.py --only serve --tensor-parallel 2 4 --expert-parallel --weights packed --weights fp8
 
 The source lies in memory by default: 61 GB for Qwen3-30B-A3B, 93 GB for Mixtral-8x7B, and the packed model beside it.
 Calibration is 128 windows of 2048 tokens of the tiny example's text, by its tokenizer, over and over: time does not
 depend on what a text says.  Servers take experts at random, uniformly, as benchmarks/serving.py does and says why; the
-int4 rival has no checkpoint, but whatever vLLM's dummy weights are.  As many servers run side by side as the machine
-has GPUs for: each has its own, and shares the CPUs.
+int4 rival has no checkpoint, but whatever vLLM's dummy weights are.  As many servers are measured side by side as the
+machine has GPUs for: each has its own, and shares the CPUs.  With --start-together, servers that are measured one after
+another are started at once, and those that wait hold memory on the GPUs of the one that is measured.
 """
 
 from __future__ import annotations
@@ -25,16 +26,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from gpu_groups import Work, environment_of, lacking_room, side_by_side, visible_gpus
+from gpu_groups import environment_of, lacking_room, visible_gpus
 from safetensors.torch import save_file
-from serving import MODELS, VLLM, MeasurementError, config_of, driver, measure_server, why_failed
+from serving import ANSWER, MODELS, PROMPT, VLLM, Clients, MeasurementError, config_of, driver, why_failed
 
 from puzzlemoe_offline.run.output import to_host
 from puzzlemoe_vllm.backends import FP8_VARIABLE
@@ -48,6 +48,10 @@ WRITERS = 6
 """Threads that write files, and files that wait for one."""
 PREFILL_CLIENTS, PREFILL_PROMPTS = 32, 256
 """Of a measurement of prefill alone, whose answers are one token long."""
+SHARE = 0.05
+"""Of a GPU, what must be free when one of several servers is started on it."""
+START_LIMIT = 600
+"""Seconds that a server may take to answer: one that hangs would hold up those that are started with it."""
 WINDOWS, WINDOW = 128, 2048
 CHARACTERS = 4
 """Of text for each token that is asked for: the tokenizer makes one of 3.8 on average."""
@@ -168,66 +172,139 @@ def gpu_bytes() -> int:
     return sum(map(int, used)) << 20
 
 
-def serve_all(arguments: argparse.Namespace, gpus: list[str]) -> Iterator[list[dict[str, Any]]]:
-    """The rows so far, in the order of the weights, whenever a server has come to its end."""
-    work = [
-        Work(arguments.tensor_parallel, partial(serve, weights, arguments, arguments.port + position))
-        for position, weights in enumerate(arguments.weights)
-    ]
-    rows: list[list[dict[str, Any]]] = [[] for _ in work]
-    for position, measured in side_by_side(work, gpus):
-        rows[position] = measured
-        yield [row for each in rows for row in each]
+class Server(NamedTuple):
+    """What is served, and on which GPUs and port."""
+
+    weights: str
+    gpus: list[str]
+    expert_parallel: bool
+    port: int
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What every row of it says."""
+        return {
+            "weights": self.weights,
+            "tensor_parallel": len(self.gpus),
+            "expert_parallel": self.expert_parallel,
+        }
 
 
-def serve(weights: str, arguments: argparse.Namespace, port: int, gpus: list[str]) -> list[dict[str, Any]]:
-    """What `vllm bench serve` says of one kind of weights, by the number of clients and of prefill; the last row says
-    why there are no more, if they do not fit or a server or a measurement failed."""
-    about = {
-        "weights": weights,
-        "tensor_parallel": arguments.tensor_parallel,
-        "expert_parallel": arguments.expert_parallel,
-    }
+class Started(NamedTuple):
+    """A server that answers, its clients, and what ends them all."""
+
+    server: Server
+    seconds: float
+    clients: Clients
+    ending: ExitStack
+
+    def measured(self, concurrencies: list[int]) -> Iterator[dict[str, Any]]:
+        """A row for each number of clients and one for prefill alone.  Raises MeasurementError."""
+        url = f"http://127.0.0.1:{self.server.port}"
+        for clients in concurrencies:
+            yield {"start_seconds": self.seconds} | self.clients.measure(url, clients, max(8, 4 * clients))
+        # After all that compiles kernels or loads them.
+        yield {"start_seconds": self.seconds} | self.clients.measure(url, PREFILL_CLIENTS, PREFILL_PROMPTS, answer=1)
+
+
+def rounds_of(arguments: argparse.Namespace, gpus: list[str]) -> list[list[Server]]:
+    """The servers, in rounds of those that have GPUs apart from each other."""
+    rounds: list[list[Server]] = []
+    free: list[str] = []
+    ports = iter(range(arguments.port, 1 << 16))
+    for count in arguments.tensor_parallel:
+        for expert_parallel in (False, True) if arguments.expert_parallel and count > 1 else (False,):
+            for weights in arguments.weights:
+                if len(free) < count:
+                    rounds.append([])
+                    free = gpus
+                taken, free = free[:count], free[count:]
+                rounds[-1].append(Server(weights, taken, expert_parallel, next(ports)))
+    return rounds
+
+
+def serve_all(arguments: argparse.Namespace, rounds: list[list[Server]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows so far, in the order of the servers, after every round."""
+    rows: list[dict[str, Any]] = []
+    for group in [rounds] if arguments.start_together else [[each] for each in rounds]:
+        for measured in serve_group(arguments, group):
+            rows = rows + measured
+            yield rows
+
+
+def serve_group(arguments: argparse.Namespace, rounds: list[list[Server]]) -> Iterator[list[dict[str, Any]]]:
+    """Each round's rows; all servers are started before the first is measured, and ended after the last."""
+    servers = [server for each in rounds for server in each]
+    with ThreadPoolExecutor(len(servers)) as pool:
+        starting = {server.port: pool.submit(start, server, arguments) for server in servers}
+        try:
+            wait(starting.values())
+            for each in rounds:
+                measured = pool.map(lambda server: rows_of(server, starting[server.port], arguments.clients), each)
+                yield [row for rows in measured for row in rows]
+        finally:
+            list(pool.map(end, starting.values()))
+
+
+def rows_of(server: Server, starting: Future[Started], concurrencies: list[int]) -> list[dict[str, Any]]:
+    """What a server's clients measure, by their number and of prefill; the last row says why there are no more, if it
+    did not start or a measurement failed."""
     rows: list[dict[str, Any]] = []
 
     def add(row: dict[str, Any]) -> None:
-        rows.append(about | row)
+        rows.append(server.about | row)
         print(json.dumps(rows[-1]) + "\n", end="", flush=True)  # in one piece: others print meanwhile
 
     try:
-        for row in served_rows(weights, arguments, port, gpus):
+        for row in starting.result().measured(concurrencies):
             add(row)
     except MeasurementError as error:
         add({"failed": str(error)})
     return rows
 
 
-def served_rows(weights: str, arguments: argparse.Namespace, port: int, gpus: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for each number of clients and one for prefill alone.  Raises MeasurementError."""
+def end(starting: Future[Started]) -> None:
+    """Ends a server that was started."""
+    wait([starting])
+    if not starting.exception():
+        starting.result().ending.close()
+
+
+def start(server: Server, arguments: argparse.Namespace) -> Started:
+    """Starts a server.  Raises MeasurementError when it does not fit or ends before it answers."""
+    weights, gpus = server.weights, server.gpus
     folder = arguments.packed if weights in ("packed", PREFILL_FP8) else arguments.source
     if weights == "bf16" and (reason := lacking_room(folder, len(gpus))):
         raise MeasurementError(reason)
+    config = json.loads((folder / "config.json").read_text())
     at_most = max(*arguments.clients, PREFILL_CLIENTS)  # CUDA graphs for more would take time and serve nobody
-    options = ["--max-model-len", "2048", "--no-enable-prefix-caching", "--port", str(port)]
+    options = ["--max-model-len", "2048", "--no-enable-prefix-caching", "--port", str(server.port)]
     options += ["--tensor-parallel-size", str(len(gpus)), "--max-num-seqs", str(at_most)]
-    options += ["--enable-expert-parallel"] if arguments.expert_parallel else []
+    options += ["--enable-expert-parallel"] if server.expert_parallel else []
     options += ["--quantization", "fp8"] if weights == "fp8" else []
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+    if arguments.start_together:  # vLLM would give the first all memory, and count that of others as its own
+        cache = kv_cache_bytes(config, at_most * (PROMPT + ANSWER), len(gpus))
+        options += ["--gpu-memory-utilization", str(SHARE), "--kv-cache-memory-bytes", str(cache)]
+    with ExitStack() as ending:
+        scratch = ending.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         if weights == "int4":
             for file in folder.glob("tokenizer*"):
                 shutil.copy(file, scratch)
-            layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-            config = config_of(arguments.model, weights) | {"num_hidden_layers": layers}
-            Path(scratch, "config.json").write_text(json.dumps(config))
+            int4 = config_of(arguments.model, weights) | {"num_hidden_layers": config["num_hidden_layers"]}
+            Path(scratch, "config.json").write_text(json.dumps(int4))
             folder, options = Path(scratch), [*options, "--load-format", "dummy"]
+        clients = ending.enter_context(Clients())
         began = time.perf_counter()
-        with running([*VLLM, "serve", str(folder), *options], port, server_environment(weights, gpus, scratch)):
-            started = time.perf_counter() - began
-            url = f"http://127.0.0.1:{port}"
-            for clients in arguments.clients:
-                yield {"start_seconds": started} | measure_server(url, clients, max(8, 4 * clients))
-            # After all that compiles kernels or loads them.
-            yield {"start_seconds": started} | measure_server(url, PREFILL_CLIENTS, PREFILL_PROMPTS, answer=1)
+        command = [*VLLM, "serve", str(folder), *options]
+        ending.enter_context(running(command, server.port, server_environment(weights, gpus, scratch)))
+        return Started(server, time.perf_counter() - began, clients, ending.pop_all())
+
+
+def kv_cache_bytes(config: dict[str, Any], tokens: int, gpus: int) -> int:
+    """Of so many tokens' keys and values in bf16, on each of the GPUs that share their heads."""
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads = max(1, config["num_key_value_heads"] // gpus)
+    return tokens * config["num_hidden_layers"] * heads * head * 2 * torch.bfloat16.itemsize
 
 
 def server_environment(weights: str, gpus: list[str], scratch: str) -> dict[str, str]:
@@ -244,26 +321,34 @@ def server_environment(weights: str, gpus: list[str], scratch: str) -> dict[str,
 @contextmanager
 def running(command: list[str], port: int, environment: Mapping[str, str]) -> Iterator[None]:
     """A server, from when it answers.  Raises MeasurementError when another is there already, or, with its errors,
-    when it ends before; standard error then gets all that it said."""
+    when it ends before or takes too long; standard error then gets all that it said."""
     health = f"http://127.0.0.1:{port}/health"
     if answers(health):
         raise MeasurementError(f"another server answers at port {port} already: give another --port")
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
         try:
-            while not answers(health):
-                if process.poll() is not None:
-                    said.seek(0)
-                    words = said.read()
-                    print(words, end="", file=sys.stderr, flush=True)
-                    raise MeasurementError(
-                        f"vllm serve ended with status {process.returncode} before it answered: {why_failed(words)}"
-                    )
-                time.sleep(0.5)
+            if failed := failed_start(process, health):
+                said.seek(0)
+                words = said.read()
+                print(words, end="", file=sys.stderr, flush=True)
+                raise MeasurementError(f"vllm serve {failed}: {why_failed(words)}")
             yield
         finally:
             process.terminate()
             process.wait()
+
+
+def failed_start(process: subprocess.Popen[bytes], health: str) -> str | None:
+    """Waits for a server to answer; what it did instead, if it did not."""
+    limit = time.monotonic() + START_LIMIT
+    while not answers(health):
+        if process.poll() is not None:
+            return f"ended with status {process.returncode} before it answered"
+        if time.monotonic() > limit:
+            return f"did not answer within {START_LIMIT} seconds"
+        time.sleep(0.5)
+    return None
 
 
 def answers(url: str) -> bool:
@@ -287,16 +372,19 @@ def main() -> None:
         "--compress-option", action="append", default=[], help="handed on, e.g. --compress-option=--code"
     )
     parser.add_argument("--weights", choices=WEIGHTS, action="append", help="to serve; default all")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of a server")
-    parser.add_argument("--expert-parallel", action="store_true")
+    parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[1], help="GPUs of a server; several in turn")
+    parser.add_argument(
+        "--expert-parallel", action="store_true", help="with several GPUs, also servers that share out whole experts"
+    )
+    parser.add_argument("--start-together", action="store_true", help="all servers, which then share the GPUs' memory")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--port", type=int, default=8000, help="of the first server; the others have the next ones")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     arguments.weights = arguments.weights or WEIGHTS
     parts, gpus = arguments.only or PARTS, visible_gpus()
-    if "serve" in parts and arguments.tensor_parallel > len(gpus):
-        sys.exit(f"--tensor-parallel {arguments.tensor_parallel} needs as many GPUs, and CUDA sees {len(gpus)}")
+    if "serve" in parts and (most := max(arguments.tensor_parallel)) > len(gpus):
+        sys.exit(f"--tensor-parallel {most} needs as many GPUs, and CUDA sees {len(gpus)}")
     result: dict[str, Any] = {
         "model": arguments.model,
         "layers": arguments.layers or MODELS[arguments.model]["num_hidden_layers"],
@@ -321,8 +409,8 @@ def main() -> None:
     if "compress" in parts:
         keep("compress", compress(arguments.source, arguments.packed, arguments.compress_option))
     if "serve" in parts:
-        result["side_by_side"] = min(len(arguments.weights), len(gpus) // arguments.tensor_parallel)
-        for rows in serve_all(arguments, gpus):
+        result["start_together"] = arguments.start_together
+        for rows in serve_all(arguments, rounds_of(arguments, gpus)):
             keep("serve", rows)
         if any("failed" in row for row in rows if row["weights"] == "packed"):
             sys.exit("the packed model was not served")

@@ -20,8 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES
 
@@ -201,24 +203,46 @@ def why_failed(said: str) -> str:
     return " | ".join([*errors][-LAST_ERRORS:] or said.splitlines()[-LAST_LINES:])
 
 
-def measure_server(url: str, concurrency: int, prompts: int, answer: int = ANSWER) -> dict[str, Any]:
-    """Figures of a running server from `vllm bench serve` with random prompts of `PROMPT` tokens; answer: tokens of
-    each answer.
+class Clients:
+    """The clients of a running server, by `vllm bench serve`, in a process of their own.  It imports vLLM once, and as
+    soon as this is made: the server may still be starting then.  A context manager."""
 
-    Raises MeasurementError when it fails, or when some prompts were not answered: it has figures even then.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        command = [*VLLM, "bench", "serve", "--base-url", url, "--dataset-name", "random", "--ignore-eos"]
-        command += ["--random-input-len", str(PROMPT), "--random-output-len", str(answer)]
-        command += ["--num-prompts", str(prompts), "--max-concurrency", str(concurrency)]
-        command += ["--save-result", "--result-dir", folder]
-        if status := subprocess.run(command, check=False).returncode:
-            raise MeasurementError(f"vllm bench serve at {concurrency} clients failed with status {status}")
-        result = json.loads(next(Path(folder).glob("*.json")).read_text())
-    if result["completed"] != prompts:
-        raise MeasurementError(f"{result['completed']} of {prompts} prompts of {concurrency} clients were answered")
-    kept = ("model_id", "request_throughput", "output_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_tpot_ms")
-    return {"url": url, "concurrency": concurrency, "answer_tokens": answer} | {key: result[key] for key in kept}
+    def __init__(self) -> None:
+        self._process = ProcessPoolExecutor(1, get_context("spawn"))
+        self._process.submit(bench_serve)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.shutdown()
+
+    def measure(self, url: str, concurrency: int, prompts: int, answer: int = ANSWER) -> dict[str, Any]:
+        """Figures with random prompts of `PROMPT` tokens; answer: tokens of each answer.
+
+        Raises MeasurementError when there are none, or when some prompts were not answered: it has figures even then.
+        """
+        words = ["--base-url", url, "--dataset-name", "random", "--ignore-eos"]
+        words += ["--random-input-len", str(PROMPT), "--random-output-len", str(answer)]
+        words += ["--num-prompts", str(prompts), "--max-concurrency", str(concurrency)]
+        try:
+            result = self._process.submit(bench_serve, words).result()
+        except Exception as error:
+            raise MeasurementError(f"vllm bench serve at {concurrency} clients failed: {error}") from error
+        if result["completed"] != prompts:
+            raise MeasurementError(f"{result['completed']} of {prompts} prompts of {concurrency} clients were answered")
+        kept = ("model_id", "request_throughput", "output_throughput", "mean_ttft_ms", "mean_tpot_ms", "p99_tpot_ms")
+        return {"url": url, "concurrency": concurrency, "answer_tokens": answer} | {key: result[key] for key in kept}
+
+
+def bench_serve(words: list[str] | None = None) -> dict[str, Any]:
+    """What `vllm bench serve` finds with these options; without any it is only imported."""
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    return main(parser.parse_args(words)) if words else {}
 
 
 def driver() -> str:
@@ -241,7 +265,8 @@ def main() -> None:
     arguments = parser.parse_args()
     batches = arguments.batch or [1, 8, 32, 128]
     if arguments.url:
-        result = json.dumps(measure_server(arguments.url, arguments.concurrency, 4 * arguments.concurrency))
+        with Clients() as clients:
+            result = json.dumps(clients.measure(arguments.url, arguments.concurrency, 4 * arguments.concurrency))
         print(result)
         if arguments.output:
             arguments.output.write_text(result + "\n")
