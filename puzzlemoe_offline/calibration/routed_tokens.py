@@ -10,7 +10,7 @@ from torch import Tensor
 
 from puzzlemoe_offline.model.grouped import Grouping
 
-AT_ONCE = 8192
+AT_ONCE = 16384
 """Tokens of an expert that are handed out at once: bounds the memory for what it makes of them, and keeps a GPU
 busy."""
 
@@ -48,8 +48,9 @@ class RoutedTokens:
             begin = sum(batch.counts[:expert])
             its = slice(begin, begin + batch.counts[expert])
             parts.append((batch.hidden[batch.tokens[its]], batch.weights[its]))
-            count = sum(len(inputs) for inputs, _ in parts)
-            if count and (batch is self.batches[-1] or count >= AT_ONCE):
+            last, count = batch is self.batches[-1], sum(len(inputs) for inputs, _ in parts)
+            if count >= AT_ONCE or (last and count):
                 inputs, weights = (torch.cat(each) for each in zip(*parts, strict=True))
-                yield from zip(inputs.split(AT_ONCE), weights.split(AT_ONCE), strict=True)
-                parts = []
+                now = count if last else count - count % AT_ONCE
+                yield from zip(inputs[:now].split(AT_ONCE), weights[:now].split(AT_ONCE), strict=True)
+                parts = [(inputs[now:], weights[now:])]

@@ -12,10 +12,6 @@ FEW_TOKENS = 32
 paper's rule merges its pair by magnitude alone, and least squares takes all its columns to be equally strong."""
 
 
-SQUARED = 1 << 27
-"""Entries, on average, that are squared at once: bounds the float32 scratch memory."""
-
-
 @dataclass(frozen=True)
 class ProjectionInputs:
     """What one expert's gate, up or down projection saw: X, one row a token.
@@ -46,17 +42,15 @@ def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
 def column_squares(rows: Tensor, counts: list[int]) -> Tensor:
     """Column sums of the squares of rows [m, K] of each expert, float32 [experts, K].
 
-    Many experts are squared at once: an operation takes Python as long for few rows as for many, and the threads of
-    other GPUs wait for that.
+    By norms, which a GPU finds without a float32 copy of the rows.
     """
-    together = max(1, SQUARED * len(counts) // max(1, rows.numel()))
-    sums, begin = [], 0
-    for start in range(0, len(counts), together):
-        some = counts[start : start + together]
-        squares = rows[begin : begin + sum(some)].float().square()
-        sums += [its.sum(dim=0) for its in squares.split(some)]
-        begin += sum(some)
-    return torch.stack(sums)
+    norms = [torch.linalg.vector_norm(its, dim=0, dtype=torch.float32) for its in rows.split(counts)]
+    return torch.stack(norms).square()
+
+
+def weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows [m, K] multiplied by weights [m], in the rows' dtype."""
+    return torch.mul(rows, weights[:, None], out=torch.empty_like(rows))
 
 
 @dataclass
@@ -106,7 +100,7 @@ class ExpertStatistics:
         experts = slice(first, first + len(counts))
         self.tokens[experts] += torch.tensor(counts)
         if self.by_router:
-            inputs, hidden = ((rows * weights[:, None]).to(rows.dtype) for rows in (inputs, hidden))
+            inputs, hidden = weighted(inputs, weights), weighted(hidden, weights)
         self.input_squares[experts] += column_squares(inputs, counts)
         self.hidden_squares[experts] += column_squares(hidden, counts)
         for rows, moments in ((inputs, self.input_moments), (hidden, self.hidden_moments)):

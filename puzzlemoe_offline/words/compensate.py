@@ -37,9 +37,7 @@ def fit_compensated(
     same if None.
     Raises UnencodableWeight for a weight that the code cannot hold.
     """
-    # Columns are the outer dimension from here on, so that each is contiguous.
-    left = torch.stack([weight.float().T for pair in weights for weight in pair])
-    check_finite((left,))
+    left = _by_columns([weight for pair in weights for weight in pair])
     importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
     importance /= torch.stack([pair.mean() for pair in importance.split(2)]).repeat_interleave(2)[:, None]
     if isinstance(code, TrellisCode):
@@ -57,12 +55,22 @@ def fit_neighbours(
 
     factors: [matrices, K, K]; group: words that share a step; rows: float32 [matrices, N].
     """
-    left = torch.stack([matrix.float().T for matrix in matrices])
-    check_finite((left,))
+    left = _by_columns(matrices)
     importance = 1 / factors.diagonal(dim1=1, dim2=2).square()
     importance /= importance.mean(dim=1, keepdim=True)
     coder = NeighbourTiles(code, group, rows[..., None].expand(-1, -1, 2))
     return _code_columns(coder, left, importance, factors).split(len(matrices))
+
+
+def _by_columns(matrices: list[Tensor]) -> Tensor:
+    """Matrices [N, K] as float32 [matrices, K, N]: columns are the outer dimension from here on, so that each is
+    contiguous."""
+    rows, columns = matrices[0].shape
+    left = torch.empty(len(matrices), columns, rows, device=matrices[0].device)
+    for its, matrix in zip(left, matrices, strict=True):
+        its.copy_(matrix.T)
+    check_finite((left,))
+    return left
 
 
 def _code_columns(coder: Coder, left: Tensor, importance: Tensor, factors: Tensor) -> PackedMatrix:

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puzzlemoe_offline.calibration.routed_tokens import RoutedTokens
-from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ProjectionInputs, add_products
+from puzzlemoe_offline.calibration.statistics import FEW_TOKENS, ProjectionInputs, add_products, weighted
 from puzzlemoe_offline.finite import all_finite
 from puzzlemoe_offline.model.expert import Expert
 from puzzlemoe_offline.words.factors import MomentsError
 from puzzlemoe_offline.words.nearest import BALANCE
-from puzzlemoe_offline.words.split_product import product
+from puzzlemoe_offline.words.split_product import times_upper, times_upper_transposed
 
 CORRECTION_DAMPING = 0.3
 """Of the moments of h', in place of `factors.DAMPING`: what an output lacks is noise for the most part, and a few
@@ -55,7 +55,7 @@ class DownInputs:
         for inputs, weights in tokens.of(number):
             found = packed.hidden(inputs)
             output = F.linear(exact.hidden(inputs) - found, exact.down.to(inputs.dtype))
-            output, found = ((rows * weights[:, None]).to(rows.dtype) for rows in (output, found))
+            output, found = weighted(output, weights), weighted(found, weights)
             _add_upper_moments(moments, found)
             add_products(lacking, output, found)
         _mirror(moments)
@@ -67,8 +67,8 @@ class DownInputs:
 
         Raises MomentsError for outputs that are too large.
         """
-        whitened = product((self.lacking / self.seen.tokens**BALANCE)[None], factor.T[None])
-        found = product(whitened, factor[None])[0]
+        whitened = times_upper_transposed((self.lacking / self.seen.tokens**BALANCE)[None], factor[None])
+        found = times_upper(whitened, factor[None])[0]
         if not all_finite(found):
             raise MomentsError(
                 "on the calibration text the outputs of this projection leave float32: copy or download the source "

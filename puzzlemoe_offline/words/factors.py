@@ -7,7 +7,7 @@ from torch import Tensor
 
 from puzzlemoe_offline.calibration.statistics import ProjectionInputs
 from puzzlemoe_offline.words.nearest import BALANCE
-from puzzlemoe_offline.words.split_product import product
+from puzzlemoe_offline.words.split_product import times_upper, upper_times
 from puzzlemoe_vllm.errors import UserError
 
 DAMPING = 0.1
@@ -61,5 +61,5 @@ def _inverse(upper: Tensor) -> Tensor:
     inverse = torch.zeros_like(upper)
     inverse[:, :half, :half] = first = _inverse(upper[:, :half, :half])
     inverse[:, half:, half:] = last = _inverse(upper[:, half:, half:])
-    torch.neg(product(first, product(upper[:, :half, half:], last)), out=inverse[:, :half, half:])
+    torch.neg(upper_times(first, times_upper(upper[:, :half, half:], last)), out=inverse[:, :half, half:])
     return inverse

@@ -26,6 +26,7 @@ def test_every_expert_gets_its_tokens_and_weights(monkeypatch):
         ]
         found = list(tokens.of(expert))
         assert all(0 < len(inputs) == len(weights) <= 4 for inputs, weights in found)
+        assert all(len(inputs) == 4 for inputs, _ in found[:-1])
         rows = [torch.cat([inputs, weights[:, None]], dim=1) for inputs, weights in found]
         assert sum(map(len, rows)) == len(expected) and (expert < 5) == bool(expected)
         if expected:
