@@ -156,13 +156,13 @@ def compression() -> str:
 
 
 WHOLE_COMMANDS = (
-    ("Mixtral-8x7B", "H100", "mixtral-8x7b-h100"),
-    ("Mixtral-8x7B", "2 x H100", "mixtral-8x7b-2-h100"),
     ("Mixtral-8x7B", "H200", "mixtral-8x7b-h200"),
     ("Mixtral-8x7B", "2 x H200", "mixtral-8x7b-2-h200"),
-    ("Mixtral-8x7B's first four layers, `--bits 3`", "H200", "mixtral-8x7b-4-layers-trellis6-h200"),
-    ("Qwen3-30B-A3B", "H100", "qwen3-30b-a3b-h100"),
     ("Qwen3-30B-A3B", "H200", "qwen3-30b-a3b-default-h200"),
+    ("Mixtral-8x7B, earlier", "H100", "mixtral-8x7b-h100"),
+    ("Mixtral-8x7B, earlier", "2 x H100", "mixtral-8x7b-2-h100"),
+    ("Mixtral-8x7B's first four layers, `--bits 3`, earlier", "H200", "mixtral-8x7b-4-layers-trellis6-h200"),
+    ("Qwen3-30B-A3B, earlier", "H100", "qwen3-30b-a3b-h100"),
     ("Qwen3-30B-A3B, before down projections were corrected", "H200", "qwen3-30b-a3b-h200"),
     ("Qwen3-30B-A3B, before down projections were corrected", "2 x H200", "qwen3-30b-a3b-2-h200"),
 )
@@ -200,7 +200,9 @@ def over_http() -> str:
 
 SERVED = (
     ("Qwen3-30B-A3B", "qwen3-30b-a3b-served-h200"),
-    ("Qwen3-30B-A3B", "qwen3-30b-a3b-served-fp8-h200"),
+    ("Qwen3-30B-A3B", "qwen3-30b-a3b-served-rivals-h200"),
+    ("Qwen3-30B-A3B", "qwen3-30b-a3b-served-2-h200"),
+    ("Mixtral-8x7B", "mixtral-8x7b-served-2-h200"),
     ("Mixtral-8x7B", "mixtral-8x7b-served-h200"),
 )
 """Models and results of end_to_end.py."""
@@ -209,8 +211,9 @@ SERVED = (
 def served() -> str:
     """Output tokens a second of a server, and milliseconds between those of an answer; tokens a second of prompts with
     answers of one token.  Rows of what failed are left out."""
-    cells: dict[str, dict[str, str]] = {}
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
     for model, file in SERVED:
+        link = f"[{model}](../benchmarks/results/end-to-end-{file}.json)"
         for row in load(f"end-to-end-{file}.json")["serve"]:
             if "failed" in row:
                 continue
@@ -219,10 +222,12 @@ def served() -> str:
                 figures = f"{row['output_throughput']:,.0f}, {row['mean_tpot_ms']:.1f} ms"
             else:
                 column, figures = "prompts alone", f"{row['request_throughput'] * PROMPT:,.0f}"
-            cells.setdefault(f"{model}, {row['weights']}", {})[column] = figures
-    columns = list(dict.fromkeys(column for own in cells.values() for column in own))
-    lines = [[name, *(own.get(column, "") for column in columns)] for name, own in cells.items()]
-    return table(["model, weights", *columns], lines)
+            gpus = row["tensor_parallel"]
+            layout = _layout(f"{'ep' if row['expert_parallel'] else 'tp'}{gpus}") if gpus > 1 else "1 GPU"
+            cells.setdefault((link, layout, row["weights"]), {})[column] = figures
+    columns = [*(f"{count} at once" for count in (1, 32, 128)), "prompts alone"]
+    lines = [[*name, *(own.get(column, "") for column in columns)] for name, own in cells.items()]
+    return table(["run", "layout", "weights", *columns], lines)
 
 
 def parallel() -> str:
