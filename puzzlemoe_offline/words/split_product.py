@@ -13,7 +13,7 @@ from torch import Tensor
 
 SMALL = 1 << 31
 """Multiplications up to which a product stays in float32: that is a tenth of a millisecond on an H100, and splitting
-factors has eight kernels to launch."""
+factors has six kernels to launch."""
 
 BLOCK = 2048
 """Rows or columns of a triangular factor that are multiplied together, with no more of the depth than is not zero for
