@@ -77,14 +77,15 @@ def _multiplied(parts: Tensor, others: Tensor) -> Tensor:
 
 
 def _left_parts(matrices: Tensor, block: int) -> Tensor:
-    """float32 [n, M, K] -> bf16 [n, M, 3 * K], by so many columns: what bf16 holds of them twice, and of the rest."""
+    """float32 [n, M, K] -> bf16 [n, M, 3 * K]: of every `block` columns what bf16 holds, twice, and what it holds of
+    the rest."""
     if matrices.stride(1) == 1:  # so that memory is read as it lies
         return _laid_out(matrices.mT, 1, block, (0, 1), 2).mT
     return _laid_out(matrices, 2, block, (0, 1), 2)
 
 
 def _right_parts(matrices: Tensor, block: int) -> Tensor:
-    """float32 [n, K, N] -> bf16 [n, 3 * K, N], by so many rows: what meets `_left_parts`."""
+    """float32 [n, K, N] -> bf16 [n, 3 * K, N]: of every `block` rows the parts that meet those of `_left_parts`."""
     if matrices.stride(1) == 1:
         return _laid_out(matrices.mT, 2, block, (0, 2), 1).mT
     return _laid_out(matrices, 1, block, (0, 2), 1)
