@@ -34,10 +34,13 @@ from typing import Any, NamedTuple
 import torch
 from gpu_groups import environment_of, lacking_room, visible_gpus
 from safetensors.torch import save_file
-from serving import ANSWER, MODELS, PROMPT, VLLM, Clients, MeasurementError, config_of, driver, why_failed
+from serving import ANSWER, MODELS, PROMPT, Clients, MeasurementError, config_of, driver, why_failed
 
 from puzzlemoe_offline.run.output import to_host
 from puzzlemoe_vllm.backends import FP8_VARIABLE
+
+VLLM = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
+"""This Python's `vllm`, wherever the command may be.  -P: as the command, it imports nothing from where it is run."""
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-moe"
 PARTS = ("write", "compress", "serve")
@@ -96,7 +99,7 @@ def layer_tensors(config: dict[str, Any], layer: str) -> dict[str, torch.Tensor]
         ("block_sparse_moe", ("w1", "w3", "w2")) if mixtral else ("mlp", ("gate_proj", "up_proj", "down_proj"))
     )
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head = config.get("head_dim", hidden // heads)
+    head = head_size(config)
     inner = config.get("moe_intermediate_size", config["intermediate_size"])
     experts = config.get("num_local_experts") or config["num_experts"]
     tensors = {f"{layer}.{block}.gate.weight": drawn(experts, hidden)}
@@ -111,6 +114,11 @@ def layer_tensors(config: dict[str, Any], layer: str) -> dict[str, torch.Tensor]
         for projection, shape in zip(names, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
             tensors[f"{layer}.{block}.experts.{expert}.{projection}.weight"] = drawn(*shape)
     return tensors
+
+
+def head_size(config: dict[str, Any]) -> int:
+    """Columns of one attention head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def drawn(rows: int, columns: int) -> torch.Tensor:
@@ -202,9 +210,9 @@ class Started(NamedTuple):
         """A row for each number of clients and one for prefill alone.  Raises MeasurementError."""
         url = f"http://127.0.0.1:{self.server.port}"
         for clients in concurrencies:
-            yield {"start_seconds": self.seconds} | self.clients.measure(url, clients, max(8, 4 * clients))
+            yield self.clients.measure(url, clients, max(8, 4 * clients))
         # After all that compiles kernels or loads them.
-        yield {"start_seconds": self.seconds} | self.clients.measure(url, PREFILL_CLIENTS, PREFILL_PROMPTS, answer=1)
+        yield self.clients.measure(url, PREFILL_CLIENTS, PREFILL_PROMPTS, answer=1)
 
 
 def rounds_of(arguments: argparse.Namespace, gpus: list[str]) -> list[list[Server]]:
@@ -256,8 +264,9 @@ def rows_of(server: Server, starting: Future[Started], concurrencies: list[int])
         print(json.dumps(rows[-1]) + "\n", end="", flush=True)  # in one piece: others print meanwhile
 
     try:
-        for row in starting.result().measured(concurrencies):
-            add(row)
+        started = starting.result()
+        for row in started.measured(concurrencies):
+            add({"start_seconds": started.seconds} | row)
     except MeasurementError as error:
         add({"failed": str(error)})
     return rows
@@ -302,9 +311,8 @@ def start(server: Server, arguments: argparse.Namespace) -> Started:
 
 def kv_cache_bytes(config: dict[str, Any], tokens: int, gpus: int) -> int:
     """Of so many tokens' keys and values in bf16, on each of the GPUs that share their heads."""
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     heads = max(1, config["num_key_value_heads"] // gpus)
-    return tokens * config["num_hidden_layers"] * heads * head * 2 * torch.bfloat16.itemsize
+    return tokens * config["num_hidden_layers"] * heads * head_size(config) * 2 * torch.bfloat16.itemsize
 
 
 def server_environment(weights: str, gpus: list[str], scratch: str) -> dict[str, str]:

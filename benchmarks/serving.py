@@ -27,9 +27,6 @@ from typing import Any, Self
 
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES
 
-VLLM = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
-"""This Python's `vllm`, wherever the command may be.  -P: as the command, it imports nothing from where it is run."""
-
 PROMPT, ANSWER = 1024, 128
 DECODE = (4, 36)
 """Output lengths whose difference in time gives a decode step."""

@@ -222,8 +222,7 @@ def served() -> str:
                 figures = f"{row['output_throughput']:,.0f}, {row['mean_tpot_ms']:.1f} ms"
             else:
                 column, figures = "prompts alone", f"{row['request_throughput'] * PROMPT:,.0f}"
-            gpus = row["tensor_parallel"]
-            layout = _layout(f"{'ep' if row['expert_parallel'] else 'tp'}{gpus}") if gpus > 1 else "1 GPU"
+            layout = _layout(row["tensor_parallel"], row["expert_parallel"])
             cells.setdefault((link, layout, row["weights"]), {})[column] = figures
     columns = [*(f"{count} at once" for count in (1, 32, 128)), "prompts alone"]
     lines = [[*name, *(own.get(column, "") for column in columns)] for name, own in cells.items()]
@@ -239,16 +238,16 @@ def parallel() -> str:
         label = f"[{result['model']}, {result['layers']} layers, `{result['code']}`](../benchmarks/results/{file.name})"
         for layout in dict.fromkeys(layout for layout, _ in found):
             cells = [cell for weights in ("packed", "unpacked") for cell in _apart(found.get((layout, weights)))]
-            rows.append([label, _layout(layout), *cells])
+            rows.append([label, _layout(int(layout[2:]), layout.startswith("ep")), *cells])
     columns = [
         f"{weights}, {what}" for weights in ("packed", "unpacked") for what in ("mean", "largest", "tokens alike")
     ]
     return table(["model", "layout", *columns], rows)
 
 
-def _layout(name: str) -> str:
-    """A layout of benchmarks/parallel.py in words."""
-    return f"{'expert' if name.startswith('ep') else 'tensor'} parallel, {name[2:]} GPUs"
+def _layout(gpus: int, expert_parallel: bool) -> str:
+    """How a model is spread over GPUs, in words."""
+    return f"{'expert' if expert_parallel else 'tensor'} parallel, {gpus} GPUs" if gpus > 1 else "1 GPU"
 
 
 def _apart(row: Any) -> list[str]:

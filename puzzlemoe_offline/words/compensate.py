@@ -64,7 +64,7 @@ def fit_neighbours(
 
 def _by_columns(matrices: list[Tensor]) -> Tensor:
     """Matrices [N, K] as float32 [matrices, K, N]: columns are the outer dimension from here on, so that each is
-    contiguous."""
+    contiguous.  Raises UnencodableWeight for one that is not finite."""
     rows, columns = matrices[0].shape
     left = torch.empty(len(matrices), columns, rows, device=matrices[0].device)
     for its, matrix in zip(left, matrices, strict=True):
