@@ -52,14 +52,17 @@ struct Scratch {
 
 struct Workspace {
   Routing routing;
+  bool few;  // no kernel writes the plan
   __nv_bfloat16 *hidden, *slots;
   float4* partials;
+  uint64_t* arrivals;
   Fp8Plan fp8;
   int64_t bytes;
 
   Workspace(const pm_layer& layer, const Kernel& kernel) {
-    routing = {layer.topk_ids, layer.expert_map, layer.tokens * layer.topk, layer.topk, layer.pairs, layer.dense,
-               nullptr, nullptr, nullptr, nullptr, nullptr};
+    routing = {{layer.topk_ids, layer.expert_map, layer.tokens * layer.topk, layer.topk, layer.pairs, layer.dense},
+               nullptr, nullptr, nullptr, nullptr};
+    few = kernel.planned_slots > 0 && routing.slots <= kernel.planned_slots;
     Scratch scratch{static_cast<uint8_t*>(layer.scratch)};
     routing.counts = scratch.take<int>(routing.experts());
     routing.sorted_slots = scratch.take<int>(routing.slots);
@@ -67,7 +70,7 @@ struct Workspace {
     routing.group_counts = scratch.take<int>(2);
     hidden = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.intermediate);
     slots = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.hidden);
-    routing.arrivals = scratch.take<int>(kMaxArrivals);
+    arrivals = scratch.take<uint64_t>(kMaxArrivals);
     // Where rows are in no fixed order, a token's sums must not depend on where its item is cut.
     const bool cuts = kernel.partial_floats > 0 && routing.in_fixed_order();
     partials = cuts ? scratch.take<float4>(kernel.partial_floats / 4) : nullptr;
@@ -92,16 +95,15 @@ GroupedGemm product(const pm_layer& layer, const Workspace& work, bool gate_up) 
           static_cast<const uint8_t*>(gate_up ? layer.w13_dense : layer.w2_dense),
           gate_up ? static_cast<const __nv_bfloat16*>(layer.x) : work.hidden,
           gate_up ? work.hidden : work.slots,
-          work.routing.sorted_slots, work.routing.groups, nullptr, work.routing.group_counts + 1,
-          work.partials, work.routing.arrivals, layer.topk, layer.pairs,
+          {work.routing.group_counts, work.routing.groups, work.routing.sorted_slots}, work.partials, work.arrivals,
+          work.routing,
           gate_up ? 2 * layer.intermediate : layer.hidden,
-          gate_up ? layer.hidden : layer.intermediate, group_shift};
+          gate_up ? layer.hidden : layer.intermediate, group_shift, false, false, work.few};
 }
 
 // Gate and up, or down, of the dense experts' groups alone.
-cudaError_t multiply_dense(const Kernel& kernel, GroupedGemm gemm, const Workspace& work, bool gate_up,
-                           cudaStream_t stream) {
-  gemm.first_group = work.routing.group_counts;
+cudaError_t multiply_dense(const Kernel& kernel, GroupedGemm gemm, bool gate_up, cudaStream_t stream) {
+  gemm.skips_pairs = true;
   return kernel.launch(PM_CODE_MASK16, gate_up, gemm, stream);
 }
 
@@ -111,25 +113,26 @@ cudaError_t multiply(const pm_layer& layer, const Kernel& kernel, const Workspac
                      cudaStream_t stream) {
   GroupedGemm gemm = product(layer, work, gate_up);
   if (layer.code == PM_CODE_MASK16 || layer.dense == 0) return kernel.launch(layer.code, gate_up, gemm, stream);
-  gemm.end_group = work.routing.group_counts;
+  gemm.skips_dense = true;
   cudaError_t error = layer.pairs ? kernel.launch(layer.code, gate_up, gemm, stream) : cudaSuccess;
-  gemm.end_group = work.routing.group_counts + 1;
-  return error ? error : multiply_dense(kernel.dense ? *kernel.dense : kernel, gemm, work, gate_up, stream);
+  gemm.skips_dense = false;
+  return error ? error : multiply_dense(kernel.dense ? *kernel.dense : kernel, gemm, gate_up, stream);
 }
 
 // The same where merged experts multiply in e4m3, with the pass that quantises their tokens.
 cudaError_t multiply_fp8(const pm_layer& layer, const Kernel& kernel, const Workspace& work, bool gate_up,
                          cudaStream_t stream) {
   const GroupedGemm all = product(layer, work, gate_up);
-  cudaError_t error = layer.dense ? multiply_dense(*kernel.dense, all, work, gate_up, stream) : cudaSuccess;
+  cudaError_t error = layer.dense ? multiply_dense(*kernel.dense, all, gate_up, stream) : cudaSuccess;
   if (error || layer.pairs == 0) return error;
   error = quantise(all.activations, all.depth, !gate_up, work.routing, work.fp8, stream);
   if (error) return error;
   Fp8Gemm gemm{all, work.fp8.rows, work.fp8.scales, work.fp8.slots, work.fp8.padded(), {}, layer.fp8_unit};
   memcpy(&gemm.sums.levels, layer.fp8_levels, 8);
   memcpy(&gemm.sums.directions, layer.fp8_directions, 16);
-  gemm.groups = work.fp8.tiles;
-  gemm.end_group = work.fp8.tile_count;
+  gemm.plan.groups = work.fp8.tiles;
+  gemm.plan.group_counts = work.fp8.tile_count;
+  gemm.skips_dense = true;
   return kernel.launch_fp8(layer.code, gate_up, gemm, stream);
 }
 
@@ -189,7 +192,7 @@ int pm_fused_experts(const pm_layer* layer, void* stream_handle) {
 
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const Workspace work(*layer, *kernel);
-  cudaError_t error = route(work.routing, kernel->part_tokens, stream);
+  cudaError_t error = work.few ? cudaSuccess : route(work.routing, kernel->part_tokens, stream);
   if (!error) error = multiply_both(*layer, *kernel, work, stream);
   if (!error)
     error = combine(work.slots, layer->topk_weights, work.routing, static_cast<__nv_bfloat16*>(layer->out),

@@ -19,6 +19,7 @@ struct Kernel {
   const char* name;    // arch_instruction and the tokens of a part
   int part_tokens;
   int partial_floats;  // of the sums of pieces of items, 0: cuts none
+  int planned_slots;   // up to so many its launches make the plan themselves
   int min_capability;  // 10 * major + minor
   int max_capability;
   uint32_t codes;      // that it is built for

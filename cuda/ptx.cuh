@@ -7,6 +7,12 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// What may be read through a pointer at an address in shared memory.
+template <class Value>
+__device__ inline const Value* shared_pointer(uint32_t address) {
+  return static_cast<const Value*>(__cvta_shared_to_generic(address));
+}
+
 // The same value, which the compiler then keeps in a register: else it computes it anew from the thread's number where
 // registers are few, which takes longer.
 __device__ inline uint32_t kept(uint32_t value) { return __shfl_sync(~0u, value, threadIdx.x % 32); }
@@ -127,15 +133,15 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
 
 // Publishes what this thread and those it synchronised with have written, to whoever reads the value by load_acquire.
 // Without a branch, which would make what follows divergent.
-__device__ inline void store_release_if(bool condition, int* address, int value) {
+__device__ inline void store_release_if(bool condition, uint64_t* address, uint64_t value) {
   asm volatile(
       "{\n.reg .pred stores;\nsetp.ne.s32 stores, %2, 0;\n"
-      "@stores st.release.gpu.global.s32 [%0], %1;\n}" ::"l"(address), "r"(value), "r"(int(condition))
+      "@stores st.release.gpu.global.u64 [%0], %1;\n}" ::"l"(address), "l"(value), "r"(int(condition))
       : "memory");
 }
-__device__ inline int load_acquire(const int* address) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+__device__ inline uint64_t load_acquire(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
   return value;
 }
 

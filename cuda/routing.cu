@@ -8,43 +8,22 @@ namespace {
 constexpr int kPlanThreads = kMaxExperts;  // one per expert
 constexpr int kChunk = 2048;               // slots that one block of the large sort counts and scatters
 
-// Local expert of a slot, or -1.
-__device__ int local_expert(const Routing& routing, int slot) {
-  int id = routing.topk_ids[slot];
-  if (id >= 0 && routing.expert_map) id = routing.expert_map[id];
-  return id < routing.experts() ? id : -1;
-}
-
-// One thread per expert, each with its expert's count: returns the expert's first row in expert order, writes the
-// groups and zeroes the arrivals.
+// One thread per expert, each with its expert's count: returns the expert's first row in expert order, and writes the
+// groups.
 __device__ int plan(const Routing& routing, int part_tokens, int count) {
   const int expert = threadIdx.x;
   const bool paired = expert < 2 * routing.pairs, leads = !paired || expert % 2 == 0;
   const int partner = __shfl_down_sync(~0u, count, 1);
-  const int counts[2] = {count, paired ? partner : 0};
-  const int leader_parts = (counts[0] + part_tokens - 1) / part_tokens;
-  const int parts = leader_parts + (counts[1] + part_tokens - 1) / part_tokens;
-  const int groups = leads ? (parts + 1) / 2 : 0;
+  UnitRows rows{paired ? expert / 2 : expert - routing.pairs, 0, count, paired ? partner : 0, part_tokens};
+  const int groups = leads ? rows.groups() : 0;
   int2 total;
   const int2 before = sum_before(make_int2(count, groups), total);
   if (expert == 0) routing.group_counts[1] = total.y;
   if (expert == min(2 * routing.pairs, kPlanThreads - 1))
     routing.group_counts[0] = 2 * routing.pairs < kPlanThreads ? before.y : total.y;
 
-  TokenGroup group{paired ? expert / 2 : expert - routing.pairs, before.y, groups, 0, {0, 0}, {0, 0}};
-  for (int g = 0; g < groups; ++g) {
-    group.positions = 0;
-    for (int h = 0; h < 2; ++h) {
-      const int part = 2 * g + h, position = part >= leader_parts && counts[1] > 0;
-      const int first = (part - (position ? leader_parts : 0)) * part_tokens;
-      group.positions |= position << h;
-      group.start[h] = before.x + (position ? counts[0] : 0) + first;
-      group.count[h] = max(0, min(part_tokens, counts[position] - first));
-    }
-    routing.groups[before.y + g] = group;
-  }
-  for (int i = expert; i < kMaxArrivals / 4; i += kPlanThreads)
-    reinterpret_cast<int4*>(routing.arrivals)[i] = make_int4(0, 0, 0, 0);
+  rows.first = before.x;
+  for (int g = 0; g < groups; ++g) routing.groups[before.y + g] = rows.group(before.y, g);
   return before.x;
 }
 
@@ -62,7 +41,7 @@ __global__ __launch_bounds__(kPlanThreads) void route_one_block(Routing routing,
 #pragma unroll
   for (int i = 0; i < kOneBlockSlots / kPlanThreads; ++i) {
     const int slot = threadIdx.x + i * kPlanThreads;
-    experts[i] = slot < routing.slots ? local_expert(routing, slot) : -1;
+    experts[i] = slot < routing.slots ? routing.local_expert(slot) : -1;
   }
 #pragma unroll
   for (int i = 0; i < kOneBlockSlots / kPlanThreads; ++i) {
@@ -95,7 +74,7 @@ __global__ void count_slots(Routing routing) {
   __syncthreads();
   int end = min(routing.slots, int(blockIdx.x + 1) * kChunk);
   for (int slot = blockIdx.x * kChunk + threadIdx.x; slot < end; slot += blockDim.x) {
-    int expert = local_expert(routing, slot);
+    int expert = routing.local_expert(slot);
     if (expert >= 0) atomicAdd(&counts[expert], 1);
   }
   __syncthreads();
@@ -120,7 +99,7 @@ __global__ void scatter_slots(Routing routing) {
   __syncthreads();
   const int begin = blockIdx.x * kChunk, end = min(routing.slots, begin + kChunk);
   for (int slot = begin + threadIdx.x; slot < end; slot += blockDim.x) {
-    int expert = local_expert(routing, slot);
+    int expert = routing.local_expert(slot);
     if (expert >= 0) atomicAdd(&cursors[expert], 1);
   }
   __syncthreads();
@@ -128,33 +107,47 @@ __global__ void scatter_slots(Routing routing) {
     if (cursors[e]) cursors[e] = atomicAdd(&routing.counts[e], cursors[e]);
   __syncthreads();
   for (int slot = begin + threadIdx.x; slot < end; slot += blockDim.x) {
-    int expert = local_expert(routing, slot);
+    int expert = routing.local_expert(slot);
     if (expert >= 0) routing.sorted_slots[atomicAdd(&cursors[expert], 1)] = slot;
   }
 }
 
-__global__ void combine_slots(const __nv_bfloat16* slots, const float* topk_weights, Routing routing,
+// Blocks of few registers, which find room beside those of the down projection: the launch after this one begins when
+// all of these have begun.
+constexpr int kCombineThreads = 64;
+
+__global__ __launch_bounds__(kCombineThreads, 16) void combine_slots(const __nv_bfloat16* slots, const float* topk_weights, Routing routing,
                               __nv_bfloat16* out, int64_t vectors, int row_vectors) {
+  constexpr int kAtOnce = 8;  // experts whose rows are read together
   let_next_kernel_start();
   const int64_t index = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (index >= vectors) return;
   const int token = index / row_vectors, column = index - int64_t(token) * row_vectors;
   const int first = token * routing.topk;
   uint32_t local = 0;  // bit k: that expert is on this device; the routing is an input, no need to wait for it
-  for (int k = 0; k < routing.topk; ++k) local |= uint32_t(local_expert(routing, first + k) >= 0) << k;
+#pragma unroll 8
+  for (int k = 0; k < routing.topk; ++k) local |= uint32_t(routing.local_expert(first + k) >= 0) << k;
   wait_for_previous_kernel();
   const uint4* rows = reinterpret_cast<const uint4*>(slots) + int64_t(first) * row_vectors + column;
   float sum[8] = {};
-#pragma unroll 4
-  for (int k = 0; k < routing.topk; ++k) {
-    if (!(local >> k & 1)) continue;
-    const float weight = topk_weights[first + k];
-    const uint4 packed = rows[int64_t(k) * row_vectors];
-    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+  for (int from = 0; from < routing.topk; from += kAtOnce) {
+    uint4 packed[kAtOnce];
+    float weights[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum[2 * i] += weight * __uint_as_float(words[i] << 16);
-      sum[2 * i + 1] += weight * __uint_as_float(words[i] & 0xFFFF0000u);
+    for (int k = 0; k < kAtOnce; ++k) {
+      const bool here = local >> (from + k) & 1;
+      packed[k] = here ? rows[int64_t(from + k) * row_vectors] : make_uint4(0, 0, 0, 0);
+      weights[k] = here ? topk_weights[first + from + k] : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (!(local >> (from + k) & 1)) continue;
+      const uint32_t words[4] = {packed[k].x, packed[k].y, packed[k].z, packed[k].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum[2 * i] += weights[k] * __uint_as_float(words[i] << 16);
+        sum[2 * i + 1] += weights[k] * __uint_as_float(words[i] & 0xFFFF0000u);
+      }
     }
   }
   reinterpret_cast<uint4*>(out)[index] = make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),
@@ -178,6 +171,7 @@ cudaError_t route(const Routing& routing, int part_tokens, cudaStream_t stream) 
 cudaError_t combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, __nv_bfloat16* out,
              int tokens, int hidden, cudaStream_t stream) {
   const int64_t vectors = int64_t(tokens) * hidden / 8;
-  return launch_early(combine_slots, (vectors + 127) / 128, 128, 0, stream, slots, topk_weights, routing, out, vectors,
+  const int blocks = (vectors + kCombineThreads - 1) / kCombineThreads;
+  return launch_early(combine_slots, blocks, kCombineThreads, 0, stream, slots, topk_weights, routing, out, vectors,
                       hidden / 8);
 }

@@ -5,23 +5,15 @@
 constexpr int kMaxExperts = 512;
 constexpr int kOneBlockSlots = 4096;  // one block sorts this many faster than three launches do
 
-struct Routing {
-  const int32_t* topk_ids;
-  const int32_t* expert_map;
-  int slots;    // tokens * topk
-  int topk;
-  int pairs, dense;
+struct Routing : Choices {
   // Written by route():
   int* counts;        // [2 pairs + dense], also the cursors of the scatter
   int* sorted_slots;  // [slots]
   TokenGroup* groups;
   int* group_counts;  // [2], of pairs and of all
-  int* arrivals;      // [kMaxArrivals], zeroed
 
   // Whether an expert's rows are in the same order for the same input: where one block sorts them.
   bool in_fixed_order() const { return slots <= kOneBlockSlots; }
-  __host__ __device__ int experts() const { return 2 * pairs + dense; }
-  __host__ __device__ int units() const { return pairs + dense; }
   // Upper bound on groups with parts of `part_tokens`: every unit has at most two parts that are not full.
   int64_t max_groups(int part_tokens) const { return units() * int64_t(2) + slots / (2 * part_tokens) + 1; }
 };

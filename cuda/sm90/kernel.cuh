@@ -19,5 +19,6 @@ constexpr int partial_floats() {
 template <class Tile, uint32_t kCodes = kAllCodes>
 constexpr Kernel sm90_kernel(const char* name) {
   static_assert(kCodes & codes(PM_CODE_MASK16), "its decoder is the one that reads dense experts");
-  return {name, Tile::kPartTokens, partial_floats<Tile>(), 90, 90, kCodes, Launcher<Sm90Product, Tile, kCodes>::launch};
+  return {name, Tile::kPartTokens, partial_floats<Tile>(), Tile::kPlans ? kFewSlots : 0, 90, 90, kCodes,
+          Launcher<Sm90Product, Tile, kCodes>::launch};
 }

@@ -100,7 +100,7 @@ struct Sm90Gemm {
         multiply_piece(items, piece, work, slot, sums);
         starts = piece.first_stage == 0 && piece.end_stage < launch.stages;
         if (piece.first_stage > 0) ItemSums<Tile>::leave(items, work.group, sums);
-        else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
+        else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items, work, sums);
         if (!starts) piece = next_piece, work = next;
       }
     } else {
@@ -109,13 +109,13 @@ struct Sm90Gemm {
         multiply_piece(items, piece, work, slot, sums);
         starts = Tile::kCuts && piece.first_stage == 0 && piece.end_stage < launch.stages;
         if (Tile::kCuts && piece.first_stage > 0) ItemSums<Tile>::leave(items, work.group, sums);
-        else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
+        else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items, work, sums);
       }
       if (starts) work = items.work(piece);
     }
     if (!starts) return;
     ItemSums<Tile>::add_left(items, work.group, launch.last_dealer(piece), sums);
-    Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
+    Epilogue<Code, Tile, kGateUp>::store(items, work, sums);
   }
 
   // Of items that are never cut.  Each is read while the one before it is multiplied: its reads depend on one another.
@@ -129,7 +129,7 @@ struct Sm90Gemm {
       more = walk.next(items, next_piece);
       if (more) next = items.work(next_piece);
       multiply_piece(items, piece, work, slot, sums);
-      Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
+      Epilogue<Code, Tile, kGateUp>::store(items, work, sums);
       piece = next_piece, work = next;
     }
   }
@@ -146,8 +146,10 @@ struct Sm90Gemm {
     const bool copies = uniform(threadIdx.x / 128) == Tile::kConsumers;
     if (copies) {
       if (threadIdx.x % 128 == 0) Stage::init_barriers();
-      // The groups come from a kernel that had ended before gate and up let the down projection start.
+      // The groups, and the choices, come from kernels that had ended before gate and up let the down projection start.
       if constexpr (kGateUp) wait_for_previous_kernel();
+      if constexpr (Tile::kPlans)
+        if (gemm.few) FewSlots::make<Tile::kPartTokens, kCopiersReady>(gemm.choices);
       barrier_of<128>(kCopiersReady);
       come_to_barrier_of<Tile::kThreads>(kReady);
       let_next_kernel_start();

@@ -2,6 +2,7 @@
 // bring their words and tokens.
 #pragma once
 #include "../grouped.cuh"
+#include "few_slots.cuh"
 #include "ptx_sm90.cuh"
 #include "schedule.cuh"
 #include "tiles.cuh"
@@ -16,15 +17,22 @@ struct Items {
   __device__ explicit Items(const GroupedGemm& gemm)
       : gemm(gemm),
         row_tiles((gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips),
-        first_group(gemm.first_group ? uniform(*gemm.first_group) : 0) {}
+        first_group(gemm.skips_pairs ? uniform(plan().group_counts[0]) : 0) {}
 
-  __device__ int items() const { return (uniform(*gemm.end_group) - first_group) * row_tiles; }
+  __device__ Plan plan() const {
+    if constexpr (Tile::kPlans)
+      if (gemm.few) return FewSlots::plan();
+    return gemm.plan;
+  }
+  __device__ int items() const {
+    return (uniform(plan().group_counts[gemm.skips_dense ? 0 : 1]) - first_group) * row_tiles;
+  }
   __device__ int stages() const { return (gemm.depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles; }
   __device__ int blocks() const { return gridDim.x; }
   __device__ int block() const { return blockIdx.x; }
   __device__ bool has_room() const { return gemm.partials; }
 
-  __device__ WorkItem work(const Piece& piece) const { return WorkItem(gemm, first_group, piece.item, row_tiles); }
+  __device__ WorkItem work(const Piece& piece) const { return WorkItem(plan().groups, first_group, piece.item, row_tiles); }
   // A piece's tiles of the depth.
   __device__ int first_tile(const Piece& piece) const { return piece.first_stage * Tile::kDepthTiles; }
   __device__ int end_tile(const Piece& piece) const {
@@ -38,23 +46,24 @@ using LaunchOf = Launch<Tile, Items<Tile>>;
 
 // Addresses of what a block holds in shared memory: constants, from where the driver's own kilobyte ends.
 struct SharedLayout {
-  static constexpr int kStart = 1024, kBarrierBytes = 16, kAlignedTable = 128 * 1024;
+  static constexpr int kStart = FewSlots::kStart, kBarrierBytes = 16, kAlignedTable = 128 * 1024;
 
   int slots = 0;  // stages that are held at once
-  int steps = 0;  // of the stages, which are at kStart
+  int stages = 0, steps = 0;
   int staging = 0, barriers = 0, table = 0, end = 0;
 
-  // Bytes of a stage and of its steps, of the results on their way out and of the table.  aligns_table: at a multiple
-  // of 64 KiB, with the stages before it and all else behind it.
-  constexpr SharedLayout(int limit, int stage_bytes, int step_bytes, int staging_bytes, int table_bytes,
-                         bool aligns_table) {
+  // Bytes of the plan, which comes first, of a stage and of its steps, of the results on their way out and of the table.
+  // aligns_table: at a multiple of 64 KiB, with the stages before it and all else behind it.
+  constexpr SharedLayout(int limit, int plan_bytes, int stage_bytes, int step_bytes, int staging_bytes,
+                         int table_bytes, bool aligns_table)
+      : stages(kStart + plan_bytes) {
     if (aligns_table) {
       table = kAlignedTable;
-      slots = (table - kStart) / stage_bytes;
+      slots = (table - stages) / stage_bytes;
       steps = table + table_bytes;
     } else {
-      slots = (limit - kStart - staging_bytes - table_bytes) / (stage_bytes + step_bytes + kBarrierBytes);
-      steps = kStart + slots * stage_bytes;
+      slots = (limit - stages - staging_bytes - table_bytes) / (stage_bytes + step_bytes + kBarrierBytes);
+      steps = stages + slots * stage_bytes;
     }
     staging = steps + slots * step_bytes;
     barriers = staging + staging_bytes;
@@ -90,15 +99,19 @@ struct Stages {
   static constexpr int kTableBytes = Code::kTableEntries * Tile::kTableStride;
 
   static constexpr int kSharedEnd = 228 / Tile::kBlocks * 1024;
-  static constexpr SharedLayout kLayout{kSharedEnd,  kStageBytes,
-                                        kStepBytes,  Tile::kConsumers * kStagingBytes,
-                                        kTableBytes, kTableBytes > 0 && Tile::kTableStride == 256};
+  static constexpr SharedLayout kLayout{kSharedEnd,
+                                        Tile::kPlans ? FewSlots::kBytes : 0,
+                                        kStageBytes,
+                                        kStepBytes,
+                                        Tile::kConsumers * kStagingBytes,
+                                        kTableBytes,
+                                        kTableBytes > 0 && Tile::kTableStride == 256};
   static constexpr int kSlots = kLayout.slots, kSharedBytes = kLayout.end - SharedLayout::kStart;
   static constexpr int kSteps = kLayout.steps, kTable = kLayout.table;
   static_assert(kSlots > Tile::kFenceLag + 1 && kLayout.end <= kSharedEnd);
 
   // Addresses of a slot for a stage or of a consumer.
-  __device__ static uint32_t stage(int slot) { return SharedLayout::kStart + slot * kStageBytes; }
+  __device__ static uint32_t stage(int slot) { return kLayout.stages + slot * kStageBytes; }
   __device__ static uint32_t steps(int slot) { return kSteps + slot * kStepBytes; }
   __device__ static uint32_t staging(int group) { return kLayout.staging + group * kStagingBytes; }
   __device__ static uint32_t full(int slot) { return kLayout.barriers + slot * SharedLayout::kBarrierBytes; }
@@ -172,7 +185,7 @@ struct Stages {
       for (int i = 0; i < kTokensPerThread; ++i) {
         const int row = work.group.sorted_row(i * 8 / Tile::kPartTokens, i * 8 % Tile::kPartTokens + first);
         // Read in any case: a branch for each would make each wait for the one before.
-        const uint32_t place = activation_row<kGateUp>(gemm, max(row, 0)) * row_vectors;
+        const uint32_t place = activation_row<kGateUp>(gemm, items.plan(), max(row, 0)) * row_vectors;
         places[i] = row >= 0 ? place : kNone;
       }
       for (int tile = items.first_tile(piece); tile < end; tile += Tile::kDepthTiles, slot.next()) {
@@ -226,7 +239,7 @@ struct Stages {
       const int count0 = uniform(work.group.count[0]), count = count0 + uniform(work.group.count[1]);
       // A lane's token, those of part 1 after those of part 0: where its row begins.
       const int row = lane < count ? work.group.joined_row(lane) : 0;
-      const uint32_t place = (kGateUp ? activation_row<true>(gemm, row) : row) * row_words;
+      const uint32_t place = (kGateUp ? activation_row<true>(gemm, items.plan(), row) : row) * row_words;
       const int end = items.end_tile(piece);
       auto read = [&](int tile, int first, uint32_t (&columns)[kAtOnce]) {
 #pragma unroll

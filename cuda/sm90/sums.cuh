@@ -33,15 +33,15 @@ struct ItemSums {
     const int warp = block_of(items, dealer) * Tile::kStrips + strip * 4 * Tile::kConsumers + threadIdx.x / 32;
     return items.gemm.partials + (warp * (2 * kPartTiles) + tile) * 32 + threadIdx.x % 32;
   }
-  __device__ static int* left_flag(const Items<Tile>& items, int dealer) {
+  __device__ static uint64_t* left_flag(const Items<Tile>& items, int dealer) {
     return items.gemm.arrivals + block_of(items, dealer) * Tile::kConsumers + threadIdx.x / 128;
   }
 
   // Those who set it were started before this block and wait for nobody.  If they never do, the launch fails after some
   // seconds, by a store to nowhere: the compiler takes what follows a trap for divergent.
-  __device__ static void wait_for_flag(const int* flag) {
+  __device__ static void wait_for_flag(const uint64_t* flag) {
     int left = 1 << 26;
-    while (!load_acquire(flag) && --left) __nanosleep(20);
+    while (load_acquire(flag) != kArrived && --left) __nanosleep(20);
     store_release_if(left == 0, nullptr, 0);
   }
 
@@ -61,7 +61,7 @@ struct ItemSums {
           __stcg(left_sums(items, own_dealer(items), s, j), make_float4(sum[0], sum[1], sum[2], sum[3]));
         }
     warpgroup_barrier(1 + threadIdx.x / 128);
-    store_release_if(threadIdx.x % 128 == 0, left_flag(items, own_dealer(items)), 1);
+    store_release_if(threadIdx.x % 128 == 0, left_flag(items, own_dealer(items)), kArrived);
   }
 
   // Adds the sums that the next dealers up to the last have left, in their order.
@@ -69,7 +69,7 @@ struct ItemSums {
     const int first = own_dealer(items) + 1;
     for (int dealer = first + threadIdx.x % 128; dealer <= last_dealer; dealer += 128) {
       wait_for_flag(left_flag(items, dealer));
-      *left_flag(items, dealer) = 0;  // for the next launch
+      *left_flag(items, dealer) = 0;
     }
     warpgroup_barrier(1 + threadIdx.x / 128);
 #pragma unroll(kPartTiles <= 2 ? 4 : 1)  // of few sums, those of several dealers are read at once

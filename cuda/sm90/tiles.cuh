@@ -5,6 +5,7 @@
 //   kPartTokens: tokens of each of the two parts;
 //   kWidthStep: the step of the widths that products come in, up to kPartTokens;
 //   kCuts: items' depth may be cut between blocks;
+//   kPlans: blocks make the plan of few slots themselves;
 //   kFenceLag: 0 if the threads that multiply make tokens visible to wgmma, in every stage.  Else those that gather
 //     them do, so many stages after they began to, which needs stages to spare.
 template <int kConsumers_, int kBlocks_, int kTableStride_, int kGateUpCopyRegisters = 32, int kDownCopyRegisters = 32>
@@ -31,27 +32,27 @@ struct Sm90Tile {
 
 // For trellis words alone.  Two strips a warp, so that what it reads of the tokens serves both.
 struct Imma8 : Sm90Tile<4, 1, 128> {
-  static constexpr bool kIntegers = true, kCuts = true;
+  static constexpr bool kIntegers = true, kCuts = true, kPlans = true;
   static constexpr int kPartTokens = 8, kWidthStep = 8, kFenceLag = 0;
   static constexpr int kStripsPerWarp = 2, kStrips = 4 * kConsumers * kStripsPerWarp;
 };
 struct Wgmma16 : Sm90Tile<4, 1, 256> {
-  static constexpr bool kCuts = true;
+  static constexpr bool kCuts = true, kPlans = true;
   static constexpr int kPartTokens = 16, kWidthStep = 16, kFenceLag = 2;
 };
 struct Wgmma32 : Sm90Tile<4, 1, 256> {
-  static constexpr bool kCuts = true;
+  static constexpr bool kCuts = true, kPlans = true;
   static constexpr int kPartTokens = 32, kWidthStep = 16, kFenceLag = 2;
 };
 struct Wgmma48 : Sm90Tile<4, 1, 256, 48, 40> {
-  static constexpr bool kCuts = true;
+  static constexpr bool kCuts = true, kPlans = false;
   static constexpr int kPartTokens = 48, kWidthStep = 48, kFenceLag = 0;
 };
 struct Wgmma64 : Sm90Tile<2, 1, 128> {
-  static constexpr bool kCuts = false;
+  static constexpr bool kCuts = false, kPlans = true;
   static constexpr int kPartTokens = 64, kWidthStep = 32, kFenceLag = 0;
 };
 struct Wgmma128 : Sm90Tile<2, 1, 128> {
-  static constexpr bool kCuts = false;
+  static constexpr bool kCuts = false, kPlans = false;
   static constexpr int kPartTokens = 128, kWidthStep = 64, kFenceLag = 0;
 };

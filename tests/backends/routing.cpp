@@ -181,16 +181,15 @@ void check(const Sizes& sizes) {
   auto expert_of = [&](int slot) { return ids[slot] < 0 ? -1 : map[ids[slot]]; };
 
   Routing routing{};
-  std::vector<int> counts(local, kPoison), sorted(slots, kPoison), group_counts(2, kPoison), arrivals(kMaxArrivals, 1);
+  std::vector<int> counts(local, kPoison), sorted(slots, kPoison), group_counts(2, kPoison);
   routing.topk_ids = ids.data(), routing.expert_map = sizes.on_a_rank ? map.data() : nullptr;
   routing.slots = slots, routing.topk = sizes.topk, routing.pairs = sizes.pairs, routing.dense = sizes.dense;
   std::vector<TokenGroup> groups(routing.max_groups(sizes.part_tokens) + 1);
   memset(groups.data(), 0x55, groups.size() * sizeof(TokenGroup));
   routing.counts = counts.data(), routing.sorted_slots = sorted.data(), routing.groups = groups.data();
-  routing.group_counts = group_counts.data(), routing.arrivals = arrivals.data();
+  routing.group_counts = group_counts.data();
   route(routing, sizes.part_tokens, nullptr);
 
-  require(std::count(arrivals.begin(), arrivals.end(), 0) == kMaxArrivals, "arrivals are zero");
   require(0 <= group_counts[0] && group_counts[0] <= group_counts[1] &&
               group_counts[1] <= routing.max_groups(sizes.part_tokens),
           "there is room for all groups");

@@ -28,9 +28,7 @@ def on_the_host(kernels: str) -> str:
     header, grouped, launch, sums = ((CUDA / name).read_text() for name in names)
     needed = [
         part(launch, r"^constexpr int kMaxMultiprocessors = .*?;"),
-        part(grouped, r"^constexpr int kMaxWarpgroups = .*?;"),
-        part(grouped, r"^constexpr int kMaxArrivals = .*?;"),
-        part(grouped, r"^struct TokenGroup \{.*?^\};"),
+        *(part(grouped, rf"^struct {name} \{{.*?^\}};") for name in ("Choices", "TokenGroup", "UnitRows")),
     ]
     assert header.count(GROUPED) == 1
     kernels = re.sub(r'#include ".*?"\n', "", sums + kernels)
@@ -55,9 +53,9 @@ def test_every_slot_of_every_size_has_its_row(tmp_path):
 @pytest.mark.parametrize(
     "right, wrong, promise",
     [
-        ("parts + 1) / 2", "parts) / 2", "every slot with an expert here has one row"),
+        ("rows.groups() : 0", "(rows.groups() + 1) / 2 : 0", "every slot with an expert here has one row"),
         ("    __syncwarp();\n    if (experts[i] >= 0 && before", "    if (experts[i] >= 0 && before", "rows are"),
-        ("uint32_t(local_expert(routing, first + k) >= 0) << k", "1u << k", "sum of its experts"),
+        ("uint32_t(routing.local_expert(first + k) >= 0) << k", "1u << k", "sum of its experts"),
     ],
 )
 def test_a_mistake_in_it_would_be_found(right, wrong, promise, tmp_path):

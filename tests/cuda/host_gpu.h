@@ -14,6 +14,7 @@
 #include <vector>
 
 #define __device__
+#define __host__
 #define __global__
 #define __shared__
 #define __grid_constant__
@@ -143,6 +144,10 @@ Value& shared_at(uint32_t place) {
   return reinterpret_cast<Value&>(shared_memory[place]);
 }
 inline uint32_t shared_address(const void*) { return 1024; }
+template <class Value>
+const Value* shared_pointer(uint32_t place) {
+  return &shared_at<Value>(place);
+}
 inline uint4 load_shared_16(uint32_t place) { return shared_at<uint4>(place); }
 inline uint2 load_shared_8(uint32_t place) { return shared_at<uint2>(place); }
 inline uint32_t load_shared_4(uint32_t place) { return shared_at<uint32_t>(place); }
@@ -229,10 +234,10 @@ template <class Value>
 void __stcg(Value* place, Value value) {
   *place = value;
 }
-inline void store_release_if(bool condition, int* place, int value) {
+inline void store_release_if(bool condition, uint64_t* place, uint64_t value) {
   if (condition) *place = value;
 }
-inline int load_acquire(const int* place) { return *place; }
+inline uint64_t load_acquire(const uint64_t* place) { return *place; }
 inline void __nanosleep(unsigned) { fail("a block waits for one that comes after it"); }
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}

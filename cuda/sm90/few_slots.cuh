@@ -1,0 +1,78 @@
+// The plan of a layer with few slots, which every block makes for itself in shared memory: a launch before and reads
+// that depend on one another would take longer than all of it.  It is the plan that route() makes.
+#pragma once
+#include "../grouped.cuh"
+#include "ptx_sm90.cuh"
+
+constexpr int kFewSlots = 128;  // one for each thread of the warpgroup that copies
+
+struct FewSlots {
+  static constexpr int kStart = 1024;  // where the driver's own kilobyte ends
+
+  // Addresses in shared memory.
+  static constexpr uint32_t kExperts = kStart;                        // local, of slots
+  static constexpr uint32_t kUnitGroups = kExperts + 4 * kFewSlots;   // of the unit that begins at a row, else 0
+  static constexpr uint32_t kSortedSlots = kUnitGroups + 4 * kFewSlots;
+  static constexpr uint32_t kGroupCounts = kSortedSlots + 4 * kFewSlots;
+  static constexpr uint32_t kGroups = kGroupCounts + sizeof(TokenGroup);
+  static constexpr int kBytes = 6 * 1024;  // stages follow, at a multiple of 1024
+  static_assert(kGroups + kFewSlots * sizeof(TokenGroup) <= kStart + kBytes);
+
+  __device__ static Plan plan() {
+    return {shared_pointer<int>(kGroupCounts), shared_pointer<TokenGroup>(kGroups), shared_pointer<int>(kSortedSlots)};
+  }
+
+  // By a warpgroup, whose barrier is kBarrier.  It waits for nobody after its last stores.
+  template <int kPartTokens, int kBarrier>
+  __device__ __forceinline__ static void make(const Choices& choices) {
+    const int slot = threadIdx.x % 128;
+    const int expert = slot < choices.slots ? choices.local_expert(slot) : -1;
+    store_shared_4(kExperts + 4 * slot, expert);
+    store_shared_4(kUnitGroups + 4 * slot, 0);
+    warpgroup_barrier(kBarrier);
+
+    const bool paired = expert < 2 * choices.pairs, second = paired && expert % 2 == 1;
+    const int partner = paired ? expert ^ 1 : -2;
+    // Slots: of experts before, of the same one, of those before this, of the partner, of all pairs.
+    int lower = 0, own = 0, earlier = 0, partners = 0, of_pairs = 0;
+#pragma unroll 2
+    for (int first = 0; first < choices.slots; first += 4) {
+      const uint4 four = load_shared_16(kExperts + 4 * first);
+      const uint32_t others[4] = {four.x, four.y, four.z, four.w};  // -1 is larger than any
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        lower += others[i] < uint32_t(expert);
+        own += others[i] == uint32_t(expert);
+        earlier += others[i] == uint32_t(expert) && first + i < slot;
+        partners += others[i] == uint32_t(partner);
+        of_pairs += others[i] < uint32_t(2 * choices.pairs);
+      }
+    }
+    if (expert >= 0) store_shared_4(kSortedSlots + 4 * (lower + earlier), slot);
+    const bool leads = expert >= 0 && earlier == 0 && !(second && partners > 0);
+    const UnitRows rows{paired ? expert / 2 : expert - choices.pairs, lower, second ? 0 : own, second ? own : partners,
+                        kPartTokens};
+    if (leads) store_shared_4(kUnitGroups + 4 * lower, rows.groups());
+    warpgroup_barrier(kBarrier);
+
+    int before = 0, pair_groups = 0, groups = 0;
+#pragma unroll 2
+    for (int first = 0; first < choices.slots; first += 4) {
+      const uint4 four = load_shared_16(kUnitGroups + 4 * first);
+      const int units[4] = {int(four.x), int(four.y), int(four.z), int(four.w)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        before += first + i < lower ? units[i] : 0;
+        pair_groups += first + i < of_pairs ? units[i] : 0;
+        groups += units[i];
+      }
+    }
+    if (slot == 0) store_shared_8(kGroupCounts, pair_groups, groups);
+    for (int g = 0; leads && g < rows.groups(); ++g) {
+      const TokenGroup group = rows.group(before, g);
+      const uint32_t place = kGroups + (before + g) * sizeof(TokenGroup);
+      store_shared_16(place, make_uint4(group.unit, group.first, group.unit_groups, group.positions));
+      store_shared_16(place + 16, make_uint4(group.start[0], group.start[1], group.count[0], group.count[1]));
+    }
+  }
+};
