@@ -123,11 +123,15 @@ struct WorkItem {
   static constexpr int kBand = 16;
 
   WorkItem() = default;
-  // first_group: of the launch.
-  __device__ WorkItem(const TokenGroup* groups, int first_group, int item, int row_tiles) {
+  // first_group: of the launch.  mostly_one: units have one group, as a rule, and divisions are for the others.
+  __device__ WorkItem(const TokenGroup* groups, int first_group, int item, int row_tiles, bool mostly_one = false) {
     const int own = first_group + item / row_tiles;
     group = load(groups + own);
     int rest = item - (group.first - first_group) * row_tiles;
+    if (mostly_one && group.unit_groups == 1) {
+      row_tile = rest;
+      return;
+    }
     int band = rest / (kBand * group.unit_groups);
     rest -= band * kBand * group.unit_groups;
     int tiles = min(kBand, row_tiles - band * kBand);

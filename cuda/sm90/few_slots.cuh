@@ -1,10 +1,18 @@
 // The plan of a layer with few slots, which every block makes for itself in shared memory: a launch before and reads
-// that depend on one another would take longer than all of it.  It is the plan that route() makes.
+// that depend on one another would take longer than all of it.  It is the plan that route() makes.  What a block then
+// does, it also finds there: divisions in the threads that begin with it would hold up the first words.
 #pragma once
 #include "../grouped.cuh"
 #include "ptx_sm90.cuh"
+#include "schedule.cuh"
 
 constexpr int kFewSlots = 128;  // one for each thread of the warpgroup that copies
+
+// What is dealt of a launch, and a block's share.
+struct Deal {
+  int cut = 0, dealers = 1;
+  Share share;
+};
 
 struct FewSlots {
   static constexpr int kStart = 1024;  // where the driver's own kilobyte ends
@@ -15,18 +23,39 @@ struct FewSlots {
   static constexpr uint32_t kSortedSlots = kUnitGroups + 4 * kFewSlots;
   static constexpr uint32_t kGroupCounts = kSortedSlots + 4 * kFewSlots;
   static constexpr uint32_t kGroups = kGroupCounts + sizeof(TokenGroup);
+  static constexpr uint32_t kDeal = kGroups + kFewSlots * sizeof(TokenGroup);
   static constexpr int kBytes = 6 * 1024;  // stages follow, at a multiple of 1024
-  static_assert(kGroups + kFewSlots * sizeof(TokenGroup) <= kStart + kBytes);
+  static_assert(kDeal + 32 <= kStart + kBytes);
 
   __device__ static Plan plan() {
     return {shared_pointer<int>(kGroupCounts), shared_pointer<TokenGroup>(kGroups), shared_pointer<int>(kSortedSlots)};
   }
 
-  // By a warpgroup, whose barrier is kBarrier.  It waits for nobody after its last stores.
-  template <int kPartTokens, int kBarrier>
-  __device__ __forceinline__ static void make(const Choices& choices) {
+  __device__ static Deal deal() {
+    const uint4 low = load_shared_16(kDeal), high = load_shared_16(kDeal + 16);
+    Deal deal;
+    deal.cut = low.x, deal.dealers = low.y, deal.share.rest_first = low.z, deal.share.rest_end = low.w;
+    deal.share.dealt = high.x, deal.share.dealt_end = high.y, deal.share.start = high.z;
+    return deal;
+  }
+  __device__ static void store(const Deal& deal) {
+    const Share& share = deal.share;
+    store_shared_16(kDeal, make_uint4(deal.cut, deal.dealers, share.rest_first, share.rest_end));
+    store_shared_16(kDeal + 16, make_uint4(share.dealt, share.dealt_end, share.start, 0));
+  }
+
+  // Local expert of the slot of a warpgroup's thread, or -1.
+  __device__ static int own_expert(const Choices& choices) {
     const int slot = threadIdx.x % 128;
-    const int expert = slot < choices.slots ? choices.local_expert(slot) : -1;
+    return slot < choices.slots ? choices.local_expert(slot) : -1;
+  }
+
+  // By a warpgroup, whose barrier is kBarrier.  expert: own_expert(); of_as_many: the deal of a launch that has as many
+  // groups as this thread's number, and one more.  It waits for nobody after its last stores.
+  template <int kPartTokens, int kBarrier>
+  __device__ __forceinline__ static void make(const GroupedGemm& gemm, int expert, const Deal& of_as_many) {
+    const Choices& choices = gemm.choices;
+    const int slot = threadIdx.x % 128;
     store_shared_4(kExperts + 4 * slot, expert);
     store_shared_4(kUnitGroups + 4 * slot, 0);
     warpgroup_barrier(kBarrier);
@@ -68,6 +97,9 @@ struct FewSlots {
       }
     }
     if (slot == 0) store_shared_8(kGroupCounts, pair_groups, groups);
+    const int launched = (gemm.skips_dense ? pair_groups : groups) - (gemm.skips_pairs ? pair_groups : 0);
+    if (launched == slot + 1) store(of_as_many);
+    if (launched == 0 && slot == 0) store(Deal());
     for (int g = 0; leads && g < rows.groups(); ++g) {
       const TokenGroup group = rows.group(before, g);
       const uint32_t place = kGroups + (before + g) * sizeof(TokenGroup);

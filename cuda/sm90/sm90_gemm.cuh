@@ -83,7 +83,7 @@ struct Sm90Gemm {
   __device__ __forceinline__ static void consume_all(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
     Slot slot;
     Sums sums;
-    Walk walk(items, launch);
+    auto walk = items.walk(launch);
     Piece piece;
     if constexpr (!Tile::kCuts) return consume_whole(items, walk, slot, sums);
     WorkItem work;
@@ -134,6 +134,24 @@ struct Sm90Gemm {
     }
   }
 
+  // What the block does with few slots, for any number of groups while the slots are still on their way.
+  __device__ __forceinline__ static void plan_few(const GroupedGemm& gemm) {
+    int expert = 0;
+    if constexpr (!kGateUp) expert = FewSlots::own_expert(gemm.choices);
+    Deal deal;
+    if constexpr (Items<Tile>::kDeals) {
+      deal = SupposedItems<Tile>(gemm, threadIdx.x % 128 + 1).deal();
+      Share& share = deal.share;  // worked out here, not where it is first needed
+      asm volatile("" : "+r"(deal.cut), "+r"(deal.dealers), "+r"(share.rest_first), "+r"(share.rest_end));
+      asm volatile("" : "+r"(share.dealt), "+r"(share.dealt_end), "+r"(share.start));
+    }
+    if constexpr (kGateUp) {
+      wait_for_previous_kernel();
+      expert = FewSlots::own_expert(gemm.choices);
+    }
+    FewSlots::make<Tile::kPartTokens, kCopiersReady>(gemm, expert, deal);
+  }
+
   static constexpr int kCopyRegisters = Tile::copy_registers(kGateUp);
   static constexpr int kMultiplyRegisters = Tile::multiply_registers(kGateUp);
 
@@ -147,9 +165,8 @@ struct Sm90Gemm {
     if (copies) {
       if (threadIdx.x % 128 == 0) Stage::init_barriers();
       // The groups, and the choices, come from kernels that had ended before gate and up let the down projection start.
-      if constexpr (kGateUp) wait_for_previous_kernel();
-      if constexpr (Tile::kPlans)
-        if (gemm.few) FewSlots::make<Tile::kPartTokens, kCopiersReady>(gemm.choices);
+      if (Tile::kPlans && gemm.few) plan_few(gemm);
+      else if (kGateUp) wait_for_previous_kernel();
       barrier_of<128>(kCopiersReady);
       come_to_barrier_of<Tile::kThreads>(kReady);
       let_next_kernel_start();
@@ -158,7 +175,7 @@ struct Sm90Gemm {
       barrier_of<Tile::kThreads>(kReady);
     }
     const Items<Tile> items(gemm);
-    const LaunchOf<Tile> launch(items);
+    const LaunchOf<Tile> launch = items.launch();
     if (copies) {
       registers_down<kCopyRegisters>();
       const int warp = uniform(threadIdx.x % 128 / 32);

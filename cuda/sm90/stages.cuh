@@ -8,15 +8,43 @@
 #include "tiles.cuh"
 #include "tokens_int8.cuh"
 
+// What a launch is spread over, and what every group of it makes of that.
+template <class Tile>
+struct GroupItems {
+  const GroupedGemm& gemm;
+  int row_tiles;
+
+  __device__ explicit GroupItems(const GroupedGemm& gemm)
+      : gemm(gemm), row_tiles((gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips) {}
+
+  __device__ int stages() const { return (gemm.depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles; }
+  __device__ int blocks() const { return gridDim.x; }
+  __device__ int block() const { return blockIdx.x; }
+  __device__ bool has_room() const { return gemm.partials; }
+};
+
+// The items of a launch of so many groups, as schedule.cuh asks for them.
+template <class Tile>
+struct SupposedItems : GroupItems<Tile> {
+  int groups;
+
+  __device__ SupposedItems(const GroupedGemm& gemm, int groups) : GroupItems<Tile>(gemm), groups(groups) {}
+
+  __device__ int items() const { return groups * this->row_tiles; }
+  __device__ Deal deal() const {
+    const Launch<Tile, SupposedItems> launch(*this);
+    return {launch.cut, launch.dealers, Share(*this, launch)};
+  }
+};
+
 // The items of a launch, as schedule.cuh asks for them and as work on groups x row tiles.
 template <class Tile>
-struct Items {
-  const GroupedGemm& gemm;
-  int row_tiles, first_group;
+struct Items : GroupItems<Tile> {
+  using GroupItems<Tile>::gemm, GroupItems<Tile>::row_tiles, GroupItems<Tile>::stages;
+  int first_group;
 
   __device__ explicit Items(const GroupedGemm& gemm)
-      : gemm(gemm),
-        row_tiles((gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips),
+      : GroupItems<Tile>(gemm),
         first_group(gemm.skips_pairs ? uniform(plan().group_counts[0]) : 0) {}
 
   __device__ Plan plan() const {
@@ -27,12 +55,25 @@ struct Items {
   __device__ int items() const {
     return (uniform(plan().group_counts[gemm.skips_dense ? 0 : 1]) - first_group) * row_tiles;
   }
-  __device__ int stages() const { return (gemm.depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles; }
-  __device__ int blocks() const { return gridDim.x; }
-  __device__ int block() const { return blockIdx.x; }
-  __device__ bool has_room() const { return gemm.partials; }
+  // Launch and Walk, where they need not be worked out.
+  static constexpr bool kDeals = Tile::kPlans && Tile::kCuts;
+  __device__ Launch<Tile, Items> launch() const {
+    if constexpr (kDeals)
+      if (gemm.few) {
+        const Deal deal = FewSlots::deal();
+        return {stages(), uniform(deal.cut), uniform(deal.dealers)};
+      }
+    return Launch<Tile, Items>(*this);
+  }
+  __device__ Walk<Tile, Items> walk(const Launch<Tile, Items>& launch) const {
+    if constexpr (kDeals)
+      if (gemm.few) return {*this, launch, FewSlots::deal().share};
+    return {*this, launch};
+  }
 
-  __device__ WorkItem work(const Piece& piece) const { return WorkItem(plan().groups, first_group, piece.item, row_tiles); }
+  __device__ WorkItem work(const Piece& piece) const {
+    return WorkItem(plan().groups, first_group, piece.item, row_tiles, Tile::kPlans);
+  }
   // A piece's tiles of the depth.
   __device__ int first_tile(const Piece& piece) const { return piece.first_stage * Tile::kDepthTiles; }
   __device__ int end_tile(const Piece& piece) const {
@@ -137,7 +178,7 @@ struct Stages {
     const GroupedGemm& gemm = items.gemm;
     const int lane = threadIdx.x % 32;
     Slot slot;
-    Walk walk(items, launch);
+    auto walk = items.walk(launch);
     for (Piece piece; walk.next(items, piece);) {
       const WorkItem work = items.work(piece);
       const int end = items.end_tile(piece);
@@ -173,10 +214,9 @@ struct Stages {
     const uint32_t offset = first * 128 + (column ^ first) * 16;
     const int row_vectors = gemm.depth / 8;
     const uint4* activations = reinterpret_cast<const uint4*>(gemm.activations) + column;
-    if constexpr (!kGateUp) wait_for_previous_kernel();
     Slot slot, landed;  // the stage being begun, and the first whose tokens are still on their way
     int in_flight = 0;
-    Walk walk(items, launch);
+    auto walk = items.walk(launch);
     for (Piece piece; walk.next(items, piece);) {
       const WorkItem work = items.work(piece);
       const int end = items.end_tile(piece);
@@ -188,6 +228,7 @@ struct Stages {
         const uint32_t place = activation_row<kGateUp>(gemm, items.plan(), max(row, 0)) * row_vectors;
         places[i] = row >= 0 ? place : kNone;
       }
+      if constexpr (!kGateUp) wait_for_previous_kernel();
       for (int tile = items.first_tile(piece); tile < end; tile += Tile::kDepthTiles, slot.next()) {
         barrier_wait(empty(slot.index), slot.parity ^ 1);
         uint32_t to = stage(slot.index) + offset;
@@ -213,6 +254,7 @@ struct Stages {
         }
       }
     }
+    if constexpr (!kGateUp) wait_for_previous_kernel();  // those without a piece too
     if constexpr (Tile::kFenceLag > 0) {
       cp_async_wait<0>();
       fence_async_proxy();
@@ -230,10 +272,9 @@ struct Stages {
     const uint32_t* activations = reinterpret_cast<const uint32_t*>(gemm.activations) + lane;
     const int row_words = gemm.depth / 2;
     const bool halves = 1 << gemm.group_shift < Tile::kDepthTiles;
-    if constexpr (!kGateUp) wait_for_previous_kernel();
     Slot slot;
     int turn = own;  // stages until the next that is this warp's
-    Walk walk(items, launch);
+    auto walk = items.walk(launch);
     for (Piece piece; walk.next(items, piece);) {
       const WorkItem work = items.work(piece);
       const int count0 = uniform(work.group.count[0]), count = count0 + uniform(work.group.count[1]);
@@ -249,6 +290,7 @@ struct Stages {
           if (first + i < count && tile * 8 + lane < end * 8) columns[i] = __ldcg(activations + own_place + tile * 8);
         }
       };
+      if constexpr (!kGateUp) wait_for_previous_kernel();
       int tile = items.first_tile(piece);
       uint32_t next[kAtOnce];  // of the first tokens
       read(tile + turn * Tile::kDepthTiles, 0, next);
@@ -277,6 +319,7 @@ struct Stages {
         if (lane == 0) barrier_arrive(full(slot.index));
       }
     }
+    if constexpr (!kGateUp) wait_for_previous_kernel();  // those without a piece too
   }
 
   // A tile of the warp's strip in the slot's stage, which has `tiles` of each strip.

@@ -41,7 +41,7 @@ struct Wgmma16 : Sm90Tile<4, 1, 256> {
   static constexpr int kPartTokens = 16, kWidthStep = 16, kFenceLag = 2;
 };
 struct Wgmma32 : Sm90Tile<4, 1, 256> {
-  static constexpr bool kCuts = true, kPlans = true;
+  static constexpr bool kCuts = true, kPlans = false;
   static constexpr int kPartTokens = 32, kWidthStep = 16, kFenceLag = 2;
 };
 struct Wgmma48 : Sm90Tile<4, 1, 256, 48, 40> {
