@@ -202,7 +202,9 @@ SERVED = (
     ("Qwen3-30B-A3B", "qwen3-30b-a3b-served-h200"),
     ("Qwen3-30B-A3B", "qwen3-30b-a3b-served-rivals-h200"),
     ("Qwen3-30B-A3B", "qwen3-30b-a3b-served-2-h200"),
+    ("Qwen3-30B-A3B", "qwen3-30b-a3b-served-4-h200"),
     ("Mixtral-8x7B", "mixtral-8x7b-served-2-h200"),
+    ("Mixtral-8x7B", "mixtral-8x7b-served-4-h200"),
     ("Mixtral-8x7B", "mixtral-8x7b-served-h200"),
 )
 """Models and results of end_to_end.py."""
