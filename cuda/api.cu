@@ -98,7 +98,9 @@ GroupedGemm product(const pm_layer& layer, const Workspace& work, bool gate_up) 
           {work.routing.group_counts, work.routing.groups, work.routing.sorted_slots}, work.partials, work.arrivals,
           work.routing,
           gate_up ? 2 * layer.intermediate : layer.hidden,
-          gate_up ? layer.hidden : layer.intermediate, group_shift, false, false, work.few};
+          gate_up ? layer.hidden : layer.intermediate, group_shift, false, false, work.few,
+          gate_up && layer.pairs ? static_cast<const uint8_t*>(layer.w2_pairs) : nullptr, layer.hidden,
+          layer.intermediate};
 }
 
 // Gate and up, or down, of the dense experts' groups alone.

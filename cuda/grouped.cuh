@@ -88,6 +88,8 @@ struct GroupedGemm {
   int group_shift;                  // log2 of the tiles that share a step
   bool skips_pairs, skips_dense;    // whose groups other launches multiply
   bool few;                         // blocks plan for themselves: see few_slots.cuh
+  const uint8_t* next_words;        // of pairs, that the next launch multiplies; null: fetch none of them early
+  int next_rows, next_depth;
 
   __device__ int step_groups() const { return (depth / 16) >> group_shift; }
 };
@@ -111,7 +113,8 @@ constexpr int kMinGroupTiles = 2;
 
 constexpr int kMaxWarpgroups = 4;  // on each multiprocessor, that leave sums
 constexpr int kMaxArrivals = kMaxWarpgroups * kMaxMultiprocessors;
-// Taken back by who saw it.  Memory that nothing has set holds it by chance alone, once in 2^64.
+// Taken back by who saw it.  Nothing else writes it, so that what the memory held before is it by chance alone, once in
+// 2^64: nobody clears the place.
 constexpr uint64_t kArrived = 0x8F1D3A57C2E69B04;
 
 // The items of a launch are its groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row
@@ -159,12 +162,12 @@ __device__ inline const uint8_t* unit_weights(const GroupedGemm& gemm, int unit)
   return gemm.dense + (unit - gemm.choices.pairs) * bytes;
 }
 
-// Where a tile is among its unit's: see the order in words.cuh.
+// Where a tile is among its unit's, whose matrix is [rows, depth]: see the order in words.cuh.
 template <class Code>
-__device__ inline int64_t tile_offset(const GroupedGemm& gemm, int strip, int tile) {
-  const int tiles = gemm.depth / 16, first_strip = strip / kBlockStrips * kBlockStrips;
+__device__ inline int64_t tile_offset(int rows, int depth, int strip, int tile) {
+  const int tiles = depth / 16, first_strip = strip / kBlockStrips * kBlockStrips;
   const int first_tile = tile / kBlockTiles * kBlockTiles;
-  const int strips = min(kBlockStrips, gemm.rows / 16 - first_strip), width = min(kBlockTiles, tiles - first_tile);
+  const int strips = min(kBlockStrips, rows / 16 - first_strip), width = min(kBlockTiles, tiles - first_tile);
   return (int64_t(first_strip) * tiles + first_tile * strips + (strip - first_strip) * width + tile - first_tile) *
          Code::kTileBytes;
 }

@@ -116,8 +116,10 @@ __global__ void scatter_slots(Routing routing) {
 // all of these have begun.
 constexpr int kCombineThreads = 64;
 
-__global__ __launch_bounds__(kCombineThreads, 16) void combine_slots(const __nv_bfloat16* slots, const float* topk_weights, Routing routing,
-                              __nv_bfloat16* out, int64_t vectors, int row_vectors) {
+__global__ __launch_bounds__(kCombineThreads, 16) void combine_slots(const __nv_bfloat16* slots,
+                                                                     const float* topk_weights, Routing routing,
+                                                                     __nv_bfloat16* out, int64_t vectors,
+                                                                     int row_vectors) {
   constexpr int kAtOnce = 8;  // experts whose rows are read together
   let_next_kernel_start();
   const int64_t index = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;

@@ -101,8 +101,8 @@ struct Sm80Gemm {
           const int strip = at / kStripBytes, own_tile = tile + byte / Code::kTileBytes;
           if (strip < strips && own_tile < tiles)
             cp_async_16(to + i * kPassBytes,
-                        weights + tile_offset<Code>(gemm, work.row_tile * Tile::kStrips + strip, own_tile) +
-                            byte % Code::kTileBytes);
+                        weights + byte % Code::kTileBytes +
+                            tile_offset<Code>(gemm.rows, gemm.depth, work.row_tile * Tile::kStrips + strip, own_tile));
         }
 
         const int column = threadIdx.x % kRowChunks, token = threadIdx.x / kRowChunks;

@@ -6,7 +6,7 @@
 #include "ptx_sm90.cuh"
 #include "schedule.cuh"
 
-constexpr int kFewSlots = 128;  // one for each thread of the warpgroup that copies
+constexpr int kFewSlots = 64;  // with 128, all of it took longer than a launch
 
 // What is dealt of a launch, and a block's share.
 struct Deal {
@@ -15,16 +15,18 @@ struct Deal {
 };
 
 struct FewSlots {
-  static constexpr int kStart = 1024;  // where the driver's own kilobyte ends
+  static constexpr int kStart = 1024;   // where the driver's own kilobyte ends
+  static constexpr int kThreads = 128;  // of the warpgroup that copies, one for each slot
+  static_assert(kFewSlots <= kThreads);
 
   // Addresses in shared memory.
-  static constexpr uint32_t kExperts = kStart;                        // local, of slots
-  static constexpr uint32_t kUnitGroups = kExperts + 4 * kFewSlots;   // of the unit that begins at a row, else 0
-  static constexpr uint32_t kSortedSlots = kUnitGroups + 4 * kFewSlots;
-  static constexpr uint32_t kGroupCounts = kSortedSlots + 4 * kFewSlots;
+  static constexpr uint32_t kExperts = kStart;                      // local, of slots
+  static constexpr uint32_t kUnitGroups = kExperts + 4 * kThreads;  // of the unit that begins at a row, else 0
+  static constexpr uint32_t kSortedSlots = kUnitGroups + 4 * kThreads;
+  static constexpr uint32_t kGroupCounts = kSortedSlots + 4 * kThreads;
   static constexpr uint32_t kGroups = kGroupCounts + sizeof(TokenGroup);
   static constexpr uint32_t kDeal = kGroups + kFewSlots * sizeof(TokenGroup);
-  static constexpr int kBytes = 6 * 1024;  // stages follow, at a multiple of 1024
+  static constexpr int kBytes = 4 * 1024;  // stages follow, at a multiple of 1024
   static_assert(kDeal + 32 <= kStart + kBytes);
 
   __device__ static Plan plan() {
@@ -46,7 +48,7 @@ struct FewSlots {
 
   // Local expert of the slot of a warpgroup's thread, or -1.
   __device__ static int own_expert(const Choices& choices) {
-    const int slot = threadIdx.x % 128;
+    const int slot = threadIdx.x % kThreads;
     return slot < choices.slots ? choices.local_expert(slot) : -1;
   }
 
@@ -55,7 +57,7 @@ struct FewSlots {
   template <int kPartTokens, int kBarrier>
   __device__ __forceinline__ static void make(const GroupedGemm& gemm, int expert, const Deal& of_as_many) {
     const Choices& choices = gemm.choices;
-    const int slot = threadIdx.x % 128;
+    const int slot = threadIdx.x % kThreads;
     store_shared_4(kExperts + 4 * slot, expert);
     store_shared_4(kUnitGroups + 4 * slot, 0);
     warpgroup_barrier(kBarrier);

@@ -140,7 +140,7 @@ struct Sm90Gemm {
     if constexpr (!kGateUp) expert = FewSlots::own_expert(gemm.choices);
     Deal deal;
     if constexpr (Items<Tile>::kDeals) {
-      deal = SupposedItems<Tile>(gemm, threadIdx.x % 128 + 1).deal();
+      deal = SupposedItems<Tile>{gemm.rows, gemm.depth, int(threadIdx.x) % 128 + 1, gemm.partials != nullptr}.deal();
       Share& share = deal.share;  // worked out here, not where it is first needed
       asm volatile("" : "+r"(deal.cut), "+r"(deal.dealers), "+r"(share.rest_first), "+r"(share.rest_end));
       asm volatile("" : "+r"(share.dealt), "+r"(share.dealt_end), "+r"(share.start));

@@ -8,29 +8,29 @@
 #include "tiles.cuh"
 #include "tokens_int8.cuh"
 
-// What a launch is spread over, and what every group of it makes of that.
+// Row tiles of a matrix, and stages of its depth.
 template <class Tile>
-struct GroupItems {
-  const GroupedGemm& gemm;
-  int row_tiles;
+__device__ inline int row_tiles_of(int rows) {
+  return (rows / 16 + Tile::kStrips - 1) / Tile::kStrips;
+}
+template <class Tile>
+__device__ inline int stages_of(int depth) {
+  return (depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles;
+}
 
-  __device__ explicit GroupItems(const GroupedGemm& gemm)
-      : gemm(gemm), row_tiles((gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips) {}
+// The items of a launch that had so many groups, as schedule.cuh asks for them.
+template <class Tile>
+struct SupposedItems {
+  int rows, depth, groups;
+  bool room;
 
-  __device__ int stages() const { return (gemm.depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles; }
+  __device__ int row_tiles() const { return row_tiles_of<Tile>(rows); }
+  __device__ int items() const { return groups * row_tiles(); }
+  __device__ int stages() const { return stages_of<Tile>(depth); }
   __device__ int blocks() const { return gridDim.x; }
   __device__ int block() const { return blockIdx.x; }
-  __device__ bool has_room() const { return gemm.partials; }
-};
+  __device__ bool has_room() const { return room; }
 
-// The items of a launch of so many groups, as schedule.cuh asks for them.
-template <class Tile>
-struct SupposedItems : GroupItems<Tile> {
-  int groups;
-
-  __device__ SupposedItems(const GroupedGemm& gemm, int groups) : GroupItems<Tile>(gemm), groups(groups) {}
-
-  __device__ int items() const { return groups * this->row_tiles; }
   __device__ Deal deal() const {
     const Launch<Tile, SupposedItems> launch(*this);
     return {launch.cut, launch.dealers, Share(*this, launch)};
@@ -39,12 +39,13 @@ struct SupposedItems : GroupItems<Tile> {
 
 // The items of a launch, as schedule.cuh asks for them and as work on groups x row tiles.
 template <class Tile>
-struct Items : GroupItems<Tile> {
-  using GroupItems<Tile>::gemm, GroupItems<Tile>::row_tiles, GroupItems<Tile>::stages;
-  int first_group;
+struct Items {
+  const GroupedGemm& gemm;
+  int row_tiles, first_group;
 
   __device__ explicit Items(const GroupedGemm& gemm)
-      : GroupItems<Tile>(gemm),
+      : gemm(gemm),
+        row_tiles(row_tiles_of<Tile>(gemm.rows)),
         first_group(gemm.skips_pairs ? uniform(plan().group_counts[0]) : 0) {}
 
   __device__ Plan plan() const {
@@ -52,9 +53,12 @@ struct Items : GroupItems<Tile> {
       if (gemm.few) return FewSlots::plan();
     return gemm.plan;
   }
-  __device__ int items() const {
-    return (uniform(plan().group_counts[gemm.skips_dense ? 0 : 1]) - first_group) * row_tiles;
-  }
+  __device__ int groups() const { return uniform(plan().group_counts[gemm.skips_dense ? 0 : 1]) - first_group; }
+  __device__ int items() const { return groups() * row_tiles; }
+  __device__ int stages() const { return stages_of<Tile>(gemm.depth); }
+  __device__ int blocks() const { return gridDim.x; }
+  __device__ int block() const { return blockIdx.x; }
+  __device__ bool has_room() const { return gemm.partials; }
   // Launch and Walk, where they need not be worked out.
   static constexpr bool kDeals = Tile::kPlans && Tile::kCuts;
   __device__ Launch<Tile, Items> launch() const {
@@ -93,8 +97,8 @@ struct SharedLayout {
   int stages = 0, steps = 0;
   int staging = 0, barriers = 0, table = 0, end = 0;
 
-  // Bytes of the plan, which comes first, of a stage and of its steps, of the results on their way out and of the table.
-  // aligns_table: at a multiple of 64 KiB, with the stages before it and all else behind it.
+  // Bytes of the plan, which comes first, of a stage and of its steps, of the results on their way out and of the
+  // table.  aligns_table: at a multiple of 64 KiB, with the stages before it and all else behind it.
   constexpr SharedLayout(int limit, int plan_bytes, int stage_bytes, int step_bytes, int staging_bytes,
                          int table_bytes, bool aligns_table)
       : stages(kStart + plan_bytes) {
@@ -194,7 +198,7 @@ struct Stages {
         __syncwarp();  // the bytes are expected before the first of them can arrive
         if (own_strips > 0)
           bulk_copy(stage(slot.index) + kTokenBytes + lane * kBlockStrips * kStripBytes,
-                    weights + tile_offset<Code>(gemm, first_strip + lane * kBlockStrips, tile),
+                    weights + tile_offset<Code>(gemm.rows, gemm.depth, first_strip + lane * kBlockStrips, tile),
                     own_strips * tiles * Code::kTileBytes, full);
         if (Code::kHasSteps && lane < groups)
           bulk_copy(steps(slot.index) + lane * kGroupBytes,
@@ -202,6 +206,32 @@ struct Stages {
                     strips * kStripStepBytes, full);
       }
     }
+    if constexpr (kGateUp && Items<Tile>::kDeals)
+      if (gemm.few && gemm.next_words) fetch_next(items, slot);
+  }
+
+  // The same warp, when the block's own words are used up: has what the block of this number will need first of the
+  // down projection brought into the L2 cache.  That block cannot start before this one ends, and hardly anything else
+  // is read until then.
+  __device__ static void fetch_next(const Items<Tile>& items, Slot slot) {
+    const GroupedGemm& gemm = items.gemm;
+    const SupposedItems<Tile> next{gemm.next_rows, gemm.next_depth, items.groups(), items.has_room()};
+    const Launch<Tile, SupposedItems<Tile>> launch(next);
+    Walk walk(next, launch);
+    Piece piece;
+    if (!walk.next(next, piece)) return;
+    const WorkItem work(items.plan().groups, items.first_group, piece.item, next.row_tiles(), true);
+    const int strip = work.row_tile * Tile::kStrips + threadIdx.x % 32 * kBlockStrips;
+    const int tile = piece.first_stage * Tile::kDepthTiles;
+    const int tiles = min(piece.end_stage - piece.first_stage, kSlots) * Tile::kDepthTiles;
+    // Where blocks of tiles are not whole, it is left.
+    const bool whole = strip + kBlockStrips <= gemm.next_rows / 16 && tile + tiles <= gemm.next_depth / 16;
+    const int64_t unit_bytes = int64_t(gemm.next_rows / 16) * (gemm.next_depth / 16) * Code::kTileBytes;
+    const uint8_t* words = gemm.next_words + work.group.unit * unit_bytes +
+                           tile_offset<Code>(gemm.next_rows, gemm.next_depth, strip, tile);
+    for (int i = 0; i < kSlots; ++i, slot.next()) barrier_wait(empty(slot.index), slot.parity ^ 1);
+    if (threadIdx.x % 32 < Tile::kStrips / kBlockStrips && whole && !work.dense(gemm))
+      bulk_prefetch(words, kBlockStrips * tiles * Code::kTileBytes);
   }
 
   // Two warps: eight threads per token, 16 bytes each, swizzled as the descriptor says.  A thread's tokens are eight

@@ -263,6 +263,14 @@ inline void bulk_copy(uint32_t place, const void* from, int bytes, uint32_t barr
   own.bytes -= bytes;
   own.complete();
 }
+inline const uint8_t *fetchable, *fetchable_end;  // what may be
+inline int64_t fetched;                          // bytes, by all blocks
+inline void bulk_prefetch(const void* from, int bytes) {
+  const uint8_t* first = static_cast<const uint8_t*>(from);
+  if (bytes <= 0 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("what is fetched early is not aligned");
+  if (first < fetchable || first + bytes > fetchable_end) fail("what is fetched early are no words");
+  fetched += bytes;
+}
 inline void fence_async_proxy() {}
 template <int kThreads>
 void come_to_barrier_of(int name) {

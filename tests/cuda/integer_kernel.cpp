@@ -20,8 +20,12 @@ extern "C" {
 int part_tokens() { return Imma8::kPartTokens; }
 int partial_floats() { return kMaxMultiprocessors * Imma8::kBlocks * 16 * Imma8::kStrips * 2 * Imma8::kPartTokens; }
 int max_arrivals() { return kMaxArrivals; }
-void multiply(int gate_up, int blocks, const GroupedGemm* given) {
-  gemm = *given;
+// Returns how many bytes of the next launch's words, of as many pairs, are fetched early.
+int64_t multiply(int gate_up, int blocks, int pairs, const GroupedGemm* given) {
+  gemm = *given, fetched = 0, fetchable = gemm.next_words;
+  const int64_t tiles = int64_t(gemm.next_rows / 16) * (gemm.next_depth / 16);
+  fetchable_end = fetchable + pairs * tiles * TrellisWords<BITS>::kTileBytes;
   run_blocks(blocks, Imma8::kThreads, gate_up ? kernel<true> : kernel<false>);
+  return fetched;
 }
 }

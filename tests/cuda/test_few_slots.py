@@ -69,10 +69,11 @@ def routings(most: int) -> list[tuple[list[int], int, int, int, bool]]:
     """Local experts of slots, pairs, dense experts, tokens of a part, and whether there are other ranks."""
     draw = torch.Generator().manual_seed(0)
     cases = []
-    for number, (slots, pairs, dense) in enumerate(
-        [(1, 4, 0), (2, 4, 0), (8, 64, 0), (32, 64, 0), (most, 64, 0), (most, 4, 0), (most - 1, 3, 2), (40, 1, 0)]
-        + [(40, 0, 1), (5, 0, 7), (77, 100, 56), (3, 256, 0)]
-    ):
+    sizes = [
+        *((1, 4, 0), (2, 4, 0), (8, 64, 0), (32, 64, 0), (most, 64, 0), (most, 4, 0), (most - 1, 3, 2), (40, 1, 0)),
+        *((40, 0, 1), (5, 0, 7), (most, 100, 56), (3, 256, 0)),
+    ]
+    for number, (slots, pairs, dense) in enumerate(sizes):
         for part in (8, 16, 64):
             experts = 2 * pairs + dense
             ids = torch.randint(-1, experts, (slots,), generator=draw).tolist()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from support.host_compiler import COMPILER, change, emulated_sources, needs_compiler
 from support.token_groups import token_groups
-from torch import Tensor
 
 from puzzlemoe_vllm.backends import cuda
 from puzzlemoe_vllm.format.codes import CODES, TrellisCode
@@ -33,6 +32,8 @@ class GroupedGemm(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("topk_ids", "expert_map")),
         *((name, ctypes.c_int) for name in ("slots", "topk", "pairs", "dense", "rows", "depth", "group_shift")),
         *((name, ctypes.c_bool) for name in ("skips_pairs", "skips_dense", "few")),
+        ("next_words", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("next_rows", "next_depth")),
     ]
 
 
@@ -58,9 +59,10 @@ def worst_error(
     counts: list[int],
     blocks: int,
     few: bool = False,
-) -> float:
+) -> tuple[float, int]:
     """The largest relative error of a token's outputs, with random words, steps and tokens; some tokens have columns
-    far larger than others, and columns of zeros.  few: blocks make the plan, else it is given to them."""
+    far larger than others, and columns of zeros; and how many bytes of the next launch's words are fetched early.  few:
+    blocks make the plan, else it is given to them."""
     (rows, depth), pairs, slots = size, len(counts) // 2, sum(counts)
     words = torch.randint(0, 256, (pairs, *code.words_shape(rows, depth)), dtype=torch.uint8)
     steps = ((torch.rand(pairs, rows, depth // group_size) + 0.5) * depth**-0.5 / 18).bfloat16()
@@ -90,9 +92,11 @@ def worst_error(
     }
     gemm = GroupedGemm(slots=slots, topk=TOPK, pairs=pairs, rows=rows, depth=depth, few=few)
     gemm.group_shift = (group_size // 32).bit_length()
+    gemm.next_words, gemm.next_rows, gemm.next_depth = held["words"].data_ptr(), depth, rows
     for name, tensor in (held if few else held | plan).items():
         setattr(gemm, name, tensor.data_ptr())
-    kernel.multiply(int(gate_up), blocks, ctypes.byref(gemm))
+    kernel.multiply.restype = ctypes.c_int64
+    fetched = kernel.multiply(int(gate_up), blocks, pairs, ctypes.byref(gemm))
     assert set(held["arrivals"].tolist()) <= {-1, 0}
 
     expected, row = torch.empty(out.shape, dtype=torch.float64), 0
@@ -108,7 +112,7 @@ def worst_error(
             else:
                 expected[place] = product
         row += count
-    return ((out.double() - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
+    return ((out.double() - expected).norm(dim=1) / expected.norm(dim=1)).max().item(), fetched
 
 
 TOLERANCE = 4e-3
@@ -131,8 +135,12 @@ LAUNCHES = [
 @pytest.mark.parametrize("code", [c for c in CODES.values() if isinstance(c, TrellisCode)], ids=lambda c: c.name)
 def test_products_in_integers_are_those_of_the_format(code, tmp_path):
     kernel = built(tmp_path, code)
+    early = 0
     for number, launch in enumerate(LAUNCHES):
-        assert worst_error(kernel, code, *launch, few=number % 2 == 0) < TOLERANCE, launch
+        error, fetched = worst_error(kernel, code, *launch, few=number % 2 == 0)
+        assert error < TOLERANCE, launch
+        early += fetched
+    assert early > 0
 
 
 @pytest.mark.parametrize(
@@ -147,4 +155,5 @@ def test_products_in_integers_are_those_of_the_format(code, tmp_path):
 def test_a_wrong_kernel_is_seen(header, right, wrong, tmp_path):
     code = CODES["trellis4"]
     broken = built(tmp_path, code, ((header, right, wrong),))
-    assert not worst_error(broken, code, False, (256, 128), 128, [7, 3], 1) < TOLERANCE
+    error, _ = worst_error(broken, code, False, (256, 128), 128, [7, 3], 1)
+    assert not error < TOLERANCE

@@ -14,7 +14,8 @@ def token_groups(counts: list[int], part: int, pairs: int) -> Tensor:
     """
     groups: list[list[int]] = []
     row = 0
-    units = [*zip(counts[: 2 * pairs : 2], counts[1 : 2 * pairs : 2], strict=True), *((n, 0) for n in counts[2 * pairs :])]
+    of_pairs, dense = counts[: 2 * pairs], counts[2 * pairs :]
+    units = [*zip(of_pairs[::2], of_pairs[1::2], strict=True), *((count, 0) for count in dense)]
     for unit, (first, second) in enumerate(units):
         parts = [(0, start, min(part, first - start)) for start in range(0, first, part)]
         parts += [(1, first + start, min(part, second - start)) for start in range(0, second, part)]
