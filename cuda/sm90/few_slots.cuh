@@ -6,7 +6,7 @@
 #include "ptx_sm90.cuh"
 #include "schedule.cuh"
 
-constexpr int kFewSlots = 64;  // with 128, all of it took longer than a launch
+constexpr int kFewSlots = 64;  // with 128, layers took longer than with a launch that plans
 
 // What is dealt of a launch, and a block's share.
 struct Deal {
@@ -25,8 +25,8 @@ struct FewSlots {
   static constexpr uint32_t kSortedSlots = kUnitGroups + 4 * kThreads;
   static constexpr uint32_t kGroupCounts = kSortedSlots + 4 * kThreads;
   static constexpr uint32_t kGroups = kGroupCounts + sizeof(TokenGroup);
-  static constexpr uint32_t kDeal = kGroups + kFewSlots * sizeof(TokenGroup);
-  static constexpr int kBytes = 4 * 1024;  // stages follow, at a multiple of 1024
+  static constexpr uint32_t kDeal = kGroups + kThreads * sizeof(TokenGroup);
+  static constexpr int kBytes = 6 * 1024;  // stages follow, at a multiple of 1024
   static_assert(kDeal + 32 <= kStart + kBytes);
 
   __device__ static Plan plan() {
