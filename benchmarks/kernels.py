@@ -242,8 +242,8 @@ class Point:
 
 def measure(
     name: str, contenders: list[str], tokens: list[int], skews: list[float], bandwidth: float
-) -> Iterator[Point]:
-    """Every point of one model, one contender in memory at a time."""
+) -> Iterator[list[Point]]:
+    """Every point of one model, after each contender with those so far; one contender in memory at a time."""
     model = MODELS[name]
     points: dict[tuple[float, int], Point] = {}
     for contender in contenders:
@@ -270,7 +270,7 @@ def measure(
             )
         layers = None
         torch.cuda.empty_cache()
-    yield from points.values()
+        yield list(points.values())
 
 
 def show(point: Point, contenders: list[str]) -> str:
@@ -385,16 +385,19 @@ def main() -> None:
     else:
         bandwidth = copy_bandwidth()
         print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-        points = []
+        done: list[Point] = []
         for name in arguments.models:
             print(f"{name}\ntokens experts pairs " + " ".join(f"{c:>22s}" for c in arguments.contenders))
-            for point in measure(name, arguments.contenders, arguments.tokens, arguments.skews, bandwidth):
+            points: list[Point] = []
+            for points in measure(name, arguments.contenders, arguments.tokens, arguments.skews, bandwidth):
+                measured = [asdict(point) for point in (*done, *points)]
+                result = {"machine": machine(), "copy_bandwidth": bandwidth, "points": measured}
+                text = json.dumps(result, indent=1) + "\n"
+                if arguments.out:  # after every contender, so that an interrupted run keeps what it has
+                    arguments.out.write_text(text)
+            done += points
+            for point in points:
                 print(show(point, arguments.contenders) + f" {point.routing}", flush=True)
-                points.append(asdict(point))
-            result = {"machine": machine(), "copy_bandwidth": bandwidth, "points": points}
-            text = json.dumps(result, indent=1) + "\n"
-            if arguments.out:  # after every model, so that an interrupted run keeps what it has
-                arguments.out.write_text(text)
     if arguments.out:
         arguments.out.write_text(text)
     else:

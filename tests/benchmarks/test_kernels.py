@@ -1,7 +1,10 @@
-"""The layers that benchmarks/kernels.py measures have the sizes that kernels are tested at, and fit into a GPU."""
+"""benchmarks/kernels.py: the layers that it measures have the sizes that kernels are tested at, and fit into a GPU; a
+run that is cut short keeps what it measured."""
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import Any
 
 import pytest
@@ -43,3 +46,26 @@ def test_copies_exceed_the_cache_and_fit_into_memory_beside_a_layer_of_ours(kern
         bf16 = model.copies * model.experts * 3 * model.hidden * model.intermediate * 2
         ours = model.experts / 2 * model.pair_bytes("mask16")
         assert bf16 + ours < 0.9 * MEMORY, f"{name}: {bf16 / 2**30:.0f} and {ours / 2**30:.0f} GiB"
+
+
+def test_an_interrupted_run_keeps_the_contenders_that_it_timed(kernels, monkeypatch, tmp_path):
+    def measure(name, *_):
+        times: dict[str, float] = {}
+        for contender in ("vllm bf16", "puzzlemoe angle8"):
+            times[contender] = 10.0
+            yield [kernels.Point(name, "random", 1, 2.0, 2.0, {}, dict(times))]
+        if name == "Qwen3-30B-A3B":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda: 3e12)
+    monkeypatch.setattr(kernels, "machine", dict)
+    out = tmp_path / "kernels.json"
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--models", "Mixtral-8x7B", "Qwen3-30B-A3B", "--out", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main()
+    points = json.loads(out.read_text())["points"]
+    assert [(point["model"], len(point["microseconds"])) for point in points] == [
+        ("Mixtral-8x7B", 2),
+        ("Qwen3-30B-A3B", 2),
+    ]
