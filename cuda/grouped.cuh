@@ -154,10 +154,16 @@ struct WorkItem {
   }
 };
 
+// Of one unit's matrix.
+template <class Code>
+__device__ inline int64_t unit_bytes(int rows, int depth) {
+  return int64_t(rows / 16) * (depth / 16) * Code::kTileBytes;
+}
+
 // First byte of the unit's weights.
 template <class Code>
 __device__ inline const uint8_t* unit_weights(const GroupedGemm& gemm, int unit) {
-  const int64_t bytes = int64_t(gemm.rows / 16) * (gemm.depth / 16) * Code::kTileBytes;
+  const int64_t bytes = unit_bytes<Code>(gemm.rows, gemm.depth);
   if (!Code::kReadsDense || unit < gemm.choices.pairs) return gemm.words + unit * bytes;
   return gemm.dense + (unit - gemm.choices.pairs) * bytes;
 }

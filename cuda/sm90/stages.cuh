@@ -226,8 +226,8 @@ struct Stages {
     const int tiles = min(piece.end_stage - piece.first_stage, kSlots) * Tile::kDepthTiles;
     // Where blocks of tiles are not whole, it is left.
     const bool whole = strip + kBlockStrips <= gemm.next_rows / 16 && tile + tiles <= gemm.next_depth / 16;
-    const int64_t unit_bytes = int64_t(gemm.next_rows / 16) * (gemm.next_depth / 16) * Code::kTileBytes;
-    const uint8_t* words = gemm.next_words + work.group.unit * unit_bytes +
+    const int64_t bytes = unit_bytes<Code>(gemm.next_rows, gemm.next_depth);
+    const uint8_t* words = gemm.next_words + work.group.unit * bytes +
                            tile_offset<Code>(gemm.next_rows, gemm.next_depth, strip, tile);
     for (int i = 0; i < kSlots; ++i, slot.next()) barrier_wait(empty(slot.index), slot.parity ^ 1);
     if (threadIdx.x % 32 < Tile::kStrips / kBlockStrips && whole && !work.dense(gemm))

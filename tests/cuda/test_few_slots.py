@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from support.host_compiler import COMPILER, change, emulated_sources, needs_compiler
-from support.token_groups import token_groups
+from support.host_compiler import emulated_library, needs_compiler
+from support.token_groups import Choices, token_groups
 
-HERE = Path(__file__).parent
+SOURCE = Path(__file__).with_name("few_slots.cpp")
 
 pytestmark = needs_compiler
-
-
-class Choices(ctypes.Structure):
-    """`Choices` of cuda/grouped.cuh."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("topk_ids", "expert_map")),
-        *((name, ctypes.c_int) for name in ("slots", "topk", "pairs", "dense")),
-    ]
-
-
-def built(folder: Path, changes: tuple[tuple[str, str], ...] = ()) -> ctypes.CDLL:
-    """The planner for the host; changes: what is replaced by what."""
-    sources = emulated_sources(folder)
-    for right, wrong in changes:
-        change(sources / "sm90" / "few_slots.cuh", right, wrong)
-    library = folder / "plan.so"
-    command = [COMPILER, "-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-fPIC", "-shared"]
-    command += [f"-I{sources}", f"-I{HERE}", str(HERE / "few_slots.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True, timeout=600)
-    return ctypes.CDLL(str(library))
 
 
 def agrees(planner: ctypes.CDLL, ids: list[int], pairs: int, dense: int, part: int, on_a_rank: bool) -> bool:
@@ -84,7 +62,7 @@ def routings(most: int) -> list[tuple[list[int], int, int, int, bool]]:
 
 
 def test_it_is_the_plan_of_the_kernels_for_many(tmp_path):
-    planner = built(tmp_path)
+    planner = emulated_library(SOURCE, tmp_path)
     for case in routings(planner.few_slots()):
         assert agrees(planner, *case), case
 
@@ -103,5 +81,5 @@ def test_it_is_the_plan_of_the_kernels_for_many(tmp_path):
     ],
 )
 def test_a_mistake_in_it_would_be_found(right, wrong, tmp_path):
-    planner = built(tmp_path, ((right, wrong),))
+    planner = emulated_library(SOURCE, tmp_path, [("sm90/few_slots.cuh", right, wrong)])
     assert not all(agrees(planner, *case) for case in routings(planner.few_slots()))

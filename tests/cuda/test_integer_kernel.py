@@ -4,19 +4,18 @@ them to bf16 outputs, against float64."""
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from support.host_compiler import COMPILER, change, emulated_sources, needs_compiler
-from support.token_groups import token_groups
+from support.host_compiler import emulated_library, needs_compiler
+from support.token_groups import Choices, token_groups
 
 from puzzlemoe_vllm.backends import cuda
 from puzzlemoe_vllm.format.codes import CODES, TrellisCode
 from puzzlemoe_vllm.format.codes.trellis import values
 
-HERE = Path(__file__).parent
+SOURCE = Path(__file__).with_name("integer_kernel.cpp")
 
 TOPK = 2
 
@@ -29,8 +28,8 @@ class GroupedGemm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("words", "steps", "table", "dense", "activations", "out")),
         *((name, ctypes.c_void_p) for name in ("group_counts", "groups", "sorted_slots", "partials", "arrivals")),
-        *((name, ctypes.c_void_p) for name in ("topk_ids", "expert_map")),
-        *((name, ctypes.c_int) for name in ("slots", "topk", "pairs", "dense", "rows", "depth", "group_shift")),
+        ("choices", Choices),
+        *((name, ctypes.c_int) for name in ("rows", "depth", "group_shift")),
         *((name, ctypes.c_bool) for name in ("skips_pairs", "skips_dense", "few")),
         ("next_words", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("next_rows", "next_depth")),
@@ -39,15 +38,7 @@ class GroupedGemm(ctypes.Structure):
 
 def built(folder: Path, code: TrellisCode, changes: tuple[tuple[str, str, str], ...] = ()) -> ctypes.CDLL:
     """The kernel of a code for the host; changes: of a header, what is replaced by what."""
-    sources = emulated_sources(folder)
-    for name, right, wrong in changes:
-        change(sources / name, right, wrong)
-    library = folder / "kernel.so"
-    command = [COMPILER, "-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-fPIC", "-shared"]
-    command += [f"-DBITS={code.bits}", f"-I{sources}", f"-I{HERE}"]
-    command += [str(HERE / "integer_kernel.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True, timeout=600)
-    return ctypes.CDLL(str(library))
+    return emulated_library(SOURCE, folder, changes, [f"BITS={code.bits}"])
 
 
 def worst_error(
@@ -86,11 +77,11 @@ def worst_error(
         "steps": torch.stack([cuda.tile_steps(of, gate_up).flatten() for of in steps]),
         "activations": tokens,
         "out": out,
-        "topk_ids": experts,
         "partials": torch.full((kernel.partial_floats(),), float("nan")),
         "arrivals": torch.full((kernel.max_arrivals(),), -1),
     }
-    gemm = GroupedGemm(slots=slots, topk=TOPK, pairs=pairs, rows=rows, depth=depth, few=few)
+    gemm = GroupedGemm(rows=rows, depth=depth, few=few)
+    gemm.choices = Choices(experts.data_ptr(), None, slots, TOPK, pairs, 0)
     gemm.group_shift = (group_size // 32).bit_length()
     gemm.next_words, gemm.next_rows, gemm.next_depth = held["words"].data_ptr(), depth, rows
     for name, tensor in (held if few else held | plan).items():

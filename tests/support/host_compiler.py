@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,21 @@ def emulated_sources(folder: Path) -> Path:
     for name in EMULATED:
         (sources / name).write_text('#pragma once\n#include "host_gpu.h"\n')
     return sources
+
+
+def emulated_library(
+    source: Path, folder: Path, changes: Iterable[tuple[str, str, str]] = (), macros: Iterable[str] = ()
+) -> ctypes.CDLL:
+    """A source of tests/cuda with its headers of cuda/ as a library, for a host; changes: of a header, what is replaced
+    by what; macros: NAME=VALUE."""
+    sources = emulated_sources(folder)
+    for name, right, wrong in changes:
+        change(sources / name, right, wrong)
+    library = folder / f"{source.stem}.so"
+    command = [COMPILER, "-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-fPIC", "-shared"]
+    command += [*(f"-D{macro}" for macro in macros), f"-I{sources}", f"-I{source.parent}"]
+    subprocess.run([*command, str(source), "-o", str(library)], check=True, timeout=600)
+    return ctypes.CDLL(str(library))
 
 
 def change(source: Path, right: str, wrong: str) -> None:
