@@ -87,11 +87,16 @@ struct GroupedGemm {
   int rows, depth;                  // of a unit's weight matrix
   int group_shift;                  // log2 of the tiles that share a step
   bool skips_pairs, skips_dense;    // whose groups other launches multiply
-  bool few;                         // blocks plan for themselves: see few_slots.cuh
-  const uint8_t* next_words;        // of pairs, that the next launch multiplies; null: fetch none of them early
-  int next_rows, next_depth;
 
   __device__ int step_groups() const { return (depth / 16) >> group_shift; }
+};
+
+constexpr int kFewSlots = 64;  // with 128, layers took longer than in three launches
+
+// Both products of a layer with few slots, in one launch, whose blocks make the plan themselves.
+struct FewSlotsLayer {
+  GroupedGemm gate_up, down;
+  uint64_t* ends;  // [kMaxMultiprocessors], kArrived where a block has stored all that it has of gate and up
 };
 
 // Fills a code's table in shared memory with the first kThreads threads, a copy for every lane, and returns this lane's
@@ -114,7 +119,7 @@ constexpr int kMinGroupTiles = 2;
 constexpr int kMaxWarpgroups = 4;  // on each multiprocessor, that leave sums
 constexpr int kMaxArrivals = kMaxWarpgroups * kMaxMultiprocessors;
 // Taken back by who saw it.  Nothing else writes it, so that what the memory held before is it by chance alone, once in
-// 2^64: nobody clears the place.
+// 2^64: nobody clears the place before.
 constexpr uint64_t kArrived = 0x8F1D3A57C2E69B04;
 
 // The items of a launch are its groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row

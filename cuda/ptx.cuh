@@ -144,6 +144,13 @@ __device__ inline uint64_t load_acquire(const uint64_t* address) {
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
   return value;
 }
+// The same of several values: whoever read them by load_relaxed then passes the fence.
+__device__ inline uint64_t load_relaxed(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+__device__ inline void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Programmatic dependent launch: a kernel may start while the one before it runs, and waits before it reads what that
 // one wrote.  Without the launch attribute, and before Hopper, both do nothing.

@@ -22,5 +22,6 @@ struct Routing : Choices {
 cudaError_t route(const Routing& routing, int part_tokens, cudaStream_t stream);
 
 // out[m] = sum over k of topk_weights[m, k] * slots[m, k], in the order of k, skipping slots without a local expert.
-cudaError_t combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, __nv_bfloat16* out,
-                    int tokens, int hidden, cudaStream_t stream);
+// ends: of FewSlotsLayer, which are taken back; null: none.
+cudaError_t combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, uint64_t* ends,
+                    __nv_bfloat16* out, int tokens, int hidden, cudaStream_t stream);

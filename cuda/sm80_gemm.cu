@@ -19,7 +19,7 @@ using Mma64 = Sm80Tile<64, 4, 1, 2, 64, 3>;
 
 template <class Tile>
 constexpr Kernel kernel(const char* name) {
-  return {name, Tile::kPartTokens, 0, 0, 80, 999, kAllCodes, Launcher<Gemm, Tile, kAllCodes>::launch};
+  return {name, Tile::kPartTokens, 0, 80, 999, kAllCodes, launch_product<Gemm, Tile, kAllCodes>};
 }
 
 }  // namespace

@@ -6,9 +6,7 @@
 #include "ptx_sm90.cuh"
 #include "schedule.cuh"
 
-constexpr int kFewSlots = 64;  // with 128, layers took longer than with a launch that plans
-
-// What is dealt of a launch, and a block's share.
+// What is dealt of gate and up, and a block's share.
 struct Deal {
   int cut = 0, dealers = 1;
   Share share;
@@ -52,11 +50,10 @@ struct FewSlots {
     return slot < choices.slots ? choices.local_expert(slot) : -1;
   }
 
-  // By a warpgroup, whose barrier is kBarrier.  expert: own_expert(); of_as_many: the deal of a launch that has as many
-  // groups as this thread's number, and one more.  It waits for nobody after its last stores.
+  // By a warpgroup, whose barrier is kBarrier.  expert: own_expert(); of_as_many: the deal of gate and up that have as
+  // many groups as this thread's number, and one more.  It waits for nobody after its last stores.
   template <int kPartTokens, int kBarrier>
-  __device__ __forceinline__ static void make(const GroupedGemm& gemm, int expert, const Deal& of_as_many) {
-    const Choices& choices = gemm.choices;
+  __device__ __forceinline__ static void make(const Choices& choices, int expert, const Deal& of_as_many) {
     const int slot = threadIdx.x % kThreads;
     store_shared_4(kExperts + 4 * slot, expert);
     store_shared_4(kUnitGroups + 4 * slot, 0);
@@ -99,9 +96,8 @@ struct FewSlots {
       }
     }
     if (slot == 0) store_shared_8(kGroupCounts, pair_groups, groups);
-    const int launched = (gemm.skips_dense ? pair_groups : groups) - (gemm.skips_pairs ? pair_groups : 0);
-    if (launched == slot + 1) store(of_as_many);
-    if (launched == 0 && slot == 0) store(Deal());
+    if (groups == slot + 1) store(of_as_many);
+    if (groups == 0 && slot == 0) store(Deal());
     for (int g = 0; leads && g < rows.groups(); ++g) {
       const TokenGroup group = rows.group(before, g);
       const uint32_t place = kGroups + (before + g) * sizeof(TokenGroup);

@@ -80,10 +80,10 @@ struct Sm90Gemm {
 
   // The start of an item, which comes last, is completed outside the loop: a loop in it, over the pieces that other
   // blocks left, would make the compiler take the whole loop for divergent, and compute addresses lane by lane.
-  __device__ __forceinline__ static void consume_all(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
-    Slot slot;
+  __device__ __forceinline__ static void consume_all(const Items<Tile>& items, const LaunchOf<Tile>& launch,
+                                                     Slot& slot) {
     Sums sums;
-    auto walk = items.walk(launch);
+    auto walk = items.template walk<kGateUp>(launch);
     Piece piece;
     if constexpr (!Tile::kCuts) return consume_whole(items, walk, slot, sums);
     WorkItem work;
@@ -134,39 +134,31 @@ struct Sm90Gemm {
     }
   }
 
-  // What the block does with few slots, for any number of groups while the slots are still on their way.
-  __device__ __forceinline__ static void plan_few(const GroupedGemm& gemm) {
-    int expert = 0;
-    if constexpr (!kGateUp) expert = FewSlots::own_expert(gemm.choices);
-    Deal deal;
-    if constexpr (Items<Tile>::kDeals) {
-      deal = SupposedItems<Tile>{gemm.rows, gemm.depth, int(threadIdx.x) % 128 + 1, gemm.partials != nullptr}.deal();
-      Share& share = deal.share;  // worked out here, not where it is first needed
-      asm volatile("" : "+r"(deal.cut), "+r"(deal.dealers), "+r"(share.rest_first), "+r"(share.rest_end));
-      asm volatile("" : "+r"(share.dealt), "+r"(share.dealt_end), "+r"(share.start));
-    }
-    if constexpr (kGateUp) {
-      wait_for_previous_kernel();
-      expert = FewSlots::own_expert(gemm.choices);
-    }
-    FewSlots::make<Tile::kPartTokens, kCopiersReady>(gemm, expert, deal);
+  // By the warpgroup that copies: one of its warps copies words, others bring tokens.
+  static constexpr int kWordWarp = 2, kTokenWarps = Tile::kIntegers ? Stage::kQuantisers : 2;
+  __device__ static int copy_warp() { return uniform(threadIdx.x % 128 / 32); }
+  __device__ static bool brings_tokens() { return Tile::kIntegers ? copy_warp() != kWordWarp : copy_warp() < kTokenWarps; }
+  __device__ __forceinline__ static void bring_all(const Items<Tile>& items, const LaunchOf<Tile>& launch, Slot& slot) {
+    const int warp = copy_warp();
+    if (warp == kWordWarp) return Stage::copy_words(items, launch, slot);
+    if (!brings_tokens()) return;
+    if constexpr (Tile::kIntegers) Stage::quantise_tokens(items, launch, slot, min(warp, Stage::kQuantisers - 1));
+    else Stage::gather_tokens(items, launch, slot);
   }
-
-  static constexpr int kCopyRegisters = Tile::copy_registers(kGateUp);
-  static constexpr int kMultiplyRegisters = Tile::multiply_registers(kGateUp);
 
   // Nobody waits for the table but those that look words up in it: words are on their way by then.
   static constexpr int kReady = 0, kCopiersReady = 1 + Tile::kConsumers;  // barriers
 
-  __device__ __forceinline__ static void run(const GroupedGemm& gemm) {
+  // What a block begins with: prepare() in the warpgroup that copies, the table in the others.  Returns whether this
+  // thread copies.
+  template <class Prepare>
+  __device__ __forceinline__ static bool begin(const GroupedGemm& gemm, Prepare prepare) {
     extern __shared__ __align__(1024) uint8_t shared[];
     if (shared_address(shared) != SharedLayout::kStart) __trap();
     const bool copies = uniform(threadIdx.x / 128) == Tile::kConsumers;
     if (copies) {
       if (threadIdx.x % 128 == 0) Stage::init_barriers();
-      // The groups, and the choices, come from kernels that had ended before gate and up let the down projection start.
-      if (Tile::kPlans && gemm.few) plan_few(gemm);
-      else if (kGateUp) wait_for_previous_kernel();
+      prepare();
       barrier_of<128>(kCopiersReady);
       come_to_barrier_of<Tile::kThreads>(kReady);
       let_next_kernel_start();
@@ -174,21 +166,26 @@ struct Sm90Gemm {
       fill_table<Code, 128 * Tile::kConsumers>(gemm, Stage::kTable);
       barrier_of<Tile::kThreads>(kReady);
     }
+    return copies;
+  }
+
+  static constexpr int kCopyRegisters = Tile::copy_registers(kGateUp);
+  static constexpr int kMultiplyRegisters = Tile::multiply_registers(kGateUp);
+
+  __device__ __forceinline__ static void run(const GroupedGemm& gemm) {
+    const bool copies = begin(gemm, [] {
+      // The groups come from kernels that had ended before gate and up let the down projection start.
+      if (kGateUp) wait_for_previous_kernel();
+    });
     const Items<Tile> items(gemm);
-    const LaunchOf<Tile> launch = items.launch();
+    const LaunchOf<Tile> launch(items);
+    Slot slot;
     if (copies) {
       registers_down<kCopyRegisters>();
-      const int warp = uniform(threadIdx.x % 128 / 32);
-      if constexpr (Tile::kIntegers) {
-        if (warp != 2) Stage::quantise_tokens(items, launch, min(warp, Stage::kQuantisers - 1));
-        else Stage::copy_words(items, launch);
-      } else {
-        if (warp < 2) Stage::gather_tokens(items, launch);
-        else if (warp == 2) Stage::copy_words(items, launch);
-      }
+      bring_all(items, launch, slot);
     } else {
       registers_up<kMultiplyRegisters>();
-      consume_all(items, launch);
+      consume_all(items, launch, slot);
     }
   }
 };

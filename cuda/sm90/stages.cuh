@@ -46,33 +46,30 @@ struct Items {
   __device__ explicit Items(const GroupedGemm& gemm)
       : gemm(gemm),
         row_tiles(row_tiles_of<Tile>(gemm.rows)),
-        first_group(gemm.skips_pairs ? uniform(plan().group_counts[0]) : 0) {}
+        first_group(!Tile::kPlans && gemm.skips_pairs ? uniform(plan().group_counts[0]) : 0) {}
 
-  __device__ Plan plan() const {
-    if constexpr (Tile::kPlans)
-      if (gemm.few) return FewSlots::plan();
-    return gemm.plan;
+  __device__ Plan plan() const { return Tile::kPlans ? FewSlots::plan() : gemm.plan; }
+  __device__ int items() const {
+    const bool skips_dense = !Tile::kPlans && gemm.skips_dense;
+    return (uniform(plan().group_counts[skips_dense ? 0 : 1]) - first_group) * row_tiles;
   }
-  __device__ int groups() const { return uniform(plan().group_counts[gemm.skips_dense ? 0 : 1]) - first_group; }
-  __device__ int items() const { return groups() * row_tiles; }
   __device__ int stages() const { return stages_of<Tile>(gemm.depth); }
   __device__ int blocks() const { return gridDim.x; }
   __device__ int block() const { return blockIdx.x; }
   __device__ bool has_room() const { return gemm.partials; }
-  // Launch and Walk, where they need not be worked out.
-  static constexpr bool kDeals = Tile::kPlans && Tile::kCuts;
+  // Launch and Walk.  Those of gate and up need not be worked out where the deal is in shared memory.
+  template <bool kGateUp>
+  static constexpr bool kDealt = kGateUp && Tile::kPlans && Tile::kCuts;
+  template <bool kGateUp>
   __device__ Launch<Tile, Items> launch() const {
-    if constexpr (kDeals)
-      if (gemm.few) {
-        const Deal deal = FewSlots::deal();
-        return {stages(), uniform(deal.cut), uniform(deal.dealers)};
-      }
-    return Launch<Tile, Items>(*this);
+    if constexpr (!kDealt<kGateUp>) return Launch<Tile, Items>(*this);
+    const Deal deal = FewSlots::deal();
+    return {stages(), uniform(deal.cut), uniform(deal.dealers)};
   }
+  template <bool kGateUp>
   __device__ Walk<Tile, Items> walk(const Launch<Tile, Items>& launch) const {
-    if constexpr (kDeals)
-      if (gemm.few) return {*this, launch, FewSlots::deal().share};
-    return {*this, launch};
+    if constexpr (!kDealt<kGateUp>) return {*this, launch};
+    return {*this, launch, FewSlots::deal().share};
   }
 
   __device__ WorkItem work(const Piece& piece) const {
@@ -139,8 +136,9 @@ struct Stages {
   static constexpr int kGroups = Code::kHasSteps ? Tile::kDepthTiles / kMinGroupTiles : 0;  // of a stage, at most
   static constexpr int kGroupBytes = Tile::kStrips * kStripStepBytes, kStepBytes = kGroups * kGroupBytes;
 
-  // A token's row of staged results: 64 outputs of a warpgroup, and 16 bytes that spread rows over the banks.
-  static constexpr int kStagingPitch = (kGateUp ? 64 : 128) + 16, kStagingBytes = 32 * kStagingPitch;
+  // A token's row of staged results: 64 outputs of a warpgroup, half as many of gate and up, and 16 bytes that spread
+  // rows over the banks.  Where both products are one launch, all of the layout is the same for both.
+  static constexpr int kStagingPitch = (kGateUp && !Tile::kPlans ? 64 : 128) + 16, kStagingBytes = 32 * kStagingPitch;
   static constexpr int kTableBytes = Code::kTableEntries * Tile::kTableStride;
 
   static constexpr int kSharedEnd = 228 / Tile::kBlocks * 1024;
@@ -163,6 +161,8 @@ struct Stages {
   __device__ static uint32_t empty(int slot) { return full(slot) + 8; }
   __device__ static uint32_t own_table() { return kept(kTable + threadIdx.x % 32 * 4); }
 
+  // Whether tokens are the hidden rows of the launch before.
+  static constexpr bool kReadsPrevious = !kGateUp && !Tile::kPlans;
   static constexpr int kTokenThreads = 64, kTokenArrivals = Tile::kIntegers ? 1 : kTokenThreads;
 
   // By one thread, before any other uses them.
@@ -176,13 +176,12 @@ struct Stages {
 
   using Slot = RingSlot<kSlots>;
 
-  // One warp: a bulk copy for every eight strips of a stage, and one for every group of steps.  Reads nothing that the
-  // kernel before writes, so that the first words of the down projection arrive while gate and up still run elsewhere.
-  __device__ static void copy_words(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
+  // One warp: a bulk copy for every eight strips of a stage, and one for every group of steps.  Reads nothing that gate
+  // and up write, so that the first words of the down projection arrive while gate and up still run elsewhere.
+  __device__ static void copy_words(const Items<Tile>& items, const LaunchOf<Tile>& launch, Slot& slot) {
     const GroupedGemm& gemm = items.gemm;
     const int lane = threadIdx.x % 32;
-    Slot slot;
-    auto walk = items.walk(launch);
+    auto walk = items.template walk<kGateUp>(launch);
     for (Piece piece; walk.next(items, piece);) {
       const WorkItem work = items.work(piece);
       const int end = items.end_tile(piece);
@@ -206,37 +205,11 @@ struct Stages {
                     strips * kStripStepBytes, full);
       }
     }
-    if constexpr (kGateUp && Items<Tile>::kDeals)
-      if (gemm.few && gemm.next_words) fetch_next(items, slot);
-  }
-
-  // The same warp, when the block's own words are used up: has what the block of this number will need first of the
-  // down projection brought into the L2 cache.  That block cannot start before this one ends, and hardly anything else
-  // is read until then.
-  __device__ static void fetch_next(const Items<Tile>& items, Slot slot) {
-    const GroupedGemm& gemm = items.gemm;
-    const SupposedItems<Tile> next{gemm.next_rows, gemm.next_depth, items.groups(), items.has_room()};
-    const Launch<Tile, SupposedItems<Tile>> launch(next);
-    Walk walk(next, launch);
-    Piece piece;
-    if (!walk.next(next, piece)) return;
-    const WorkItem work(items.plan().groups, items.first_group, piece.item, next.row_tiles(), true);
-    const int strip = work.row_tile * Tile::kStrips + threadIdx.x % 32 * kBlockStrips;
-    const int tile = piece.first_stage * Tile::kDepthTiles;
-    const int tiles = min(piece.end_stage - piece.first_stage, kSlots) * Tile::kDepthTiles;
-    // Where blocks of tiles are not whole, it is left.
-    const bool whole = strip + kBlockStrips <= gemm.next_rows / 16 && tile + tiles <= gemm.next_depth / 16;
-    const int64_t bytes = unit_bytes<Code>(gemm.next_rows, gemm.next_depth);
-    const uint8_t* words = gemm.next_words + work.group.unit * bytes +
-                           tile_offset<Code>(gemm.next_rows, gemm.next_depth, strip, tile);
-    for (int i = 0; i < kSlots; ++i, slot.next()) barrier_wait(empty(slot.index), slot.parity ^ 1);
-    if (threadIdx.x % 32 < Tile::kStrips / kBlockStrips && whole && !work.dense(gemm))
-      bulk_prefetch(words, kBlockStrips * tiles * Code::kTileBytes);
   }
 
   // Two warps: eight threads per token, 16 bytes each, swizzled as the descriptor says.  A thread's tokens are eight
   // apart, so that its place in the swizzle never changes.
-  __device__ static void gather_tokens(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
+  __device__ static void gather_tokens(const Items<Tile>& items, const LaunchOf<Tile>& launch, Slot& slot) {
     const GroupedGemm& gemm = items.gemm;
     constexpr int kTokensPerThread = kTokens / 8;
     constexpr uint32_t kNone = ~0u;
@@ -244,9 +217,9 @@ struct Stages {
     const uint32_t offset = first * 128 + (column ^ first) * 16;
     const int row_vectors = gemm.depth / 8;
     const uint4* activations = reinterpret_cast<const uint4*>(gemm.activations) + column;
-    Slot slot, landed;  // the stage being begun, and the first whose tokens are still on their way
+    Slot landed = slot;  // the first stage whose tokens are still on their way
     int in_flight = 0;
-    auto walk = items.walk(launch);
+    auto walk = items.template walk<kGateUp>(launch);
     for (Piece piece; walk.next(items, piece);) {
       const WorkItem work = items.work(piece);
       const int end = items.end_tile(piece);
@@ -258,7 +231,7 @@ struct Stages {
         const uint32_t place = activation_row<kGateUp>(gemm, items.plan(), max(row, 0)) * row_vectors;
         places[i] = row >= 0 ? place : kNone;
       }
-      if constexpr (!kGateUp) wait_for_previous_kernel();
+      if constexpr (kReadsPrevious) wait_for_previous_kernel();
       for (int tile = items.first_tile(piece); tile < end; tile += Tile::kDepthTiles, slot.next()) {
         barrier_wait(empty(slot.index), slot.parity ^ 1);
         uint32_t to = stage(slot.index) + offset;
@@ -284,7 +257,7 @@ struct Stages {
         }
       }
     }
-    if constexpr (!kGateUp) wait_for_previous_kernel();  // those without a piece too
+    if constexpr (kReadsPrevious) wait_for_previous_kernel();  // those without a piece too
     if constexpr (Tile::kFenceLag > 0) {
       cp_async_wait<0>();
       fence_async_proxy();
@@ -295,16 +268,15 @@ struct Stages {
   // Three warps, each every third stage: a lane turns two columns of a token into integers.  Some
   // tokens at once, so that their reads and sums wait together.
   static constexpr int kQuantisers = 3, kAtOnce = 2;
-  __device__ static void quantise_tokens(const Items<Tile>& items, const LaunchOf<Tile>& launch, int own) {
+  __device__ static void quantise_tokens(const Items<Tile>& items, const LaunchOf<Tile>& launch, Slot& slot, int own) {
     using Tokens = Int8Tokens<Tile>;
     const GroupedGemm& gemm = items.gemm;
     const int lane = threadIdx.x % 32;
     const uint32_t* activations = reinterpret_cast<const uint32_t*>(gemm.activations) + lane;
     const int row_words = gemm.depth / 2;
     const bool halves = 1 << gemm.group_shift < Tile::kDepthTiles;
-    Slot slot;
     int turn = own;  // stages until the next that is this warp's
-    auto walk = items.walk(launch);
+    auto walk = items.template walk<kGateUp>(launch);
     for (Piece piece; walk.next(items, piece);) {
       const WorkItem work = items.work(piece);
       const int count0 = uniform(work.group.count[0]), count = count0 + uniform(work.group.count[1]);
@@ -320,7 +292,7 @@ struct Stages {
           if (first + i < count && tile * 8 + lane < end * 8) columns[i] = __ldcg(activations + own_place + tile * 8);
         }
       };
-      if constexpr (!kGateUp) wait_for_previous_kernel();
+      if constexpr (kReadsPrevious) wait_for_previous_kernel();
       int tile = items.first_tile(piece);
       uint32_t next[kAtOnce];  // of the first tokens
       read(tile + turn * Tile::kDepthTiles, 0, next);
@@ -349,7 +321,7 @@ struct Stages {
         if (lane == 0) barrier_arrive(full(slot.index));
       }
     }
-    if constexpr (!kGateUp) wait_for_previous_kernel();  // those without a piece too
+    if constexpr (kReadsPrevious) wait_for_previous_kernel();  // those without a piece too
   }
 
   // A tile of the warp's strip in the slot's stage, which has `tiles` of each strip.

@@ -5,7 +5,6 @@
 //   kPartTokens: tokens of each of the two parts;
 //   kWidthStep: the step of the widths that products come in, up to kPartTokens;
 //   kCuts: items' depth may be cut between blocks;
-//   kPlans: blocks make the plan of few slots themselves;
 //   kFenceLag: 0 if the threads that multiply make tokens visible to wgmma, in every stage.  Else those that gather
 //     them do, so many stages after they began to, which needs stages to spare.
 template <int kConsumers_, int kBlocks_, int kTableStride_, int kGateUpCopyRegisters = 32, int kDownCopyRegisters = 32>
@@ -16,6 +15,7 @@ struct Sm90Tile {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Strips of 16 rows: a warp's are 4 * kConsumers apart.
   static constexpr int kStripsPerWarp = 1, kStrips = 4 * kConsumers * kStripsPerWarp;
+  static constexpr bool kPlans = false;     // blocks make the plan themselves
   static constexpr bool kIntegers = false;  // mma.sync multiplies integers, see tokens_int8.cuh; else wgmma, in bf16
   // Of a thread that copies, which needs more for more tokens, and more in gate and up, where it divides slots; and of
   // one that multiplies; together what the compiler gives all threads alike.
@@ -32,27 +32,33 @@ struct Sm90Tile {
 
 // For trellis words alone.  Two strips a warp, so that what it reads of the tokens serves both.
 struct Imma8 : Sm90Tile<4, 1, 128> {
-  static constexpr bool kIntegers = true, kCuts = true, kPlans = true;
+  static constexpr bool kIntegers = true, kCuts = true;
   static constexpr int kPartTokens = 8, kWidthStep = 8, kFenceLag = 0;
   static constexpr int kStripsPerWarp = 2, kStrips = 4 * kConsumers * kStripsPerWarp;
 };
 struct Wgmma16 : Sm90Tile<4, 1, 256> {
-  static constexpr bool kCuts = true, kPlans = true;
+  static constexpr bool kCuts = true;
   static constexpr int kPartTokens = 16, kWidthStep = 16, kFenceLag = 2;
 };
 struct Wgmma32 : Sm90Tile<4, 1, 256> {
-  static constexpr bool kCuts = true, kPlans = false;
+  static constexpr bool kCuts = true;
   static constexpr int kPartTokens = 32, kWidthStep = 16, kFenceLag = 2;
 };
 struct Wgmma48 : Sm90Tile<4, 1, 256, 48, 40> {
-  static constexpr bool kCuts = true, kPlans = false;
+  static constexpr bool kCuts = true;
   static constexpr int kPartTokens = 48, kWidthStep = 48, kFenceLag = 0;
 };
 struct Wgmma64 : Sm90Tile<2, 1, 128> {
-  static constexpr bool kCuts = false, kPlans = true;
+  static constexpr bool kCuts = false;
   static constexpr int kPartTokens = 64, kWidthStep = 32, kFenceLag = 0;
 };
 struct Wgmma128 : Sm90Tile<2, 1, 128> {
-  static constexpr bool kCuts = false, kPlans = false;
+  static constexpr bool kCuts = false;
   static constexpr int kPartTokens = 128, kWidthStep = 64, kFenceLag = 0;
+};
+
+// The same for few slots, both products in one launch.
+template <class Tile>
+struct FewSlotsTile : Tile {
+  static constexpr bool kPlans = true;
 };

@@ -76,7 +76,6 @@ inline void barrier_arrive_after_copies(uint32_t) { fail("no cp.async here"); }
 template <class Code, class Tile, bool kGateUp>
 struct WgmmaMainloop {};
 
-// The block that runs.
 struct Registers {
   uint32_t of[6];
 };
@@ -102,9 +101,11 @@ struct Block {
   std::vector<Warp> warps;
   std::map<int, NamedBarrier> named;
   std::map<uint32_t, MemoryBarrier> barriers;
+  std::vector<char> stacks;
+  std::vector<uint8_t> shared = std::vector<uint8_t>(228 * 1024, 0xFF);  // NaN, wherever nothing is written
 };
 inline Block* block;
-inline uint8_t shared_memory[228 * 1024];
+inline bool together;  // all blocks of the launch run, so that they may wait for one another
 inline uint8_t shared[1];  // kernels ask for its address alone
 
 inline void let_others_run() { swapcontext(&block->threads[threadIdx.x], &block->scheduler); }
@@ -125,6 +126,10 @@ template <class Value>
 Value __shfl_sync(unsigned, Value value, int lane) {
   return Value(of_all_lanes(uint32_t(value))[lane % 32].of[0]);
 }
+inline bool __any_sync(unsigned, bool value) {
+  const Registers* all = of_all_lanes(value);
+  return std::any_of(all, all + 32, [](auto& own) { return own.of[0]; });
+}
 inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   const Registers* all = of_all_lanes(value);
   return std::max_element(all, all + 32, [](auto& a, auto& b) { return a.of[0] < b.of[0]; })->of[0];
@@ -140,8 +145,8 @@ inline uint32_t kept(uint32_t value) { return value; }
 // Shared memory.
 template <class Value>
 Value& shared_at(uint32_t place) {
-  if (place % sizeof(Value) || place + sizeof(Value) > sizeof shared_memory) fail("no such place in shared memory");
-  return reinterpret_cast<Value&>(shared_memory[place]);
+  if (place % sizeof(Value) || place + sizeof(Value) > block->shared.size()) fail("no such place in shared memory");
+  return reinterpret_cast<Value&>(block->shared[place]);
 }
 inline uint32_t shared_address(const void*) { return 1024; }
 template <class Value>
@@ -238,7 +243,15 @@ inline void store_release_if(bool condition, uint64_t* place, uint64_t value) {
   if (condition) *place = value;
 }
 inline uint64_t load_acquire(const uint64_t* place) { return *place; }
-inline void __nanosleep(unsigned) { fail("a block waits for one that comes after it"); }
+inline uint64_t load_relaxed(const uint64_t* place) {
+  let_others_run();
+  return *place;
+}
+inline void fence_acquire() {}
+inline void __nanosleep(unsigned) {
+  if (!together) fail("a block waits for one that comes after it");
+  let_others_run();
+}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
@@ -257,19 +270,11 @@ inline void barrier_wait(uint32_t barrier, int parity) {
 }
 inline void bulk_copy(uint32_t place, const void* from, int bytes, uint32_t barrier) {
   if (bytes % 16 || place % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a bulk copy is not aligned");
-  if (place + bytes > sizeof shared_memory) fail("a bulk copy leaves shared memory");
-  memcpy(shared_memory + place, from, bytes);
+  if (place + bytes > block->shared.size()) fail("a bulk copy leaves shared memory");
+  memcpy(&block->shared[place], from, bytes);
   MemoryBarrier& own = block->barriers.at(barrier);
   own.bytes -= bytes;
   own.complete();
-}
-inline const uint8_t *fetchable, *fetchable_end;  // what may be
-inline int64_t fetched;                          // bytes, by all blocks
-inline void bulk_prefetch(const void* from, int bytes) {
-  const uint8_t* first = static_cast<const uint8_t*>(from);
-  if (bytes <= 0 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("what is fetched early is not aligned");
-  if (first < fetchable || first + bytes > fetchable_end) fail("what is fetched early are no words");
-  fetched += bytes;
 }
 inline void fence_async_proxy() {}
 template <int kThreads>
@@ -290,38 +295,57 @@ template <int kRegisters>
 void registers_down() {}
 inline void __trap() { fail("trap"); }
 
-// Runs blocks one after another, so that none may wait for one that comes later.
 inline void (*thread_of_block)();
 inline void run_thread() {
   thread_of_block();
   block->ended[threadIdx.x] = true;
   for (;;) let_others_run();
 }
-inline void run_blocks(int blocks, int threads, void (*kernel)()) {
-  constexpr int kStack = 128 * 1024, kRounds = 1 << 18;
-  thread_of_block = kernel;
-  std::vector<char> stacks(size_t(threads) * kStack);
+
+inline void start(Block& own, int threads) {
+  constexpr int kStack = 128 * 1024;
+  own.threads.resize(threads), own.ended.resize(threads), own.warps.resize(threads / 32);
+  own.stacks.resize(size_t(threads) * kStack);
+  for (int t = 0; t < threads; ++t) {
+    getcontext(&own.threads[t]);
+    own.threads[t].uc_stack.ss_sp = &own.stacks[size_t(t) * kStack];
+    own.threads[t].uc_stack.ss_size = kStack;
+    makecontext(&own.threads[t], run_thread, 0);
+  }
+}
+
+// Lets every thread run until it waits for others; whether any is left.
+inline bool run_on(Block& own) {
+  bool more = false;
+  block = &own;
+  for (threadIdx.x = 0; threadIdx.x < own.threads.size(); ++threadIdx.x) {
+    if (own.ended[threadIdx.x]) continue;
+    more = true;
+    swapcontext(&own.scheduler, &own.threads[threadIdx.x]);
+  }
+  return more;
+}
+
+// Runs blocks one after another, so that none may wait for one that comes later; or all at once, the last ones first.
+inline void run_blocks(int blocks, int threads, void (*kernel)(), bool at_once = false) {
+  thread_of_block = kernel, together = at_once;
   gridDim.x = blocks;
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-    Block own;
-    block = &own;
-    own.threads.resize(threads), own.ended.resize(threads), own.warps.resize(threads / 32);
-    memset(shared_memory, 0xFF, sizeof shared_memory);  // NaN, wherever nothing is written
-    for (int t = 0; t < threads; ++t) {
-      getcontext(&own.threads[t]);
-      own.threads[t].uc_stack.ss_sp = &stacks[size_t(t) * kStack];
-      own.threads[t].uc_stack.ss_size = kStack;
-      makecontext(&own.threads[t], run_thread, 0);
+  std::vector<Block> all(blocks);
+  int left = 1 << 18;
+  auto count_round = [&] {
+    if (--left == 0) fail("threads wait for one another");
+  };
+  for (bool more = at_once; more; count_round()) {
+    more = false;
+    for (int b = blocks; b-- > 0;) {
+      blockIdx.x = b;
+      if (all[b].threads.empty()) start(all[b], threads);
+      more |= run_on(all[b]);
     }
-    int left = kRounds;
-    for (bool more = true; more;) {
-      if (--left == 0) fail("threads wait for one another");
-      more = false;
-      for (threadIdx.x = 0; threadIdx.x < unsigned(threads); ++threadIdx.x) {
-        if (own.ended[threadIdx.x]) continue;
-        more = true;
-        swapcontext(&own.scheduler, &own.threads[threadIdx.x]);
-      }
-    }
+  }
+  for (blockIdx.x = 0; !at_once && blockIdx.x < gridDim.x; ++blockIdx.x) {
+    start(all[blockIdx.x], threads);
+    while (run_on(all[blockIdx.x])) count_round();
+    if (blockIdx.x + 1 < gridDim.x) all[blockIdx.x] = Block();
   }
 }

@@ -1,17 +1,20 @@
-// The kernel of cuda/sm90/imma8.cu on the host, for test_integer_kernel.py and words of BITS: built with host_gpu.h in
+// The kernels of cuda/sm90/imma8.cu on the host, for test_integer_kernel.py and words of BITS: built with host_gpu.h in
 // place of the headers that hold instructions.
 #include "host_gpu.h"
 #include "trellis_words.cuh"
-#include "sm90/sm90_gemm.cuh"
+#include "sm90/sm90_layer.cuh"
 
 namespace {
 
-GroupedGemm gemm;
+using Code = TrellisWords<BITS>;
+
+FewSlotsLayer layer;
 
 template <bool kGateUp>
-void kernel() {
-  Sm90Gemm<TrellisWords<BITS>, Imma8, kGateUp>::run(gemm);
+void product() {
+  Sm90Gemm<Code, Imma8, kGateUp>::run(kGateUp ? layer.gate_up : layer.down);
 }
+void both() { Sm90Layer<Code, FewSlotsTile<Imma8>>::run(layer); }
 
 }  // namespace
 
@@ -20,12 +23,13 @@ extern "C" {
 int part_tokens() { return Imma8::kPartTokens; }
 int partial_floats() { return kMaxMultiprocessors * Imma8::kBlocks * 16 * Imma8::kStrips * 2 * Imma8::kPartTokens; }
 int max_arrivals() { return kMaxArrivals; }
-// Returns how many bytes of the next launch's words, of as many pairs, are fetched early.
-int64_t multiply(int gate_up, int blocks, int pairs, const GroupedGemm* given) {
-  gemm = *given, fetched = 0, fetchable = gemm.next_words;
-  const int64_t tiles = int64_t(gemm.next_rows / 16) * (gemm.next_depth / 16);
-  fetchable_end = fetchable + pairs * tiles * TrellisWords<BITS>::kTileBytes;
-  run_blocks(blocks, Imma8::kThreads, gate_up ? kernel<true> : kernel<false>);
-  return fetched;
+int max_ends() { return kMaxMultiprocessors; }
+
+// In a launch each, or in one.
+void multiply(int blocks, bool one_launch, const FewSlotsLayer* given) {
+  layer = *given;
+  if (one_launch) return run_blocks(blocks, Imma8::kThreads, both, true);
+  run_blocks(blocks, Imma8::kThreads, product<true>);
+  run_blocks(blocks, Imma8::kThreads, product<false>);
 }
 }

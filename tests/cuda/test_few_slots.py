@@ -29,14 +29,12 @@ def agrees(planner: ctypes.CDLL, ids: list[int], pairs: int, dense: int, part: i
     counts, groups = torch.empty(2, dtype=torch.int32), torch.empty(len(ids), 8, dtype=torch.int32)
     order = torch.empty(len(ids), dtype=torch.int32)
     places = [tensor.data_ptr() for tensor in (counts, groups, order)]
-    skips = len(ids) % 3 == 1, len(ids) % 3 == 2 and dense > 0
-    deal_of = planner.plan(ctypes.byref(choices), *skips, part, *map(ctypes.c_void_p, places))
+    deal_of = planner.plan(ctypes.byref(choices), part, *map(ctypes.c_void_p, places))
     groups[groups[:, 7] == 0, 5] = 0
     groups[groups[:, 7] == 0, 3] &= 1
     of_pairs = int((expected[:, 0] < pairs).sum())
-    launched = (of_pairs if skips[1] else len(expected)) - (of_pairs if skips[0] else 0)
     return (
-        deal_of == max(launched - 1, 0)
+        deal_of == max(len(expected) - 1, 0)
         and counts.tolist() == [of_pairs, len(expected)]
         and torch.equal(groups[: len(expected)], expected)
         and order[: len(expected_order)].tolist() == expected_order
@@ -77,7 +75,7 @@ def test_it_is_the_plan_of_the_kernels_for_many(tmp_path):
         ("first + i < of_pairs", "first + i <= of_pairs"),
         ("expert ^ 1 : -2", "expert ^ 1 : expert ^ 1"),
         ("    store_shared_4(kUnitGroups + 4 * slot, 0);\n", ""),
-        ("- (gemm.skips_pairs ? pair_groups : 0)", ""),
+        ("groups == slot + 1", "pair_groups == slot + 1"),
     ],
 )
 def test_a_mistake_in_it_would_be_found(right, wrong, tmp_path):
