@@ -54,7 +54,7 @@ struct Workspace {
   Routing routing;
   __nv_bfloat16 *hidden, *slots;
   float4* partials;
-  uint64_t *arrivals, *ends;  // ends: null where the products are launches of their own
+  uint64_t *arrivals, *ends;  // of both products; ends: null where they are launches of their own
   Fp8Plan fp8;
   int64_t bytes;
 
@@ -68,7 +68,7 @@ struct Workspace {
     routing.group_counts = scratch.take<int>(2);
     hidden = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.intermediate);
     slots = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.hidden);
-    arrivals = scratch.take<uint64_t>(kMaxArrivals);
+    arrivals = scratch.take<uint64_t>(2 * kMaxArrivals);
     // Only mask16's decoder also reads dense experts.
     const bool one_launch = kernel.launch_few && routing.slots <= kFewSlots &&
                             (layer.code == PM_CODE_MASK16 || layer.dense == 0);
@@ -97,8 +97,9 @@ GroupedGemm product(const pm_layer& layer, const Workspace& work, bool gate_up) 
           static_cast<const uint8_t*>(gate_up ? layer.w13_dense : layer.w2_dense),
           gate_up ? static_cast<const __nv_bfloat16*>(layer.x) : work.hidden,
           gate_up ? work.hidden : work.slots,
-          {work.routing.group_counts, work.routing.groups, work.routing.sorted_slots}, work.partials, work.arrivals,
-          work.routing,
+          {work.routing.group_counts, work.routing.groups, work.routing.sorted_slots}, work.partials,
+          // In one launch, a block may wait for sums of the down projection while others do for those of gate and up.
+          work.arrivals + (gate_up ? 0 : kMaxArrivals), work.routing,
           gate_up ? 2 * layer.intermediate : layer.hidden,
           gate_up ? layer.hidden : layer.intermediate, group_shift, false, false};
 }

@@ -82,7 +82,7 @@ struct GroupedGemm {
   __nv_bfloat16* out;
   Plan plan;
   float4* partials;                 // by block, sums of pieces of items; null: cut none
-  uint64_t* arrivals;               // [kMaxArrivals], kArrived where a warpgroup's sums are there
+  uint64_t* arrivals;               // [kMaxArrivals], of this product, kArrived where a warpgroup's sums are there
   Choices choices;
   int rows, depth;                  // of a unit's weight matrix
   int group_shift;                  // log2 of the tiles that share a step
@@ -121,6 +121,7 @@ constexpr int kMaxArrivals = kMaxWarpgroups * kMaxMultiprocessors;
 // Taken back by who saw it.  Nothing else writes it, so that what the memory held before is it by chance alone, once in
 // 2^64: nobody clears the place before.
 constexpr uint64_t kArrived = 0x8F1D3A57C2E69B04;
+constexpr int kMaxRounds = 1 << 24;  // of waiting for it: seconds
 
 // The items of a launch are its groups x row tiles.  Within a unit they run band by band: all groups of `kBand` row
 // tiles, then the next band, so that a band's words and the unit's tokens stay in the L2 cache between its groups.

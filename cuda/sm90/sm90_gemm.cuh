@@ -134,16 +134,20 @@ struct Sm90Gemm {
     }
   }
 
-  // By the warpgroup that copies: one of its warps copies words, others bring tokens.
+  // By the warpgroup that copies: one of its warps copies words, others bring tokens; what is left is the messenger.
   static constexpr int kWordWarp = 2, kTokenWarps = Tile::kIntegers ? Stage::kQuantisers : 2;
   __device__ static int copy_warp() { return uniform(threadIdx.x % 128 / 32); }
-  __device__ static bool brings_tokens() { return Tile::kIntegers ? copy_warp() != kWordWarp : copy_warp() < kTokenWarps; }
+  __device__ static int token_warp() { return copy_warp() - (copy_warp() > kWordWarp); }
+  __device__ static bool brings_tokens() { return copy_warp() != kWordWarp && token_warp() < kTokenWarps; }
   __device__ __forceinline__ static void bring_all(const Items<Tile>& items, const LaunchOf<Tile>& launch, Slot& slot) {
-    const int warp = copy_warp();
-    if (warp == kWordWarp) return Stage::copy_words(items, launch, slot);
-    if (!brings_tokens()) return;
-    if constexpr (Tile::kIntegers) Stage::quantise_tokens(items, launch, slot, min(warp, Stage::kQuantisers - 1));
-    else Stage::gather_tokens(items, launch, slot);
+    if (copy_warp() == kWordWarp) {
+      Stage::copy_words(items, launch, slot);
+    } else if (brings_tokens()) {
+      if constexpr (Tile::kIntegers) Stage::quantise_tokens(items, launch, slot, token_warp());
+      else Stage::gather_tokens(items, launch, slot);
+    } else {
+      if constexpr (Tile::kCuts) ItemSums<Tile>::exchange(items, launch, items.template walk<kGateUp>(launch));
+    }
   }
 
   // Nobody waits for the table but those that look words up in it: words are on their way by then.

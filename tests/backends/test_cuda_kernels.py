@@ -51,6 +51,11 @@ SMALL = (
     Layer(3, 2, 2, 384, 128, "mask6", 128),
     Layer(3, 2, 2, 256, 224, "trellis6", 32),
     Layer(3, 2, 2, 384, 128, "trellis3", 128),
+    # Without dense experts, few slots are one launch with these codes too.
+    Layer(4, 0, 2, 256, 176, "angle16"),
+    Layer(4, 0, 2, 256, 224, "angle8", 32),
+    Layer(4, 0, 2, 384, 128, "angle6", 128),
+    Layer(4, 0, 2, 256, 192, "trellis5", 64),
 )
 SMALL_IN_E4M3 = (
     Layer(3, 2, 2, 256, 384, "angle8", 128),
@@ -213,7 +218,8 @@ def test_graphs_on_two_streams(case):
     for graph, given in zip(graphs, inputs, strict=True):
         with torch.cuda.graph(graph):
             outs.append(case.multiply(given))
-    streams = [torch.cuda.Stream() for _ in inputs]
+    # Blocks of the more urgent one come first, wherever one of the other ends.
+    streams = [torch.cuda.Stream(priority=-number) for number, _ in enumerate(inputs)]
     torch.cuda.synchronize()
     for _ in range(100):
         for stream, graph in zip(streams, graphs, strict=True):
@@ -221,6 +227,23 @@ def test_graphs_on_two_streams(case):
                 graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(out, right) for out, right in zip(outs, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case", cases(QWEN3, QWEN3.coded("angle8", 128), QWEN3.coded("trellis6", 64), MIXTRAL.coded("angle8", 128)), ids=str
+)
+def test_many_layers_one_after_another(case):
+    """Thousands of launches, cut between blocks elsewhere in each, on the same memory: what one leaves must not reach
+    the next."""
+    inputs = [case.inputs(tokens) for tokens in (1, 3, 1, 2)]
+    expected = [case.multiply(given) for given in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [case.multiply(given) for given in inputs]
+    for _ in range(20):
+        for _ in range(100):
+            graph.replay()
+        assert all(torch.equal(out, right) for out, right in zip(outs, expected, strict=True))
 
 
 @by_the_table

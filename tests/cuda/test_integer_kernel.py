@@ -49,7 +49,9 @@ def built(folder: Path, code: TrellisCode, changes: tuple[tuple[str, str, str], 
 class Product:
     """Random words and steps [rows, depth] of pairs, and where the outputs of slots go."""
 
-    def __init__(self, code: TrellisCode, gate_up: bool, pairs: int, rows: int, depth: int, group_size: int, slots: int):
+    def __init__(
+        self, code: TrellisCode, gate_up: bool, pairs: int, rows: int, depth: int, group_size: int, slots: int
+    ):
         self.code, self.gate_up, self.group_size = code, gate_up, group_size
         self.words = torch.randint(0, 256, (pairs, *code.words_shape(rows, depth)), dtype=torch.uint8)
         self.steps = ((torch.rand(pairs, rows, depth // group_size) + 0.5) * depth**-0.5 / 18).bfloat16()
@@ -82,7 +84,12 @@ class Product:
 
 
 def worst_errors(
-    kernel: ctypes.CDLL, code: TrellisCode, size: tuple[int, int], group_size: int, counts: list[int], blocks: int,
+    kernel: ctypes.CDLL,
+    code: TrellisCode,
+    size: tuple[int, int],
+    group_size: int,
+    counts: list[int],
+    blocks: int,
     one_launch: bool,
 ) -> tuple[float, float]:
     """Of gate and up, and of the down projection, the largest relative error of a token's outputs; some tokens have
@@ -117,9 +124,12 @@ def worst_errors(
     worst = [0.0, 0.0]
     for row, place in enumerate(sorted_slots.tolist()):
         expert = int(experts[place])
-        made = (gate_up.out[row], gate_up.expert(expert, tokens[place // TOPK])), (
-            down.out[place],
-            down.expert(expert, gate_up.out[row]),
+        made = (
+            (gate_up.out[row], gate_up.expert(expert, tokens[place // TOPK])),
+            (
+                down.out[place],
+                down.expert(expert, gate_up.out[row]),
+            ),
         )
         for which, (own, expected) in enumerate(made):
             worst[which] = max(worst[which], ((own.double() - expected).norm() / expected.norm()).nan_to_num(9).item())
