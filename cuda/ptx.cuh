@@ -132,10 +132,7 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
 }
 
 // Publishes what this thread and those it synchronised with have written, to whoever reads the value by load_acquire.
-__device__ inline void store_release(uint64_t* address, uint64_t value) {
-  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
-}
-// The same without a branch, which would make what follows divergent.
+// Without a branch, which would make what follows divergent.
 __device__ inline void store_release_if(bool condition, uint64_t* address, uint64_t value) {
   asm volatile(
       "{\n.reg .pred stores;\nsetp.ne.s32 stores, %2, 0;\n"

@@ -134,19 +134,20 @@ struct Sm90Gemm {
     }
   }
 
-  // By the warpgroup that copies: one of its warps copies words, others bring tokens; what is left is the messenger.
+  // Of the warpgroup that copies, one warp copies words and others bring tokens; what is left is the messenger.
   static constexpr int kWordWarp = 2, kTokenWarps = Tile::kIntegers ? Stage::kQuantisers : 2;
   __device__ static int copy_warp() { return uniform(threadIdx.x % 128 / 32); }
-  __device__ static int token_warp() { return copy_warp() - (copy_warp() > kWordWarp); }
-  __device__ static bool brings_tokens() { return copy_warp() != kWordWarp && token_warp() < kTokenWarps; }
-  __device__ __forceinline__ static void bring_all(const Items<Tile>& items, const LaunchOf<Tile>& launch, Slot& slot) {
-    if (copy_warp() == kWordWarp) {
-      Stage::copy_words(items, launch, slot);
-    } else if (brings_tokens()) {
-      if constexpr (Tile::kIntegers) Stage::quantise_tokens(items, launch, slot, token_warp());
+  __device__ static int token_warp(int warp) { return warp - (warp > kWordWarp); }
+  __device__ static bool brings_tokens(int warp) { return Tile::kIntegers ? warp != kWordWarp : warp < kTokenWarps; }
+  __device__ __forceinline__ static void bring_all(const Items<Tile>& items, const LaunchOf<Tile>& launch, int warp,
+                                                   Slot& slot) {
+    if (brings_tokens(warp)) {
+      if constexpr (Tile::kIntegers) Stage::quantise_tokens(items, launch, slot, token_warp(warp));
       else Stage::gather_tokens(items, launch, slot);
-    } else {
-      if constexpr (Tile::kCuts) ItemSums<Tile>::exchange(items, launch, items.template walk<kGateUp>(launch));
+    } else if (warp == kWordWarp) {
+      Stage::copy_words(items, launch, slot);
+    } else if constexpr (Tile::kCuts && ItemSums<Tile>::kHasMessenger) {
+      ItemSums<Tile>::exchange(items, launch, items.template walk<kGateUp>(launch));
     }
   }
 
@@ -183,12 +184,13 @@ struct Sm90Gemm {
     });
     const Items<Tile> items(gemm);
     const LaunchOf<Tile> launch(items);
-    Slot slot;
     if (copies) {
       registers_down<kCopyRegisters>();
-      bring_all(items, launch, slot);
+      Slot slot;
+      bring_all(items, launch, copy_warp(), slot);
     } else {
       registers_up<kMultiplyRegisters>();
+      Slot slot;
       consume_all(items, launch, slot);
     }
   }

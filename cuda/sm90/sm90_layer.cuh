@@ -42,9 +42,9 @@ struct Sm90Layer {
 
   // By the warps that bring tokens: waits for all blocks' part of the hidden rows.  All blocks run, and none waits for
   // this one before it has stored its part; if one never does, the launch fails, by a store to nowhere.
-  __device__ __forceinline__ static void wait_for_gate_up(const uint64_t* ends) {
+  __device__ __forceinline__ static void wait_for_gate_up(const uint64_t* ends, int warp) {
     constexpr int kThreads = 32 * Down::kTokenWarps, kFlags = (kMaxMultiprocessors + kThreads - 1) / kThreads;
-    const int own = Down::token_warp() * 32 + threadIdx.x % 32;
+    const int own = warp * 32 + threadIdx.x % 32;
     int rounds = kMaxRounds;
     bool missing = true;
     while (missing && --rounds) {
@@ -72,11 +72,12 @@ struct Sm90Layer {
     typename GateUp::Slot slot;
     if (copies) {
       registers_down<GateUp::kCopyRegisters>();
-      GateUp::bring_all(gate_up, gate_up_launch, slot);
+      const int warp = GateUp::copy_warp();
+      GateUp::bring_all(gate_up, gate_up_launch, warp, slot);
       const LaunchOf<Tile> down_launch(down);
-      if (Down::brings_tokens()) wait_for_gate_up(layer.ends);
-      else if (Down::copy_warp() != Down::kWordWarp) tell_end(layer.ends);
-      Down::bring_all(down, down_launch, slot);
+      if (Down::brings_tokens(warp)) wait_for_gate_up(layer.ends, Down::token_warp(warp));
+      else if (warp != Down::kWordWarp) tell_end(layer.ends);
+      Down::bring_all(down, down_launch, warp, slot);
     } else {
       registers_up<GateUp::kMultiplyRegisters>();
       GateUp::consume_all(gate_up, gate_up_launch, slot);

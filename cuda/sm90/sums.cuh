@@ -46,9 +46,9 @@ struct ItemSums {
     *flag = 0;
   }
 
-  // Who tells other blocks of sums that are left, and waits for theirs: the messenger, a warp of those that copy which
-  // has nothing else to do, so that a fence holds up nobody; without one, those that multiply.
-  static constexpr bool kHasMessenger = !Tile::kIntegers;
+  // Who tells other blocks of sums that are left, and waits for theirs: with few slots the messenger, a warp of those
+  // that copy which has nothing else to do, so that a fence holds up nobody; without one, those that multiply.
+  static constexpr bool kHasMessenger = Tile::kPlans && !Tile::kIntegers;
   static constexpr int kParties = 128 * Tile::kConsumers + 32;
   static constexpr int kLeft = Tile::kConsumers + 3, kOthersLeft = kLeft + 1;  // barriers
 
@@ -60,7 +60,7 @@ struct ItemSums {
     if (!walk.next(items, piece)) return;
     if (piece.first_stage > 0) {
       barrier_of<kParties>(kLeft);
-      if (lane < Tile::kConsumers) store_release(left_flags(items, own_dealer(items)) + lane, kArrived);
+      store_release_if(lane < Tile::kConsumers, left_flags(items, own_dealer(items)) + lane, kArrived);
     }
     while (walk.next(items, piece)) {
     }

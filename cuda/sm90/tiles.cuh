@@ -44,7 +44,7 @@ struct Wgmma32 : Sm90Tile<4, 1, 256> {
   static constexpr bool kCuts = true;
   static constexpr int kPartTokens = 32, kWidthStep = 16, kFenceLag = 2;
 };
-struct Wgmma48 : Sm90Tile<4, 1, 256, 48, 40> {
+struct Wgmma48 : Sm90Tile<4, 1, 256, 56, 40> {
   static constexpr bool kCuts = true;
   static constexpr int kPartTokens = 48, kWidthStep = 48, kFenceLag = 0;
 };

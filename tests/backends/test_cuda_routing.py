@@ -56,6 +56,7 @@ def test_every_slot_of_every_size_has_its_row(tmp_path):
         ("rows.groups() : 0", "(rows.groups() + 1) / 2 : 0", "every slot with an expert here has one row"),
         ("    __syncwarp();\n    if (experts[i] >= 0 && before", "    if (experts[i] >= 0 && before", "rows are"),
         ("uint32_t(routing.local_expert(first + k) >= 0) << k", "1u << k", "sum of its experts"),
+        ("i < kMaxMultiprocessors; i += vectors", "i <= index; i += vectors", "all ends are taken back"),
     ],
 )
 def test_a_mistake_in_it_would_be_found(right, wrong, promise, tmp_path):

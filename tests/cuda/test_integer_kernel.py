@@ -167,7 +167,11 @@ def test_products_in_integers_are_those_of_the_format(code, tmp_path):
         ("sm90/tokens_int8.cuh", "store_shared_8(to ^ 64,", "store_shared_8(to,"),
         ("sm90/mainloop_imma.cuh", "second(1)", "second(0)"),
         ("sm90/epilogue.cuh", "column % 8 / 2 + column % 2 * 4", "column % 8"),
-        ("sm90/sm90_layer.cuh", "if (Down::brings_tokens()) wait_for_gate_up(layer.ends);", ""),
+        (
+            "sm90/sm90_layer.cuh",
+            "if (Down::brings_tokens(warp)) wait_for_gate_up(layer.ends, Down::token_warp(warp));",
+            "if (Down::brings_tokens(warp)) {\n      }",
+        ),
     ],
 )
 def test_a_wrong_kernel_is_seen(header, right, wrong, tmp_path):

@@ -10,10 +10,12 @@ namespace {
 template <int kBits>
 void decode(int count) {
   using Code = TrellisWords<kBits>;
+  Block own;
+  block = &own;
   for (int tile = 0; tile < count; ++tile) {
     // An even tile and the odd one after it have what comes before either's words.
     const bool odd = tile % 2;
-    if (!odd && fread(shared_memory, Code::kTileBytes, 2, stdin) != 2) fail("there are fewer tiles");
+    if (!odd && fread(own.shared.data(), Code::kTileBytes, 2, stdin) != 2) fail("there are fewer tiles");
     for (int lane = 0; lane < 32; ++lane) {
       uint32_t out[16], none[4];
       uint32_t (&first)[4] = reinterpret_cast<uint32_t (&)[4]>(out[0]);
