@@ -81,7 +81,8 @@ def kernels(model: str) -> str:
     ours = ("mask16", "angle8", "fp8 angle8", "trellis8", "trellis6", "trellis4")
     names = (*(f"puzzlemoe {name}" for name in ours), "vllm fp8", "vllm int4 marlin")
     rows = []
-    for point in points("kernels-h100.json", model):
+    again = model in ("Mixtral-8x7B", "Qwen3-30B-A3B")
+    for point in points("kernels-two-models-h100.json" if again else "kernels-h100.json", model):
         times, floors = point["microseconds"], point["floors"]
         shares = ", ".join(f"{100 * floors[name] / times[name]:.0f}%" for name in names[:2])
         rows.append([*timed(point, names), shares])
