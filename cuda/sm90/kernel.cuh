@@ -9,6 +9,7 @@ struct Sm90Product {
   static constexpr int kSharedBytes = Stages<Code, Tile, kGateUp>::kSharedBytes;
 };
 
+// Kernel::launch_few of a tile, built for kCodes alone.
 template <class Tile, uint32_t kCodes>
 cudaError_t launch_few(int code, const FewSlotsLayer& layer, cudaStream_t stream) {
   return launch_code<Tile, kCodes>(code, [&](auto of) {
