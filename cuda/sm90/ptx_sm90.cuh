@@ -28,11 +28,6 @@ __device__ inline void bulk_copy(uint32_t shared, const void* global, int bytes,
                : "memory");
 }
 
-// Has `bytes`, a multiple of 16, brought into the L2 cache.
-__device__ inline void bulk_prefetch(const void* global, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 // Arrives once this thread's cp.async copies so far are complete.
 __device__ inline void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

@@ -24,8 +24,7 @@ struct SupposedItems {
   int rows, depth, groups;
   bool room;
 
-  __device__ int row_tiles() const { return row_tiles_of<Tile>(rows); }
-  __device__ int items() const { return groups * row_tiles(); }
+  __device__ int items() const { return groups * row_tiles_of<Tile>(rows); }
   __device__ int stages() const { return stages_of<Tile>(depth); }
   __device__ int blocks() const { return gridDim.x; }
   __device__ int block() const { return blockIdx.x; }

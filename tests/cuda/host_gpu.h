@@ -105,6 +105,7 @@ struct Block {
   std::vector<uint8_t> shared = std::vector<uint8_t>(228 * 1024, 0xFF);  // NaN, wherever nothing is written
 };
 inline Block* block;
+inline bool together;  // all blocks of the launch run at once, so that they may wait for one another
 inline uint8_t shared[1];  // kernels ask for its address alone
 
 inline void let_others_run() { swapcontext(&block->threads[threadIdx.x], &block->scheduler); }
@@ -243,7 +244,10 @@ inline void store_release_if(bool condition, uint64_t* place, uint64_t value) {
 }
 inline uint64_t load_acquire(const uint64_t* place) { return *place; }
 inline uint64_t load_relaxed(const uint64_t* place) { return *place; }
-inline void __nanosleep(unsigned) { let_others_run(); }
+inline void __nanosleep(unsigned) {
+  if (!together) fail("a block waits for one that comes after it");
+  let_others_run();
+}
 inline void fence_acquire() {}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
@@ -321,7 +325,7 @@ inline bool run_on(Block& own) {
 
 // Runs blocks one after another, so that none may wait for one that comes later; or all at once, the last ones first.
 inline void run_blocks(int blocks, int threads, void (*kernel)(), bool at_once = false) {
-  thread_of_block = kernel;
+  thread_of_block = kernel, together = at_once;
   gridDim.x = blocks;
   std::vector<Block> all(blocks);
   int left = 1 << 18;

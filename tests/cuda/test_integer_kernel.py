@@ -107,17 +107,16 @@ def worst_errors(
     groups = token_groups(counts, kernel.part_tokens(), pairs)
     plan = {"group_counts": torch.tensor([len(groups)] * 2, dtype=torch.int32), "groups": groups}
     plan["sorted_slots"] = sorted_slots
-    room = {
-        "partials": torch.full((kernel.partial_floats(),), float("nan")),
-        "arrivals": torch.full((kernel.max_arrivals(),), -1),
-    }
+    partials = torch.full((kernel.partial_floats(),), float("nan"))
+    arrivals = torch.full((2, kernel.max_arrivals()), -1)
     ends = torch.full((kernel.max_ends(),), -1)
-    for product, activations in ((gate_up, tokens), (down, gate_up.out)):
+    for product, activations, own in ((gate_up, tokens, arrivals[0]), (down, gate_up.out, arrivals[1])):
         product.gemm.choices = Choices(experts.data_ptr(), None, slots, TOPK, pairs, 0)
-        product.give(room | {"activations": activations} | ({} if one_launch else plan))
+        room = {"partials": partials, "arrivals": own, "activations": activations}
+        product.give(room if one_launch else room | plan)
     layer = FewSlotsLayer(gate_up.gemm, down.gemm, ends.data_ptr())
     kernel.multiply(blocks, one_launch, ctypes.byref(layer))
-    assert set(room["arrivals"].tolist()) <= {-1, 0}
+    assert set(arrivals.flatten().tolist()) <= {-1, 0}
     assert len(set(ends[:blocks].tolist())) == 1 and set(ends[blocks:].tolist()) <= {-1}
     assert (ends[0] == -1) != one_launch
 
@@ -126,10 +125,7 @@ def worst_errors(
         expert = int(experts[place])
         made = (
             (gate_up.out[row], gate_up.expert(expert, tokens[place // TOPK])),
-            (
-                down.out[place],
-                down.expert(expert, gate_up.out[row]),
-            ),
+            (down.out[place], down.expert(expert, gate_up.out[row])),
         )
         for which, (own, expected) in enumerate(made):
             worst[which] = max(worst[which], ((own.double() - expected).norm() / expected.norm()).nan_to_num(9).item())
