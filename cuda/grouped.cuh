@@ -160,26 +160,20 @@ struct WorkItem {
   }
 };
 
-// Of one unit's matrix.
-template <class Code>
-__device__ inline int64_t unit_bytes(int rows, int depth) {
-  return int64_t(rows / 16) * (depth / 16) * Code::kTileBytes;
-}
-
 // First byte of the unit's weights.
 template <class Code>
 __device__ inline const uint8_t* unit_weights(const GroupedGemm& gemm, int unit) {
-  const int64_t bytes = unit_bytes<Code>(gemm.rows, gemm.depth);
+  const int64_t bytes = int64_t(gemm.rows / 16) * (gemm.depth / 16) * Code::kTileBytes;
   if (!Code::kReadsDense || unit < gemm.choices.pairs) return gemm.words + unit * bytes;
   return gemm.dense + (unit - gemm.choices.pairs) * bytes;
 }
 
-// Where a tile is among its unit's, whose matrix is [rows, depth]: see the order in words.cuh.
+// Where a tile is among its unit's: see the order in words.cuh.
 template <class Code>
-__device__ inline int64_t tile_offset(int rows, int depth, int strip, int tile) {
-  const int tiles = depth / 16, first_strip = strip / kBlockStrips * kBlockStrips;
+__device__ inline int64_t tile_offset(const GroupedGemm& gemm, int strip, int tile) {
+  const int tiles = gemm.depth / 16, first_strip = strip / kBlockStrips * kBlockStrips;
   const int first_tile = tile / kBlockTiles * kBlockTiles;
-  const int strips = min(kBlockStrips, rows / 16 - first_strip), width = min(kBlockTiles, tiles - first_tile);
+  const int strips = min(kBlockStrips, gemm.rows / 16 - first_strip), width = min(kBlockTiles, tiles - first_tile);
   return (int64_t(first_strip) * tiles + first_tile * strips + (strip - first_strip) * width + tile - first_tile) *
          Code::kTileBytes;
 }

@@ -102,7 +102,7 @@ struct Sm80Gemm {
           if (strip < strips && own_tile < tiles)
             cp_async_16(to + i * kPassBytes,
                         weights + byte % Code::kTileBytes +
-                            tile_offset<Code>(gemm.rows, gemm.depth, work.row_tile * Tile::kStrips + strip, own_tile));
+                            tile_offset<Code>(gemm, work.row_tile * Tile::kStrips + strip, own_tile));
         }
 
         const int column = threadIdx.x % kRowChunks, token = threadIdx.x / kRowChunks;

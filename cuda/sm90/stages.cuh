@@ -196,7 +196,7 @@ struct Stages {
         __syncwarp();  // the bytes are expected before the first of them can arrive
         if (own_strips > 0)
           bulk_copy(stage(slot.index) + kTokenBytes + lane * kBlockStrips * kStripBytes,
-                    weights + tile_offset<Code>(gemm.rows, gemm.depth, first_strip + lane * kBlockStrips, tile),
+                    weights + tile_offset<Code>(gemm, first_strip + lane * kBlockStrips, tile),
                     own_strips * tiles * Code::kTileBytes, full);
         if (Code::kHasSteps && lane < groups)
           bulk_copy(steps(slot.index) + lane * kGroupBytes,

@@ -95,7 +95,7 @@ struct Fp8Stages {
                   token_rows * Fp8Tile::kDepth, full);
         for (int block = 0; block * kBlockTiles < tiles; ++block)
           bulk_copy(stage(slot.index) + kTokenBytes + block * kBlockBytes,
-                    weights + tile_offset<Code>(gemm.rows, gemm.depth, first_strip, tile + block * kBlockTiles),
+                    weights + tile_offset<Code>(gemm, first_strip, tile + block * kBlockTiles),
                     strips * min(kBlockTiles, tiles - block * kBlockTiles) * Code::kTileBytes, full);
         for (int g = 0; g < groups; ++g)
           bulk_copy(steps(slot.index) + g * kGroupBytes,
