@@ -49,7 +49,11 @@ def column_squares(rows: Tensor, counts: list[int]) -> Tensor:
 
 
 def weighted(rows: Tensor, weights: Tensor) -> Tensor:
-    """Rows [m, K] multiplied by weights [m], in the rows' dtype."""
+    """Rows [m, K], contiguous, multiplied by weights [m], in the rows' dtype."""
+    if rows.is_cuda:
+        from puzzlemoe_offline.calibration.weighted_rows import weighted_rows
+
+        return weighted_rows(rows, weights)
     return torch.mul(rows, weights[:, None], out=torch.empty_like(rows))
 
 

@@ -17,6 +17,7 @@ from puzzlemoe_offline.model.checkpoint import RECOMPUTED, Checkpoint
 from puzzlemoe_offline.model.deepseek_moe import DeepseekForCausalLM, deepseek_config
 from puzzlemoe_offline.model.grouped import Grouping, hidden_of, outputs_of
 from puzzlemoe_offline.model.layer_experts import LayerExperts
+from puzzlemoe_offline.model.through_gpu import through_gpu
 from puzzlemoe_offline.model.weight_files import CheckpointError
 from puzzlemoe_vllm.errors import UserError, shown
 
@@ -360,10 +361,12 @@ class DecoderLayer:
     def advance(self, states: Tensor, out: Tensor, size: int, device: torch.device | str) -> None:
         """Moves hidden states [n, T, H] on the CPU through the layer, `size` windows at a time; `out`, where they go,
         may be the same memory."""
-        for before, after in zip(states.split(size), out.split(size), strict=True):
-            after.copy_(self(before.to(device, non_blocking=True)), non_blocking=True)
+        before, after = states.split(size), out.split(size)
         if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
+            through_gpu(self, before, after, device)
+            return
+        for its, place in zip(before, after, strict=True):
+            place.copy_(self(its))
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
