@@ -58,6 +58,11 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         """Sizes stay as they are: the kernels take any multiple of 16."""
         return hidden_size, intermediate_size_per_partition
 
+    @property
+    def topk_indices_dtype(self) -> torch.dtype:
+        """What the kernels read: routers that would give int64 need not be followed by a conversion."""
+        return torch.int32
+
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: vLLM's modular kernels are not used."""
 

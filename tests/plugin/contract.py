@@ -17,7 +17,7 @@ import vllm
 from support.layers import generator, random_dense, random_steps, random_words
 from torch import Tensor
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
@@ -354,6 +354,13 @@ def test_a_rank_that_cuts_groups_has_the_same_weights(code, intermediate, count,
 def test_group_size_of_another_model_is_refused():
     with pytest.raises(LayoutError, match=r"intermediate size 64 must be multiples of the group size 128"):
         routed_experts(Ranks(2).parallel_config(0), random_layer(4, "angle8", group=128, intermediate=256).of_size(64))
+
+
+def test_routers_are_asked_for_the_ids_that_kernels_read(layer):
+    """By a property of the method, which vLLM's own has as well: some routers give int64 to those who do not ask."""
+    module = routed_experts(Ranks(1).parallel_config(0), layer)
+    assert isinstance(getattr(FusedMoEMethodBase, "topk_indices_dtype", None), property)
+    assert module.quant_method.topk_indices_dtype == torch.int32
 
 
 def test_padding_only(layer):
