@@ -26,8 +26,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -411,8 +412,9 @@ def main() -> None:
 
     if "write" in parts:
         began = time.perf_counter()
-        written = write_checkpoint(arguments.model, arguments.source, arguments.layers)
-        torch.cuda.empty_cache()
+        # In a process of its own: the pinned memory that tensors went through is kept until that ends.
+        with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+            written = apart.submit(write_checkpoint, arguments.model, arguments.source, arguments.layers).result()
         keep("write", {"bytes": written, "seconds": time.perf_counter() - began})
     if "compress" in parts:
         keep("compress", compress(arguments.source, arguments.packed, arguments.compress_option))

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,8 +29,8 @@ from typing import Any, Self
 from puzzlemoe_vllm.format.codes import CODES, GROUP_SIZES
 
 PROMPT, ANSWER = 1024, 128
-DECODE = (4, 36)
-"""Output lengths whose difference in time gives a decode step."""
+DECODE = 64
+"""Output tokens of a prompt whose decode steps are timed."""
 
 ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): \S.*")
 LAST_ERRORS, LAST_LINES = 5, 20
@@ -143,7 +144,7 @@ def measure(model: str, weights: str, batches: list[int], gpu_memory: float) -> 
             load_format="dummy",
             skip_tokenizer_init=True,
             quantization="fp8" if weights == "fp8" else None,
-            max_model_len=PROMPT + DECODE[1] + 8,
+            max_model_len=PROMPT + DECODE + 8,
             max_num_seqs=max(batches),
             gpu_memory_utilization=gpu_memory,
             enable_prefix_caching=False,
@@ -152,19 +153,16 @@ def measure(model: str, weights: str, batches: list[int], gpu_memory: float) -> 
     filled = sum(engine.apply_model(fill_experts))
     assert filled or weights == "bf16"
 
-    def seconds(batch: int, output: int) -> float:
+    def steps(batch: int, output: int) -> list[float]:
         prompts = [{"prompt_token_ids": torch.randint(10, 30000, (PROMPT,)).tolist()} for _ in range(batch)]
         sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
-        began = time.perf_counter()
-        engine.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - began
+        return step_seconds(engine.llm_engine, prompts, sampling)
 
     rows = []
     for batch in batches:
-        seconds(batch, DECODE[0])
-        prefill = min(seconds(batch, 1) for _ in range(2))
-        short, long = (min(seconds(batch, output) for _ in range(2)) for output in DECODE)
-        step = (long - short) / (DECODE[1] - DECODE[0])
+        steps(batch, DECODE)
+        prefill = min(steps(batch, 1)[0] for _ in range(3))
+        step = statistics.median(seconds for _ in range(3) for seconds in steps(batch, DECODE)[1:])
         rows.append(
             {"batch": batch, "prefill_tokens_per_second": batch * PROMPT / prefill, "decode_step_ms": 1000 * step}
         )
@@ -181,6 +179,23 @@ def measure(model: str, weights: str, batches: list[int], gpu_memory: float) -> 
         "torch": torch.__version__,
         "vllm": vllm.__version__,
     }
+
+
+def step_seconds(engine: Any, prompts: list[Any], sampling: Any) -> list[float]:
+    """Of a vLLM engine: seconds until every prompt has had a token, then those of each step that gives one to all."""
+    seconds: list[float] = []
+    began = time.perf_counter()
+    waiting = {str(number) for number in range(len(prompts))}
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, sampling)
+    while engine.has_unfinished_requests():
+        answered = {output.request_id for output in engine.step()}
+        waiting -= answered
+        if not waiting and (not seconds or len(answered) == len(prompts)):
+            now = time.perf_counter()
+            seconds.append(now - began)
+            began = now
+    return seconds
 
 
 def parameter_bytes(model: Any) -> int:
