@@ -102,9 +102,9 @@ def timed(point: Any, names: Sequence[str]) -> list[str]:
     return [str(point["tokens"]), f"{bf16:.0f}", *cells]
 
 
-def serving(model: str) -> str:
+def serving(model: str, run: str = "h100") -> str:
     """A whole model by kind of weights, with the ratio of bf16's decode step over each where bf16 fits the card."""
-    results = load(f"serving-{model.lower()}-h100.json")
+    results = load(f"serving-{model.lower()}-{run}.json")
     base = next((result["rows"] for result in results if result["weights"] == "bf16"), None)
     rows = []
     for result in results:
@@ -159,11 +159,11 @@ def compression() -> str:
 WHOLE_COMMANDS = (
     ("Mixtral-8x7B", "H200", "mixtral-8x7b-h200"),
     ("Mixtral-8x7B", "2 x H200", "mixtral-8x7b-2-h200"),
+    ("Mixtral-8x7B", "H100", "mixtral-8x7b-h100"),
     ("Qwen3-30B-A3B", "H200", "qwen3-30b-a3b-default-h200"),
-    ("Mixtral-8x7B, earlier", "H100", "mixtral-8x7b-h100"),
+    ("Qwen3-30B-A3B", "H100", "qwen3-30b-a3b-h100"),
     ("Mixtral-8x7B, earlier", "2 x H100", "mixtral-8x7b-2-h100"),
     ("Mixtral-8x7B's first four layers, `--bits 3`, earlier", "H200", "mixtral-8x7b-4-layers-trellis6-h200"),
-    ("Qwen3-30B-A3B, earlier", "H100", "qwen3-30b-a3b-h100"),
     ("Qwen3-30B-A3B, before down projections were corrected", "H200", "qwen3-30b-a3b-h200"),
     ("Qwen3-30B-A3B, before down projections were corrected", "2 x H200", "qwen3-30b-a3b-2-h200"),
 )
@@ -297,6 +297,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "comparison": comparison,
     **{f"kernels {model}": partial(kernels, model) for model in LAYERS},
     "serving qwen3": lambda: serving("Qwen3-30B-A3B"),
+    "serving qwen3 again": lambda: serving("Qwen3-30B-A3B", "again-h100"),
     "serving mixtral": lambda: serving("Mixtral-8x7B"),
     "in short": in_short,
     "compression": compression,
