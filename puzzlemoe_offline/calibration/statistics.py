@@ -49,7 +49,7 @@ def column_squares(rows: Tensor, counts: list[int]) -> Tensor:
 
 
 def weighted(rows: Tensor, weights: Tensor) -> Tensor:
-    """Rows [m, K], contiguous, multiplied by weights [m], in the rows' dtype."""
+    """Rows [m, K] multiplied by weights [m], in the rows' dtype."""
     if rows.is_cuda:
         from puzzlemoe_offline.calibration.weighted_rows import weighted_rows
 

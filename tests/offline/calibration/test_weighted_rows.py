@@ -30,7 +30,7 @@ def test_it_compiles(capability):
 def test_it_is_the_product(count, columns, dtype):
     from puzzlemoe_offline.calibration.weighted_rows import weighted_rows
 
-    rows = torch.randn(count, columns).to(dtype)
+    rows = torch.randn(columns, count).to(dtype).T
     weights = torch.rand(2 * count)[::2]
     if count > 1:
         rows[0, 0], rows[1, 0], weights[1] = torch.inf, torch.nan, 0.0
