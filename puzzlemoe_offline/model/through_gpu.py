@@ -37,7 +37,7 @@ def through_gpu(
         returning.wait_stream(working)
         with torch.cuda.stream(returning):
             out.copy_(result, non_blocking=True)
-    torch.cuda.synchronize(device)
+    returning.synchronize()
 
 
 @functools.cache
