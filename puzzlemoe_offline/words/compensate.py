@@ -85,7 +85,8 @@ def _code_columns(coder: Coder, left: Tensor, importance: Tensor, factors: Tenso
         words += coded
         if start + PANEL < left.shape[1]:
             left[:, later] -= product(factors[:, here, later].mT, errors)
-    return coder.packed(torch.cat(words).T)
+    # Row by row, as they are written: whatever decodes them is laid out as they are.
+    return coder.packed(torch.cat(words).T.contiguous())
 
 
 def _code_panel(coder: Coder, left: Tensor, importance: Tensor, factors: Tensor) -> tuple[list[Tensor], Tensor]:

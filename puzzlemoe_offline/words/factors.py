@@ -58,7 +58,7 @@ def _inverse(upper: Tensor) -> Tensor:
         return solved
     # By halves: a third of the operations of a solution with the identity, and nearly all of them in products.
     half = columns // 2
-    inverse = torch.zeros_like(upper)
+    inverse = torch.zeros_like(upper, memory_format=torch.contiguous_format)
     inverse[:, :half, :half] = first = _inverse(upper[:, :half, :half])
     inverse[:, half:, half:] = last = _inverse(upper[:, half:, half:])
     torch.neg(upper_times(first, times_upper(upper[:, :half, half:], last)), out=inverse[:, :half, half:])
