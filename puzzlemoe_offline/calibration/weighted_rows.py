@@ -1,5 +1,5 @@
-"""Rows times the router's weights as a Triton kernel, for a GPU: torch's own product of two dtypes takes three times as
-long as an H100 reads and writes them."""
+"""Rows times the router's weights as a Triton kernel, for a GPU: torch's own product of two dtypes is slower than the
+memory."""
 
 from __future__ import annotations
 
