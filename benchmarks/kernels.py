@@ -2,11 +2,14 @@
 """One MoE layer on one GPU: this project's kernels against vLLM's, for the layers of named models.
 
     benchmarks/kernels.py --out results/kernels-h100.json              every model, token count and rival
+    benchmarks/kernels.py --among-others --tokens 1 2 4 8 --out results/kernels-among-others-h100.json
     benchmarks/kernels.py --tune --out ../puzzlemoe_vllm/backends/cuda_dispatch.json   rewrite the dispatch table
 
 Times are CUDA-graph replays over several copies of the layer, each with its own routing, that together exceed the L2
-cache.  The floor of each of our codes is the time to read every distinct pair that the routing touches, at the
-bandwidth that a large device copy reaches on the same machine.
+cache.  With --among-others a decoder layer's other kernels run between, and what they take alone is subtracted: back to
+back, a layer's first kernel starts while the last layer's are still at work, which no model lets it.  The floor of
+each of our codes is the time to read every distinct pair that the routing touches, at the bandwidth that a large device
+copy reaches on the same machine.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from puzzlemoe_vllm.backends import Backend, ExpertWeights, cuda, triton
 from puzzlemoe_vllm.backends.cuda_self_check import random_words
@@ -111,6 +115,30 @@ def copy_bandwidth() -> float:
 def copies(layers: list, tokens: int) -> list:
     """The layers to rotate among: one is enough once every expert is touched and a layer exceeds the cache."""
     return layers if tokens < 512 else layers[:1]
+
+
+def among_others(model: Model, calls: list[Callable[[], object]], x: Tensor) -> float:
+    """Median time that a call adds to a decoder layer's other kernels, in about: norms, attention's projections and the
+    router, which chooses experts last."""
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * columns**-0.5
+
+    hidden, norm = model.hidden, torch.ones(model.hidden, device="cuda", dtype=torch.bfloat16)
+    shapes = ((5 * hidden // 2, hidden), (hidden, 2 * hidden), (model.experts, hidden))
+    layers = [tuple(matrix(*shape) for shape in shapes) for _ in calls]
+
+    def others(into: Tensor, out_of: Tensor, router: Tensor) -> object:
+        heads = functional.linear(functional.rms_norm(x, (hidden,), norm), into)[:, : 2 * hidden]
+        after = functional.rms_norm(x + functional.linear(heads, out_of), (hidden,), norm)
+        return functional.linear(after, router).float().softmax(-1).topk(model.topk)
+
+    def whole(weights: tuple[Tensor, ...], call: Callable[[], object]) -> None:
+        others(*weights)
+        call()
+
+    together = graph_microseconds([partial(whole, *each) for each in zip(layers, calls, strict=True)])
+    return together - graph_microseconds([partial(others, *weights) for weights in layers])
 
 
 Call = Callable[[Tensor, Tensor, Tensor], object]
@@ -241,9 +269,12 @@ class Point:
 
 
 def measure(
-    name: str, contenders: list[str], tokens: list[int], skews: list[float], bandwidth: float
+    name: str, contenders: list[str], tokens: list[int], skews: list[float], bandwidth: float, between: bool
 ) -> Iterator[list[Point]]:
-    """Every point of one model, after each contender with those so far; one contender in memory at a time."""
+    """Every point of one model, after each contender with those so far; one contender in memory at a time.
+
+    between: other kernels run between layers.
+    """
     model = MODELS[name]
     points: dict[tuple[float, int], Point] = {}
     for contender in contenders:
@@ -256,7 +287,7 @@ def measure(
                     x = torch.randn(count, model.hidden, device="cuda", dtype=torch.bfloat16, generator=generator)
                     weights = torch.rand(count, model.topk, device="cuda", generator=generator)
                     calls = [partial(layer, x, weights, chosen) for layer, chosen in zip(layers, ids, strict=False)]
-                    time = graph_microseconds(calls)
+                    time = among_others(model, calls, x) if between else graph_microseconds(calls)
                     pairs = statistics.mean((chosen // 2).unique().numel() for chosen in ids)
                     experts = statistics.mean(chosen.unique().numel() for chosen in ids)
                     kind = f"skew {skew:g}" if skew else "random"
@@ -360,6 +391,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--contenders", nargs="+", default=DEFAULT, choices=CONTENDERS)
     parser.add_argument("--skews", nargs="+", type=float, default=[0.0, 0.5], help="0 is uniform routing")
+    parser.add_argument("--among-others", action="store_true", help="a decoder layer's other kernels run between")
     parser.add_argument("--tune", action="store_true", help="time every kernel and write the dispatch table")
     parser.add_argument("--kernels", nargs="+", help="of the CUDA library, for --tune; default all that run here")
     parser.add_argument("--out", type=Path)
@@ -389,7 +421,8 @@ def main() -> None:
         for name in arguments.models:
             print(f"{name}\ntokens experts pairs " + " ".join(f"{c:>22s}" for c in arguments.contenders))
             points: list[Point] = []
-            for points in measure(name, arguments.contenders, arguments.tokens, arguments.skews, bandwidth):
+            measuring = (arguments.contenders, arguments.tokens, arguments.skews, bandwidth, arguments.among_others)
+            for points in measure(name, *measuring):
                 measured = [asdict(point) for point in (*done, *points)]
                 result = {"machine": machine(), "copy_bandwidth": bandwidth, "points": measured}
                 text = json.dumps(result, indent=1) + "\n"

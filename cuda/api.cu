@@ -54,7 +54,7 @@ struct Workspace {
   Routing routing;
   __nv_bfloat16 *hidden, *slots;
   float4* partials;
-  uint64_t *arrivals, *ends;  // of both products; ends: null where they are launches of their own
+  uint64_t* arrivals;
   Fp8Plan fp8;
   int64_t bytes;
 
@@ -68,11 +68,7 @@ struct Workspace {
     routing.group_counts = scratch.take<int>(2);
     hidden = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.intermediate);
     slots = scratch.take<__nv_bfloat16>(int64_t(routing.slots) * layer.hidden);
-    arrivals = scratch.take<uint64_t>(2 * kMaxArrivals);
-    // Only mask16's decoder also reads dense experts.
-    const bool one_launch = kernel.launch_few && routing.slots <= kFewSlots &&
-                            (layer.code == PM_CODE_MASK16 || layer.dense == 0);
-    ends = one_launch ? scratch.take<uint64_t>(kMaxMultiprocessors) : nullptr;
+    arrivals = scratch.take<uint64_t>(kMaxArrivals);
     // Where rows are in no fixed order, a token's sums must not depend on where its item is cut.
     const bool cuts = kernel.partial_floats > 0 && routing.in_fixed_order();
     partials = cuts ? scratch.take<float4>(kernel.partial_floats / 4) : nullptr;
@@ -98,8 +94,7 @@ GroupedGemm product(const pm_layer& layer, const Workspace& work, bool gate_up) 
           gate_up ? static_cast<const __nv_bfloat16*>(layer.x) : work.hidden,
           gate_up ? work.hidden : work.slots,
           {work.routing.group_counts, work.routing.groups, work.routing.sorted_slots}, work.partials,
-          // In one launch, a block may wait for sums of the down projection while others do for those of gate and up.
-          work.arrivals + (gate_up ? 0 : kMaxArrivals), work.routing,
+          work.arrivals, work.routing,
           gate_up ? 2 * layer.intermediate : layer.hidden,
           gate_up ? layer.hidden : layer.intermediate, group_shift, false, false};
 }
@@ -110,7 +105,8 @@ cudaError_t multiply_dense(const Kernel& kernel, GroupedGemm gemm, bool gate_up,
   return kernel.launch(PM_CODE_MASK16, gate_up, gemm, stream);
 }
 
-// Gate and up, or down, of all groups.  With codes but mask16, dense experts take a launch of their own.
+// Gate and up, or down, of all groups.  Only mask16's decoder also reads dense experts: with the other codes they take
+// a launch of their own.
 cudaError_t multiply(const pm_layer& layer, const Kernel& kernel, const Workspace& work, bool gate_up,
                      cudaStream_t stream) {
   GroupedGemm gemm = product(layer, work, gate_up);
@@ -139,8 +135,6 @@ cudaError_t multiply_fp8(const pm_layer& layer, const Kernel& kernel, const Work
 }
 
 cudaError_t multiply_both(const pm_layer& layer, const Kernel& kernel, const Workspace& work, cudaStream_t stream) {
-  if (work.ends)
-    return kernel.launch_few(layer.code, {product(layer, work, true), product(layer, work, false), work.ends}, stream);
   if (!kernel.launch_fp8) {
     const cudaError_t error = multiply(layer, kernel, work, true, stream);
     return error ? error : multiply(layer, kernel, work, false, stream);
@@ -196,11 +190,11 @@ int pm_fused_experts(const pm_layer* layer, void* stream_handle) {
 
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const Workspace work(*layer, *kernel);
-  cudaError_t error = work.ends ? cudaSuccess : route(work.routing, kernel->part_tokens, stream);
+  cudaError_t error = route(work.routing, kernel->part_tokens, stream);
   if (!error) error = multiply_both(*layer, *kernel, work, stream);
   if (!error)
-    error = combine(work.slots, layer->topk_weights, work.routing, work.ends,
-                    static_cast<__nv_bfloat16*>(layer->out), layer->tokens, layer->hidden, stream);
+    error = combine(work.slots, layer->topk_weights, work.routing, static_cast<__nv_bfloat16*>(layer->out),
+                    layer->tokens, layer->hidden, stream);
   if (error) {
     snprintf(last_error, sizeof last_error, "%s: %s", kernel->name, cudaGetErrorString(error));
     return 1;

@@ -82,21 +82,13 @@ struct GroupedGemm {
   __nv_bfloat16* out;
   Plan plan;
   float4* partials;                 // by block, sums of pieces of items; null: cut none
-  uint64_t* arrivals;               // [kMaxArrivals], of this product, kArrived where a warpgroup's sums are there
+  uint64_t* arrivals;               // [kMaxArrivals], kArrived where a warpgroup's sums are there
   Choices choices;
   int rows, depth;                  // of a unit's weight matrix
   int group_shift;                  // log2 of the tiles that share a step
   bool skips_pairs, skips_dense;    // whose groups other launches multiply
 
   __device__ int step_groups() const { return (depth / 16) >> group_shift; }
-};
-
-constexpr int kFewSlots = 64;  // with 128, layers took longer than in three launches
-
-// Both products of a layer with few slots, in one launch, whose blocks make the plan themselves.
-struct FewSlotsLayer {
-  GroupedGemm gate_up, down;
-  uint64_t* ends;  // [kMaxMultiprocessors], kArrived where a block has stored all that it has of gate and up
 };
 
 // Fills a code's table in shared memory with the first kThreads threads, a copy for every lane, and returns this lane's
@@ -132,15 +124,11 @@ struct WorkItem {
   static constexpr int kBand = 16;
 
   WorkItem() = default;
-  // first_group: of the launch.  mostly_one: units have one group, as a rule, and divisions are for the others.
-  __device__ WorkItem(const TokenGroup* groups, int first_group, int item, int row_tiles, bool mostly_one = false) {
+  // first_group: of the launch.
+  __device__ WorkItem(const TokenGroup* groups, int first_group, int item, int row_tiles) {
     const int own = first_group + item / row_tiles;
     group = load(groups + own);
     int rest = item - (group.first - first_group) * row_tiles;
-    if (mostly_one && group.unit_groups == 1) {
-      row_tile = rest;
-      return;
-    }
     int band = rest / (kBand * group.unit_groups);
     rest -= band * kBand * group.unit_groups;
     int tiles = min(kBand, row_tiles - band * kBand);
@@ -187,8 +175,8 @@ __device__ inline const uint8_t* strip_steps(const GroupedGemm& gemm, int pair, 
 // The activations that a row in expert order multiplies: gate and up read the token's own row, down reads the hidden
 // row that gate and up wrote in expert order.
 template <bool kGateUp>
-__device__ inline int64_t activation_row(const GroupedGemm& gemm, const Plan& plan, int sorted_row) {
-  return kGateUp ? plan.sorted_slots[sorted_row] / gemm.choices.topk : sorted_row;
+__device__ inline int64_t activation_row(const GroupedGemm& gemm, int sorted_row) {
+  return kGateUp ? gemm.plan.sorted_slots[sorted_row] / gemm.choices.topk : sorted_row;
 }
 
 // SiLU(gate) * up of an accumulator tile, rows 0..7 gate and 8..15 up: the lane's two tokens of row lane/4.

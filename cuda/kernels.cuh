@@ -24,8 +24,6 @@ struct Kernel {
   uint32_t codes;      // that it is built for
   // Launches one of the two products on as many blocks as the device holds at once.
   cudaError_t (*launch)(int code, bool gate_up, const GroupedGemm& gemm, cudaStream_t stream);
-  // Launches both on few slots; null: no kernel does.
-  cudaError_t (*launch_few)(int code, const FewSlotsLayer& layer, cudaStream_t stream) = nullptr;
   const Kernel* dense = nullptr;  // for the dense experts, where mask16, whose decoder reads them, is not among codes
   // Kernels that multiply merged experts in e4m3 have this instead of `launch`.
   cudaError_t (*launch_fp8)(int code, bool gate_up, const Fp8Gemm& gemm, cudaStream_t stream) = nullptr;

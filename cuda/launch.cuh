@@ -34,33 +34,28 @@ inline bool starts_early() {
 }
 
 // Launches a kernel that may start before the one ahead of it in the stream has ended, where the device can do that;
-// the kernel itself waits before it uses that one's results.  kTogether: no block starts before all have room, so that
-// they may wait for one another.
-template <bool kTogether = false, class... Parameters, class... Arguments>
+// the kernel itself waits before it uses that one's results.
+template <class... Parameters, class... Arguments>
 cudaError_t launch_early(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, cudaStream_t stream,
                          Arguments... arguments) {
-  cudaLaunchAttribute attributes[2]{};
-  int count = 0;
-  if (kTogether) attributes[count].id = cudaLaunchAttributeCooperative, attributes[count++].val.cooperative = 1;
-  if (starts_early()) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = &attribute;
+  config.numAttrs = starts_early();
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
 // The same on as many blocks as the current device holds at once.
-template <auto kKernel, int kThreads, int kSharedBytes, bool kTogether = false, class Parameter>
+template <auto kKernel, int kThreads, int kSharedBytes, class Parameter>
 cudaError_t launch_resident(const Parameter& parameter, cudaStream_t stream) {
   static std::atomic<int> known[kMaxDevices];
   int blocks;
   if (cudaError_t error = resident_blocks(kKernel, kThreads, kSharedBytes, known, blocks)) return error;
-  return launch_early<kTogether>(kKernel, blocks, kThreads, kSharedBytes, stream, parameter);
+  return launch_early(kKernel, blocks, kThreads, kSharedBytes, stream, parameter);
 }

@@ -7,12 +7,6 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// What may be read through a pointer at an address in shared memory.
-template <class Value>
-__device__ inline const Value* shared_pointer(uint32_t address) {
-  return static_cast<const Value*>(__cvta_shared_to_generic(address));
-}
-
 // The same value, which the compiler then keeps in a register: else it computes it anew from the thread's number where
 // registers are few, which takes longer.
 __device__ inline uint32_t kept(uint32_t value) { return __shfl_sync(~0u, value, threadIdx.x % 32); }
@@ -144,13 +138,6 @@ __device__ inline uint64_t load_acquire(const uint64_t* address) {
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
   return value;
 }
-// The same of several values: whoever has read them by load_relaxed then passes the fence.
-__device__ inline uint64_t load_relaxed(const uint64_t* address) {
-  uint64_t value;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-  return value;
-}
-__device__ inline void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Programmatic dependent launch: a kernel may start while the one before it runs, and waits before it reads what that
 // one wrote.  Without the launch attribute, and before Hopper, both do nothing.

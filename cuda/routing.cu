@@ -35,6 +35,7 @@ __global__ __launch_bounds__(kPlanThreads) void route_one_block(Routing routing,
   __shared__ uint16_t counts[kWarps][kMaxExperts];  // of a warp's slots, then those of the warps before it
   __shared__ int begins[kMaxExperts];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warps = min(kWarps, (routing.slots + 31) / 32);  // that have slots
   for (int e = lane; e < kMaxExperts; e += 32) counts[warp][e] = 0;
   __syncwarp();
   int experts[kOneBlockSlots / kPlanThreads], ranks[kOneBlockSlots / kPlanThreads];
@@ -54,7 +55,7 @@ __global__ __launch_bounds__(kPlanThreads) void route_one_block(Routing routing,
   }
   __syncthreads();
   int count = 0;
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w < warps; ++w) {
     const int own = counts[w][threadIdx.x];
     counts[w][threadIdx.x] = count;
     count += own;
@@ -118,8 +119,8 @@ constexpr int kCombineThreads = 64;
 
 __global__ __launch_bounds__(kCombineThreads, 16) void combine_slots(const __nv_bfloat16* slots,
                                                                      const float* topk_weights, Routing routing,
-                                                                     uint64_t* ends, __nv_bfloat16* out,
-                                                                     int64_t vectors, int row_vectors) {
+                                                                     __nv_bfloat16* out, int64_t vectors,
+                                                                     int row_vectors) {
   constexpr int kAtOnce = 8;  // experts whose rows are read together
   let_next_kernel_start();
   const int64_t index = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
@@ -130,8 +131,6 @@ __global__ __launch_bounds__(kCombineThreads, 16) void combine_slots(const __nv_
 #pragma unroll 8
   for (int k = 0; k < routing.topk; ++k) local |= uint32_t(routing.local_expert(first + k) >= 0) << k;
   wait_for_previous_kernel();
-  if (ends)
-    for (int64_t i = index; i < kMaxMultiprocessors; i += vectors) ends[i] = 0;
   const uint4* rows = reinterpret_cast<const uint4*>(slots) + int64_t(first) * row_vectors + column;
   float sum[8] = {};
   for (int from = 0; from < routing.topk; from += kAtOnce) {
@@ -172,10 +171,10 @@ cudaError_t route(const Routing& routing, int part_tokens, cudaStream_t stream) 
   return error;
 }
 
-cudaError_t combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, uint64_t* ends,
-                    __nv_bfloat16* out, int tokens, int hidden, cudaStream_t stream) {
+cudaError_t combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, __nv_bfloat16* out,
+                    int tokens, int hidden, cudaStream_t stream) {
   const int64_t vectors = int64_t(tokens) * hidden / 8;
   const int blocks = (vectors + kCombineThreads - 1) / kCombineThreads;
-  return launch_early(combine_slots, blocks, kCombineThreads, 0, stream, slots, topk_weights, routing, ends, out,
+  return launch_early(combine_slots, blocks, kCombineThreads, 0, stream, slots, topk_weights, routing, out,
                       vectors, hidden / 8);
 }

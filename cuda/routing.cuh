@@ -22,6 +22,5 @@ struct Routing : Choices {
 cudaError_t route(const Routing& routing, int part_tokens, cudaStream_t stream);
 
 // out[m] = sum over k of topk_weights[m, k] * slots[m, k], in the order of k, skipping slots without a local expert.
-// ends: of FewSlotsLayer, which are taken back; null: none.
-cudaError_t combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, uint64_t* ends,
-                    __nv_bfloat16* out, int tokens, int hidden, cudaStream_t stream);
+cudaError_t combine(const __nv_bfloat16* slots, const float* topk_weights, const Routing& routing, __nv_bfloat16* out,
+                    int tokens, int hidden, cudaStream_t stream);

@@ -84,7 +84,7 @@ struct Sm80Gemm {
       for (int i = 0; i < kTokenChunks; ++i) {
         const int token = threadIdx.x / kRowChunks + i * kTokenStep;
         const int row = work.group.sorted_row(token / Tile::kPartTokens, token % Tile::kPartTokens);
-        places[i] = row >= 0 ? activation_row<kGateUp>(gemm, gemm.plan, row) * (gemm.depth / 8) : kNone;
+        places[i] = row >= 0 ? activation_row<kGateUp>(gemm, row) * (gemm.depth / 8) : kNone;
       }
     }
 

@@ -48,7 +48,7 @@ struct Epilogue {
 #pragma unroll
     for (int i = 0; i < int(sizeof places / sizeof *places); ++i) {
       const int row = sorted_row(i * kTokensPerPass + token);
-      places[i] = row < 0 || kGateUp ? row : items.plan().sorted_slots[row];
+      places[i] = row < 0 || kGateUp ? row : gemm.plan.sorted_slots[row];
     }
 
 #pragma unroll

@@ -92,4 +92,4 @@ cudaError_t launch(int code, bool gate_up, const Fp8Gemm& gemm, cudaStream_t str
 
 extern const Kernel sm90_wgmma128;
 extern const Kernel sm90_fp8_256{
-    "sm90_fp8_256", 128, 0, 90, 90, codes(PM_CODE_TABLE8, PM_CODE_TABLE6), nullptr, nullptr, &sm90_wgmma128, launch};
+    "sm90_fp8_256", 128, 0, 90, 90, codes(PM_CODE_TABLE8, PM_CODE_TABLE6), nullptr, &sm90_wgmma128, launch};

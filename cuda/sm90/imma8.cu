@@ -5,4 +5,4 @@ static_assert(partial_floats<Imma8>() >= partial_floats<Wgmma16>(), "dense exper
 
 extern const Kernel sm90_imma8{
     "sm90_imma8", Imma8::kPartTokens, partial_floats<Imma8>(), 90, 90, kTrellises,
-    launch_product<Sm90Product, Imma8, kTrellises>, launch_few<Imma8, kTrellises>, &sm90_wgmma16};
+    launch_product<Sm90Product, Imma8, kTrellises>, &sm90_wgmma16};

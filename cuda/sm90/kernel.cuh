@@ -1,24 +1,13 @@
 // How a source makes the kernel of one tile: each has its own, so that they are compiled at the same time.
 #pragma once
 #include "../kernels.cuh"
-#include "sm90_layer.cuh"
+#include "sm90_gemm.cuh"
 
 template <class Code, class Tile, bool kGateUp>
 struct Sm90Product {
   static constexpr auto kFunction = sm90_gemm<Code, Tile, kGateUp>;
   static constexpr int kSharedBytes = Stages<Code, Tile, kGateUp>::kSharedBytes;
 };
-
-// Kernel::launch_few of a tile, built for kCodes alone.
-template <class Tile, uint32_t kCodes>
-cudaError_t launch_few(int code, const FewSlotsLayer& layer, cudaStream_t stream) {
-  return launch_code<Tile, kCodes>(code, [&](auto of) {
-    using Code = typename decltype(of)::Code;
-    using Few = FewSlotsTile<Tile>;
-    constexpr int kSharedBytes = Stages<Code, Few, true>::kSharedBytes;
-    return launch_resident<sm90_layer<Code, Few>, Tile::kThreads, kSharedBytes, true>(layer, stream);
-  });
-}
 
 // Of the sums that all blocks of a launch may leave.
 template <class Tile>
@@ -31,12 +20,4 @@ template <class Tile, uint32_t kCodes = kAllCodes>
 constexpr Kernel sm90_kernel(const char* name) {
   static_assert(kCodes & codes(PM_CODE_MASK16), "its decoder is the one that reads dense experts");
   return {name, Tile::kPartTokens, partial_floats<Tile>(), 90, 90, kCodes, launch_product<Sm90Product, Tile, kCodes>};
-}
-
-// The same with a launch for few slots.
-template <class Tile>
-constexpr Kernel sm90_kernel_and_few(const char* name) {
-  Kernel kernel = sm90_kernel<Tile>(name);
-  kernel.launch_few = launch_few<Tile, kAllCodes>;
-  return kernel;
 }

@@ -33,7 +33,6 @@ PM_HOST_DEVICE inline int own_dealer(const Grid& grid) {
 template <class Tile, class Grid>
 class Launch {
  public:
-  PM_HOST_DEVICE Launch(int stages, int cut, int dealers) : stages(stages), cut(cut), dealers(dealers) {}
   PM_HOST_DEVICE explicit Launch(const Grid& grid) : stages(grid.stages()) {
     const int blocks = grid.blocks(), rest = grid.items() % blocks;
     cut = Tile::kCuts && grid.has_room() && rest ? least(grid.items(), rest + blocks) : 0;
@@ -60,38 +59,20 @@ class Launch {
   PM_HOST_DEVICE static int most(int a, int b) { return a > b ? a : b; }
 };
 
-// What a block gets of the dealt stages: the rest of an item, whole items, the start of one.
-struct Share {
-  int rest_first = 0, rest_end = 0, dealt = 0, dealt_end = 0, start = 0;
-
-  Share() = default;
-  template <class Tile, class Grid>
-  PM_HOST_DEVICE Share(const Grid& grid, const Launch<Tile, Grid>& launch) {
-    const int dealer = own_dealer(grid), stages = launch.stages;
-    const int begin = launch.first_dealt(dealer), end = launch.first_dealt(dealer + 1);
-    dealt = (begin + stages - 1) / stages;
-    rest_first = begin % stages;
-    rest_end = rest_first + end - begin < stages ? rest_first + end - begin : stages;
-    dealt_end = end / stages;
-    start = dealt_end < dealt ? 0 : end % stages;
-  }
-};
-
 // A block's pieces, in order: the rest of an item that another block begins, which that block waits for; whole items,
 // dealt or in turn; the start of an item, whose rest should be there by then.
 template <class Tile, class Grid>
 class Walk {
  public:
   PM_HOST_DEVICE Walk(const Grid& grid, const Launch<Tile, Grid>& launch)
-      : Walk(grid, launch, Tile::kCuts ? Share(grid, launch) : Share()) {}
-  PM_HOST_DEVICE Walk(const Grid& grid, const Launch<Tile, Grid>& launch, const Share& share)
       : stages_(launch.stages), turn_(launch.cut + first_item(grid)), items_(grid.items()) {
     if constexpr (!Tile::kCuts) return;
-    dealt_ = uniform(share.dealt);
-    rest_first_ = uniform(share.rest_first);
-    rest_end_ = uniform(share.rest_end);
-    dealt_end_ = uniform(share.dealt_end);
-    start_ = uniform(share.start);
+    const int dealer = own_dealer(grid), begin = launch.first_dealt(dealer), end = launch.first_dealt(dealer + 1);
+    dealt_ = uniform((begin + stages_ - 1) / stages_);
+    rest_first_ = uniform(begin % stages_);
+    rest_end_ = uniform(rest_first_ + end - begin < stages_ ? rest_first_ + end - begin : stages_);
+    dealt_end_ = uniform(end / stages_);
+    start_ = uniform(dealt_end_ < dealt_ ? 0 : end % stages_);
   }
 
   PM_HOST_DEVICE bool next(const Grid& grid, Piece& piece) {

@@ -80,10 +80,10 @@ struct Sm90Gemm {
 
   // The start of an item, which comes last, is completed outside the loop: a loop in it, over the pieces that other
   // blocks left, would make the compiler take the whole loop for divergent, and compute addresses lane by lane.
-  __device__ __forceinline__ static void consume_all(const Items<Tile>& items, const LaunchOf<Tile>& launch,
-                                                     Slot& slot) {
+  __device__ __forceinline__ static void consume_all(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
+    Slot slot;
     Sums sums;
-    auto walk = items.template walk<kGateUp>(launch);
+    Walk walk(items, launch);
     Piece piece;
     if constexpr (!Tile::kCuts) return consume_whole(items, walk, slot, sums);
     WorkItem work;
@@ -119,8 +119,7 @@ struct Sm90Gemm {
   }
 
   // Of items that are never cut.  Each is read while the one before it is multiplied: its reads depend on one another.
-  template <class WalkOf>
-  __device__ __forceinline__ static void consume_whole(const Items<Tile>& items, WalkOf& walk, Slot& slot, Sums& sums) {
+  __device__ __forceinline__ static void consume_whole(const Items<Tile>& items, Walk<Tile, Items<Tile>>& walk, Slot& slot, Sums& sums) {
     Piece piece, next_piece;
     WorkItem work, next;
     bool more = walk.next(items, piece);
@@ -134,36 +133,32 @@ struct Sm90Gemm {
     }
   }
 
-  // Of the warpgroup that copies, one warp copies words and others bring tokens; what is left is the messenger.
-  static constexpr int kWordWarp = 2, kTokenWarps = Tile::kIntegers ? Stage::kQuantisers : 2;
-  __device__ static int copy_warp() { return uniform(threadIdx.x % 128 / 32); }
-  __device__ static int token_warp(int warp) { return warp - (warp > kWordWarp); }
-  __device__ static bool brings_tokens(int warp) { return Tile::kIntegers ? warp != kWordWarp : warp < kTokenWarps; }
-  __device__ __forceinline__ static void bring_all(const Items<Tile>& items, const LaunchOf<Tile>& launch, int warp,
-                                                   Slot& slot) {
-    if (brings_tokens(warp)) {
-      if constexpr (Tile::kIntegers) Stage::quantise_tokens(items, launch, slot, token_warp(warp));
-      else Stage::gather_tokens(items, launch, slot);
-    } else if (warp == kWordWarp) {
-      Stage::copy_words(items, launch, slot);
-    } else if constexpr (Tile::kCuts && ItemSums<Tile>::kHasMessenger) {
-      ItemSums<Tile>::exchange(items, launch, items.template walk<kGateUp>(launch));
+  // By the warpgroup that copies.
+  __device__ __forceinline__ static void bring_all(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
+    const int warp = uniform(threadIdx.x % 128 / 32);
+    if constexpr (Tile::kIntegers) {
+      if (warp != 2) Stage::quantise_tokens(items, launch, warp - (warp > 2));
+      else Stage::copy_words(items, launch);
+    } else {
+      if (warp < 2) Stage::gather_tokens(items, launch);
+      else if (warp == 2) Stage::copy_words(items, launch);
     }
   }
+
+  static constexpr int kCopyRegisters = Tile::copy_registers(kGateUp);
+  static constexpr int kMultiplyRegisters = Tile::multiply_registers(kGateUp);
 
   // Nobody waits for the table but those that look words up in it: words are on their way by then.
   static constexpr int kReady = 0, kCopiersReady = 1 + Tile::kConsumers;  // barriers
 
-  // What a block begins with: prepare() in the warpgroup that copies, the table in the others.  Returns whether this
-  // thread copies.
-  template <class Prepare>
-  __device__ __forceinline__ static bool begin(const GroupedGemm& gemm, Prepare prepare) {
+  __device__ __forceinline__ static void run(const GroupedGemm& gemm) {
     extern __shared__ __align__(1024) uint8_t shared[];
     if (shared_address(shared) != SharedLayout::kStart) __trap();
     const bool copies = uniform(threadIdx.x / 128) == Tile::kConsumers;
     if (copies) {
       if (threadIdx.x % 128 == 0) Stage::init_barriers();
-      prepare();
+      // The groups come from kernels that had ended before gate and up let the down projection start.
+      if constexpr (kGateUp) wait_for_previous_kernel();
       barrier_of<128>(kCopiersReady);
       come_to_barrier_of<Tile::kThreads>(kReady);
       let_next_kernel_start();
@@ -171,27 +166,14 @@ struct Sm90Gemm {
       fill_table<Code, 128 * Tile::kConsumers>(gemm, Stage::kTable);
       barrier_of<Tile::kThreads>(kReady);
     }
-    return copies;
-  }
-
-  static constexpr int kCopyRegisters = Tile::copy_registers(kGateUp);
-  static constexpr int kMultiplyRegisters = Tile::multiply_registers(kGateUp);
-
-  __device__ __forceinline__ static void run(const GroupedGemm& gemm) {
-    const bool copies = begin(gemm, [] {
-      // The groups come from kernels that had ended before gate and up let the down projection start.
-      if (kGateUp) wait_for_previous_kernel();
-    });
     const Items<Tile> items(gemm);
     const LaunchOf<Tile> launch(items);
     if (copies) {
       registers_down<kCopyRegisters>();
-      Slot slot;
-      bring_all(items, launch, copy_warp(), slot);
+      bring_all(items, launch);
     } else {
       registers_up<kMultiplyRegisters>();
-      Slot slot;
-      consume_all(items, launch, slot);
+      consume_all(items, launch);
     }
   }
 };

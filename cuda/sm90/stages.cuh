@@ -2,39 +2,10 @@
 // bring their words and tokens.
 #pragma once
 #include "../grouped.cuh"
-#include "few_slots.cuh"
 #include "ptx_sm90.cuh"
 #include "schedule.cuh"
 #include "tiles.cuh"
 #include "tokens_int8.cuh"
-
-// Row tiles of a matrix, and stages of its depth.
-template <class Tile>
-__device__ inline int row_tiles_of(int rows) {
-  return (rows / 16 + Tile::kStrips - 1) / Tile::kStrips;
-}
-template <class Tile>
-__device__ inline int stages_of(int depth) {
-  return (depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles;
-}
-
-// The items of a launch that had so many groups, as schedule.cuh asks for them.
-template <class Tile>
-struct SupposedItems {
-  int rows, depth, groups;
-  bool room;
-
-  __device__ int items() const { return groups * row_tiles_of<Tile>(rows); }
-  __device__ int stages() const { return stages_of<Tile>(depth); }
-  __device__ int blocks() const { return gridDim.x; }
-  __device__ int block() const { return blockIdx.x; }
-  __device__ bool has_room() const { return room; }
-
-  __device__ Deal deal() const {
-    const Launch<Tile, SupposedItems> launch(*this);
-    return {launch.cut, launch.dealers, Share(*this, launch)};
-  }
-};
 
 // The items of a launch, as schedule.cuh asks for them and as work on groups x row tiles.
 template <class Tile>
@@ -44,35 +15,19 @@ struct Items {
 
   __device__ explicit Items(const GroupedGemm& gemm)
       : gemm(gemm),
-        row_tiles(row_tiles_of<Tile>(gemm.rows)),
-        first_group(!Tile::kPlans && gemm.skips_pairs ? uniform(plan().group_counts[0]) : 0) {}
+        row_tiles((gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips),
+        first_group(gemm.skips_pairs ? uniform(gemm.plan.group_counts[0]) : 0) {}
 
-  __device__ Plan plan() const { return Tile::kPlans ? FewSlots::plan() : gemm.plan; }
   __device__ int items() const {
-    const bool skips_dense = !Tile::kPlans && gemm.skips_dense;
-    return (uniform(plan().group_counts[skips_dense ? 0 : 1]) - first_group) * row_tiles;
+    return (uniform(gemm.plan.group_counts[gemm.skips_dense ? 0 : 1]) - first_group) * row_tiles;
   }
-  __device__ int stages() const { return stages_of<Tile>(gemm.depth); }
+  __device__ int stages() const { return (gemm.depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles; }
   __device__ int blocks() const { return gridDim.x; }
   __device__ int block() const { return blockIdx.x; }
   __device__ bool has_room() const { return gemm.partials; }
-  // Launch and Walk.  Those of gate and up need not be worked out where the deal is in shared memory.
-  template <bool kGateUp>
-  static constexpr bool kDealt = kGateUp && Tile::kPlans && Tile::kCuts;
-  template <bool kGateUp>
-  __device__ Launch<Tile, Items> launch() const {
-    if constexpr (!kDealt<kGateUp>) return Launch<Tile, Items>(*this);
-    const Deal deal = FewSlots::deal();
-    return {stages(), uniform(deal.cut), uniform(deal.dealers)};
-  }
-  template <bool kGateUp>
-  __device__ Walk<Tile, Items> walk(const Launch<Tile, Items>& launch) const {
-    if constexpr (!kDealt<kGateUp>) return {*this, launch};
-    return {*this, launch, FewSlots::deal().share};
-  }
 
   __device__ WorkItem work(const Piece& piece) const {
-    return WorkItem(plan().groups, first_group, piece.item, row_tiles, Tile::kPlans);
+    return WorkItem(gemm.plan.groups, first_group, piece.item, row_tiles);
   }
   // A piece's tiles of the depth.
   __device__ int first_tile(const Piece& piece) const { return piece.first_stage * Tile::kDepthTiles; }
@@ -87,17 +42,15 @@ using LaunchOf = Launch<Tile, Items<Tile>>;
 
 // Addresses of what a block holds in shared memory: constants, from where the driver's own kilobyte ends.
 struct SharedLayout {
-  static constexpr int kStart = FewSlots::kStart, kBarrierBytes = 16, kAlignedTable = 128 * 1024;
+  static constexpr int kStart = 1024, kBarrierBytes = 16, kAlignedTable = 128 * 1024;
 
   int slots = 0;  // stages that are held at once
   int stages = 0, steps = 0;
   int staging = 0, barriers = 0, table = 0, end = 0;
 
-  // Bytes of the plan, which comes first, of a stage and of its steps, of the results on their way out and of the
-  // table.  aligns_table: at a multiple of 64 KiB, with the stages before it and all else behind it.
-  constexpr SharedLayout(int limit, int plan_bytes, int stage_bytes, int step_bytes, int staging_bytes,
-                         int table_bytes, bool aligns_table)
-      : stages(kStart + plan_bytes) {
+  // Bytes of a stage and of its steps, of the results on their way out and of the table.  aligns_table: at a multiple of 64 KiB, with the stages before it and all else behind it.
+  constexpr SharedLayout(int limit, int stage_bytes, int step_bytes, int staging_bytes, int table_bytes,
+                         bool aligns_table) {
     if (aligns_table) {
       table = kAlignedTable;
       slots = (table - stages) / stage_bytes;
@@ -136,13 +89,12 @@ struct Stages {
   static constexpr int kGroupBytes = Tile::kStrips * kStripStepBytes, kStepBytes = kGroups * kGroupBytes;
 
   // A token's row of staged results: 64 outputs of a warpgroup, half as many of gate and up, and 16 bytes that spread
-  // rows over the banks.  Where both products are one launch, all of the layout is the same for both.
-  static constexpr int kStagingPitch = (kGateUp && !Tile::kPlans ? 64 : 128) + 16, kStagingBytes = 32 * kStagingPitch;
+  // rows over the banks.
+  static constexpr int kStagingPitch = (kGateUp ? 64 : 128) + 16, kStagingBytes = 32 * kStagingPitch;
   static constexpr int kTableBytes = Code::kTableEntries * Tile::kTableStride;
 
   static constexpr int kSharedEnd = 228 / Tile::kBlocks * 1024;
   static constexpr SharedLayout kLayout{kSharedEnd,
-                                        Tile::kPlans ? FewSlots::kBytes : 0,
                                         kStageBytes,
                                         kStepBytes,
                                         Tile::kConsumers * kStagingBytes,
@@ -160,8 +112,6 @@ struct Stages {
   __device__ static uint32_t empty(int slot) { return full(slot) + 8; }
   __device__ static uint32_t own_table() { return kept(kTable + threadIdx.x % 32 * 4); }
 
-  // Whether tokens are the hidden rows of the launch before.
-  static constexpr bool kReadsPrevious = !kGateUp && !Tile::kPlans;
   static constexpr int kTokenThreads = 64, kTokenArrivals = Tile::kIntegers ? 1 : kTokenThreads;
 
   // By one thread, before any other uses them.
@@ -177,10 +127,11 @@ struct Stages {
 
   // One warp: a bulk copy for every eight strips of a stage, and one for every group of steps.  Reads nothing that gate
   // and up write, so that the first words of the down projection arrive while gate and up still run elsewhere.
-  __device__ static void copy_words(const Items<Tile>& items, const LaunchOf<Tile>& launch, Slot& slot) {
+  __device__ static void copy_words(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
     const GroupedGemm& gemm = items.gemm;
     const int lane = threadIdx.x % 32;
-    auto walk = items.template walk<kGateUp>(launch);
+    Slot slot;
+    Walk walk(items, launch);
     for (Piece piece; walk.next(items, piece);) {
       const WorkItem work = items.work(piece);
       const int end = items.end_tile(piece);
@@ -208,7 +159,7 @@ struct Stages {
 
   // Two warps: eight threads per token, 16 bytes each, swizzled as the descriptor says.  A thread's tokens are eight
   // apart, so that its place in the swizzle never changes.
-  __device__ static void gather_tokens(const Items<Tile>& items, const LaunchOf<Tile>& launch, Slot& slot) {
+  __device__ static void gather_tokens(const Items<Tile>& items, const LaunchOf<Tile>& launch) {
     const GroupedGemm& gemm = items.gemm;
     constexpr int kTokensPerThread = kTokens / 8;
     constexpr uint32_t kNone = ~0u;
@@ -216,9 +167,9 @@ struct Stages {
     const uint32_t offset = first * 128 + (column ^ first) * 16;
     const int row_vectors = gemm.depth / 8;
     const uint4* activations = reinterpret_cast<const uint4*>(gemm.activations) + column;
-    Slot landed = slot;  // the first stage whose tokens are still on their way
+    Slot slot, landed;  // landed: the first stage whose tokens are still on their way
     int in_flight = 0;
-    auto walk = items.template walk<kGateUp>(launch);
+    Walk walk(items, launch);
     for (Piece piece; walk.next(items, piece);) {
       const WorkItem work = items.work(piece);
       const int end = items.end_tile(piece);
@@ -227,10 +178,10 @@ struct Stages {
       for (int i = 0; i < kTokensPerThread; ++i) {
         const int row = work.group.sorted_row(i * 8 / Tile::kPartTokens, i * 8 % Tile::kPartTokens + first);
         // Read in any case: a branch for each would make each wait for the one before.
-        const uint32_t place = activation_row<kGateUp>(gemm, items.plan(), max(row, 0)) * row_vectors;
+        const uint32_t place = activation_row<kGateUp>(gemm, max(row, 0)) * row_vectors;
         places[i] = row >= 0 ? place : kNone;
       }
-      if constexpr (kReadsPrevious) wait_for_previous_kernel();
+      if constexpr (!kGateUp) wait_for_previous_kernel();
       for (int tile = items.first_tile(piece); tile < end; tile += Tile::kDepthTiles, slot.next()) {
         barrier_wait(empty(slot.index), slot.parity ^ 1);
         uint32_t to = stage(slot.index) + offset;
@@ -256,7 +207,7 @@ struct Stages {
         }
       }
     }
-    if constexpr (kReadsPrevious) wait_for_previous_kernel();  // those without a piece too
+    if constexpr (!kGateUp) wait_for_previous_kernel();  // those without a piece too
     if constexpr (Tile::kFenceLag > 0) {
       cp_async_wait<0>();
       fence_async_proxy();
@@ -267,21 +218,22 @@ struct Stages {
   // Three warps, each every third stage: a lane turns two columns of a token into integers.  Some
   // tokens at once, so that their reads and sums wait together.
   static constexpr int kQuantisers = 3, kAtOnce = 2;
-  __device__ static void quantise_tokens(const Items<Tile>& items, const LaunchOf<Tile>& launch, Slot& slot, int own) {
+  __device__ static void quantise_tokens(const Items<Tile>& items, const LaunchOf<Tile>& launch, int own) {
     using Tokens = Int8Tokens<Tile>;
     const GroupedGemm& gemm = items.gemm;
     const int lane = threadIdx.x % 32;
     const uint32_t* activations = reinterpret_cast<const uint32_t*>(gemm.activations) + lane;
     const int row_words = gemm.depth / 2;
     const bool halves = 1 << gemm.group_shift < Tile::kDepthTiles;
+    Slot slot;
     int turn = own;  // stages until the next that is this warp's
-    auto walk = items.template walk<kGateUp>(launch);
+    Walk walk(items, launch);
     for (Piece piece; walk.next(items, piece);) {
       const WorkItem work = items.work(piece);
       const int count0 = uniform(work.group.count[0]), count = count0 + uniform(work.group.count[1]);
       // A lane's token, those of part 1 after those of part 0: where its row begins.
       const int row = lane < count ? work.group.joined_row(lane) : 0;
-      const uint32_t place = (kGateUp ? activation_row<true>(gemm, items.plan(), row) : row) * row_words;
+      const uint32_t place = (kGateUp ? activation_row<true>(gemm, row) : row) * row_words;
       const int end = items.end_tile(piece);
       auto read = [&](int tile, int first, uint32_t (&columns)[kAtOnce]) {
 #pragma unroll
@@ -291,7 +243,7 @@ struct Stages {
           if (first + i < count && tile * 8 + lane < end * 8) columns[i] = __ldcg(activations + own_place + tile * 8);
         }
       };
-      if constexpr (kReadsPrevious) wait_for_previous_kernel();
+      if constexpr (!kGateUp) wait_for_previous_kernel();
       int tile = items.first_tile(piece);
       uint32_t next[kAtOnce];  // of the first tokens
       read(tile + turn * Tile::kDepthTiles, 0, next);
@@ -320,7 +272,7 @@ struct Stages {
         if (lane == 0) barrier_arrive(full(slot.index));
       }
     }
-    if constexpr (kReadsPrevious) wait_for_previous_kernel();  // those without a piece too
+    if constexpr (!kGateUp) wait_for_previous_kernel();  // those without a piece too
   }
 
   // A tile of the warp's strip in the slot's stage, which has `tiles` of each strip.

@@ -5,7 +5,7 @@
 #include "stages.cuh"
 
 struct Fp8Tile {
-  static constexpr bool kCuts = false, kPlans = false;
+  static constexpr bool kCuts = false;
   static constexpr int kConsumers = 2, kBlocks = 1, kThreads = 128 * (kConsumers + 1), kStrips = 4 * kConsumers;
   static constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;
   static constexpr int kDepth = kFp8Depth, kDepthTiles = kDepth / 16;

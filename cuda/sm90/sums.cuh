@@ -32,9 +32,9 @@ struct ItemSums {
     const int warp = block_of(items, dealer) * Tile::kStrips + strip * 4 * Tile::kConsumers + threadIdx.x / 32;
     return items.gemm.partials + (warp * (2 * kPartTiles) + tile) * 32 + threadIdx.x % 32;
   }
-  // Whether they are there, by the warpgroups that leave them.
-  __device__ static uint64_t* left_flags(const Items<Tile>& items, int dealer) {
-    return items.gemm.arrivals + block_of(items, dealer) * Tile::kConsumers;
+  // Whether those of this thread's warpgroup are there.
+  __device__ static uint64_t* left_flag(const Items<Tile>& items, int dealer) {
+    return items.gemm.arrivals + block_of(items, dealer) * Tile::kConsumers + threadIdx.x / 128;
   }
 
   // Those who set it were started before this block and wait for nobody.  If they never do, the launch fails, by a
@@ -44,32 +44,6 @@ struct ItemSums {
     while (load_acquire(flag) != kArrived && --rounds) __nanosleep(20);  // without a pause, others' stores arrive later
     store_release_if(rounds == 0, nullptr, 0);
     *flag = 0;
-  }
-
-  // Who tells other blocks of sums that are left, and waits for theirs: with few slots the messenger, a warp of those
-  // that copy which has nothing else to do, so that a fence holds up nobody; without one, those that multiply.
-  static constexpr bool kHasMessenger = Tile::kPlans && !Tile::kIntegers;
-  static constexpr int kParties = 128 * Tile::kConsumers + 32;
-  static constexpr int kLeft = Tile::kConsumers + 3, kOthersLeft = kLeft + 1;  // barriers
-
-  // The messenger's part in all of a block's pieces.
-  __device__ static void exchange(const Items<Tile>& items, const Launch<Tile, Items<Tile>>& launch,
-                                  Walk<Tile, Items<Tile>> walk) {
-    const int lane = threadIdx.x % 32;
-    Piece piece;
-    if (!walk.next(items, piece)) return;
-    if (piece.first_stage > 0) {
-      barrier_of<kParties>(kLeft);
-      store_release_if(lane < Tile::kConsumers, left_flags(items, own_dealer(items)) + lane, kArrived);
-    }
-    while (walk.next(items, piece)) {
-    }
-    if (piece.first_stage > 0 || piece.end_stage == launch.stages) return;
-    const int first = own_dealer(items) + 1, flags = (launch.last_dealer(piece) + 1 - first) * Tile::kConsumers;
-    for (int i = lane; i < flags; i += 32)
-      take_flag(left_flags(items, first + i / Tile::kConsumers) + i % Tile::kConsumers);
-    __syncwarp();
-    barrier_of<kParties>(kOthersLeft);
   }
 
   // Whether a tile of the sums has tokens.
@@ -87,21 +61,16 @@ struct ItemSums {
           const float (&sum)[4] = sums[s][j];
           __stcg(left_sums(items, own_dealer(items), s, j), make_float4(sum[0], sum[1], sum[2], sum[3]));
         }
-    if constexpr (kHasMessenger) return come_to_barrier_of<kParties>(kLeft);
     warpgroup_barrier(1 + threadIdx.x / 128);
-    store_release_if(threadIdx.x % 128 == 0, left_flags(items, own_dealer(items)) + threadIdx.x / 128, kArrived);
+    store_release_if(threadIdx.x % 128 == 0, left_flag(items, own_dealer(items)), kArrived);
   }
 
   // Adds the sums that the next dealers up to the last have left, in their order.
   __device__ static void add_left(const Items<Tile>& items, const TokenGroup& group, int last_dealer, Sums& sums) {
     const int first = own_dealer(items) + 1;
-    if constexpr (kHasMessenger) {
-      barrier_of<kParties>(kOthersLeft);
-    } else {
-      for (int dealer = first + threadIdx.x % 128; dealer <= last_dealer; dealer += 128)
-        take_flag(left_flags(items, dealer) + threadIdx.x / 128);
-      warpgroup_barrier(1 + threadIdx.x / 128);
-    }
+    for (int dealer = first + threadIdx.x % 128; dealer <= last_dealer; dealer += 128)
+      take_flag(left_flag(items, dealer));
+    warpgroup_barrier(1 + threadIdx.x / 128);
 #pragma unroll(kPartTiles <= 2 ? 4 : 1)  // of few sums, those of several dealers are read at once
     for (int dealer = first; dealer <= last_dealer; ++dealer) {
 #pragma unroll

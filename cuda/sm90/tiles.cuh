@@ -15,7 +15,6 @@ struct Sm90Tile {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Strips of 16 rows: a warp's are 4 * kConsumers apart.
   static constexpr int kStripsPerWarp = 1, kStrips = 4 * kConsumers * kStripsPerWarp;
-  static constexpr bool kPlans = false;     // blocks make the plan themselves
   static constexpr bool kIntegers = false;  // mma.sync multiplies integers, see tokens_int8.cuh; else wgmma, in bf16
   // Of a thread that copies, which needs more for more tokens, and more in gate and up, where it divides slots; and of
   // one that multiplies; together what the compiler gives all threads alike.
@@ -44,7 +43,7 @@ struct Wgmma32 : Sm90Tile<4, 1, 256> {
   static constexpr bool kCuts = true;
   static constexpr int kPartTokens = 32, kWidthStep = 16, kFenceLag = 2;
 };
-struct Wgmma48 : Sm90Tile<4, 1, 256, 56, 40> {
+struct Wgmma48 : Sm90Tile<4, 1, 256, 48, 40> {
   static constexpr bool kCuts = true;
   static constexpr int kPartTokens = 48, kWidthStep = 48, kFenceLag = 0;
 };
@@ -55,10 +54,4 @@ struct Wgmma64 : Sm90Tile<2, 1, 128> {
 struct Wgmma128 : Sm90Tile<2, 1, 128> {
   static constexpr bool kCuts = false;
   static constexpr int kPartTokens = 128, kWidthStep = 64, kFenceLag = 0;
-};
-
-// The same for few slots, both products in one launch.
-template <class Tile>
-struct FewSlotsTile : Tile {
-  static constexpr bool kPlans = true;
 };

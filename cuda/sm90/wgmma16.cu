@@ -1,3 +1,3 @@
 #include "kernel.cuh"
 
-extern const Kernel sm90_wgmma16 = sm90_kernel_and_few<Wgmma16>("sm90_wgmma16");
+extern const Kernel sm90_wgmma16 = sm90_kernel<Wgmma16>("sm90_wgmma16");

@@ -1,3 +1,3 @@
 #include "kernel.cuh"
 
-extern const Kernel sm90_wgmma64 = sm90_kernel_and_few<Wgmma64>("sm90_wgmma64");
+extern const Kernel sm90_wgmma64 = sm90_kernel<Wgmma64>("sm90_wgmma64");

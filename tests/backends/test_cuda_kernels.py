@@ -51,7 +51,7 @@ SMALL = (
     Layer(3, 2, 2, 384, 128, "mask6", 128),
     Layer(3, 2, 2, 256, 224, "trellis6", 32),
     Layer(3, 2, 2, 384, 128, "trellis3", 128),
-    # Without dense experts, few slots are one launch with these codes too.
+    # Without dense experts.
     Layer(4, 0, 2, 256, 176, "angle16"),
     Layer(4, 0, 2, 256, 224, "angle8", 32),
     Layer(4, 0, 2, 384, 128, "angle6", 128),

@@ -105,7 +105,6 @@ struct Block {
   std::vector<uint8_t> shared = std::vector<uint8_t>(228 * 1024, 0xFF);  // NaN, wherever nothing is written
 };
 inline Block* block;
-inline bool together;  // all blocks of the launch run at once, so that they may wait for one another
 inline uint8_t shared[1];  // kernels ask for its address alone
 
 inline void let_others_run() { swapcontext(&block->threads[threadIdx.x], &block->scheduler); }
@@ -126,10 +125,6 @@ template <class Value>
 Value __shfl_sync(unsigned, Value value, int lane) {
   return Value(of_all_lanes(uint32_t(value))[lane % 32].of[0]);
 }
-inline bool __any_sync(unsigned, bool value) {
-  const Registers* all = of_all_lanes(value);
-  return std::any_of(all, all + 32, [](auto& own) { return own.of[0]; });
-}
 inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   const Registers* all = of_all_lanes(value);
   return std::max_element(all, all + 32, [](auto& a, auto& b) { return a.of[0] < b.of[0]; })->of[0];
@@ -149,10 +144,6 @@ Value& shared_at(uint32_t place) {
   return reinterpret_cast<Value&>(block->shared[place]);
 }
 inline uint32_t shared_address(const void*) { return 1024; }
-template <class Value>
-const Value* shared_pointer(uint32_t place) {
-  return &shared_at<Value>(place);
-}
 inline uint4 load_shared_16(uint32_t place) { return shared_at<uint4>(place); }
 inline uint2 load_shared_8(uint32_t place) { return shared_at<uint2>(place); }
 inline uint32_t load_shared_4(uint32_t place) { return shared_at<uint32_t>(place); }
@@ -243,12 +234,7 @@ inline void store_release_if(bool condition, uint64_t* place, uint64_t value) {
   if (condition) *place = value;
 }
 inline uint64_t load_acquire(const uint64_t* place) { return *place; }
-inline uint64_t load_relaxed(const uint64_t* place) { return *place; }
-inline void __nanosleep(unsigned) {
-  if (!together) fail("a block waits for one that comes after it");
-  let_others_run();
-}
-inline void fence_acquire() {}
+inline void __nanosleep(unsigned) { fail("a block waits for one that comes after it"); }
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
@@ -323,26 +309,14 @@ inline bool run_on(Block& own) {
   return more;
 }
 
-// Runs blocks one after another, so that none may wait for one that comes later; or all at once, the last ones first.
-inline void run_blocks(int blocks, int threads, void (*kernel)(), bool at_once = false) {
-  thread_of_block = kernel, together = at_once;
+// Runs blocks one after another, so that none may wait for one that comes later.
+inline void run_blocks(int blocks, int threads, void (*kernel)()) {
+  thread_of_block = kernel;
   gridDim.x = blocks;
-  std::vector<Block> all(blocks);
-  int left = 1 << 18;
-  auto count_round = [&] {
-    if (--left == 0) fail("threads wait for one another");
-  };
-  for (bool more = at_once; more; count_round()) {
-    more = false;
-    for (int b = blocks; b-- > 0;) {
-      blockIdx.x = b;
-      if (all[b].threads.empty()) start(all[b], threads);
-      more |= run_on(all[b]);
-    }
-  }
-  for (blockIdx.x = 0; !at_once && blockIdx.x < gridDim.x; ++blockIdx.x) {
-    start(all[blockIdx.x], threads);
-    while (run_on(all[blockIdx.x])) count_round();
-    if (blockIdx.x + 1 < gridDim.x) all[blockIdx.x] = Block();
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+    Block own;
+    start(own, threads);
+    for (int left = 1 << 18; run_on(own);)
+      if (--left == 0) fail("threads wait for one another");
   }
 }

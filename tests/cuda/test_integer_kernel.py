@@ -35,12 +35,6 @@ class GroupedGemm(ctypes.Structure):
     ]
 
 
-class FewSlotsLayer(ctypes.Structure):
-    """`FewSlotsLayer` of cuda/grouped.cuh."""
-
-    _fields_ = [("gate_up", GroupedGemm), ("down", GroupedGemm), ("ends", ctypes.c_void_p)]
-
-
 def built(folder: Path, code: TrellisCode, changes: tuple[tuple[str, str, str], ...] = ()) -> ctypes.CDLL:
     """The kernels of a code for the host; changes: of a header, what is replaced by what."""
     return emulated_library(SOURCE, folder, changes, [f"BITS={code.bits}"])
@@ -90,11 +84,10 @@ def worst_errors(
     group_size: int,
     counts: list[int],
     blocks: int,
-    one_launch: bool,
 ) -> tuple[float, float]:
     """Of gate and up, and of the down projection, the largest relative error of a token's outputs; some tokens have
     columns far larger than others, and columns of zeros.  size: hidden and intermediate; counts: tokens of each
-    expert; one_launch: blocks make the plan, else it is given to them."""
+    expert."""
     (hidden, intermediate), pairs, slots = size, len(counts) // 2, sum(counts)
     tokens = torch.randn((slots + TOPK - 1) // TOPK, hidden)
     tokens[::2] *= 100 * torch.rand(hidden).pow(8)
@@ -108,17 +101,12 @@ def worst_errors(
     plan = {"group_counts": torch.tensor([len(groups)] * 2, dtype=torch.int32), "groups": groups}
     plan["sorted_slots"] = sorted_slots
     partials = torch.full((kernel.partial_floats(),), float("nan"))
-    arrivals = torch.full((2, kernel.max_arrivals()), -1)
-    ends = torch.full((kernel.max_ends(),), -1)
-    for product, activations, own in ((gate_up, tokens, arrivals[0]), (down, gate_up.out, arrivals[1])):
+    arrivals = torch.full((kernel.max_arrivals(),), -1)
+    for product, activations in ((gate_up, tokens), (down, gate_up.out)):
         product.gemm.choices = Choices(experts.data_ptr(), None, slots, TOPK, pairs, 0)
-        room = {"partials": partials, "arrivals": own, "activations": activations}
-        product.give(room if one_launch else room | plan)
-    layer = FewSlotsLayer(gate_up.gemm, down.gemm, ends.data_ptr())
-    kernel.multiply(blocks, one_launch, ctypes.byref(layer))
-    assert set(arrivals.flatten().tolist()) <= {-1, 0}
-    assert len(set(ends[:blocks].tolist())) == 1 and set(ends[blocks:].tolist()) <= {-1}
-    assert (ends[0] == -1) != one_launch
+        product.give({"partials": partials, "arrivals": arrivals, "activations": activations} | plan)
+        kernel.multiply(blocks, product.gate_up, ctypes.byref(product.gemm))
+    assert set(arrivals.tolist()) <= {-1, 0}
 
     worst = [0.0, 0.0]
     for row, place in enumerate(sorted_slots.tolist()):
@@ -152,8 +140,8 @@ LAYERS = [
 @pytest.mark.parametrize("code", [c for c in CODES.values() if isinstance(c, TrellisCode)], ids=lambda c: c.name)
 def test_products_in_integers_are_those_of_the_format(code, tmp_path):
     kernel = built(tmp_path, code)
-    for number, layer in enumerate(LAYERS):
-        assert max(worst_errors(kernel, code, *layer, one_launch=number % 3 > 0)) < TOLERANCE, layer
+    for layer in LAYERS:
+        assert max(worst_errors(kernel, code, *layer)) < TOLERANCE, layer
 
 
 @pytest.mark.parametrize(
@@ -163,14 +151,9 @@ def test_products_in_integers_are_those_of_the_format(code, tmp_path):
         ("sm90/tokens_int8.cuh", "store_shared_8(to ^ 64,", "store_shared_8(to,"),
         ("sm90/mainloop_imma.cuh", "second(1)", "second(0)"),
         ("sm90/epilogue.cuh", "column % 8 / 2 + column % 2 * 4", "column % 8"),
-        (
-            "sm90/sm90_layer.cuh",
-            "if (Down::brings_tokens(warp)) wait_for_gate_up(layer.ends, Down::token_warp(warp));",
-            "if (Down::brings_tokens(warp)) {\n      }",
-        ),
     ],
 )
 def test_a_wrong_kernel_is_seen(header, right, wrong, tmp_path):
     code = CODES["trellis4"]
     broken = built(tmp_path, code, ((header, right, wrong),))
-    assert not max(worst_errors(broken, code, (256, 128), 128, [7, 3], 2, one_launch=True)) < TOLERANCE
+    assert not max(worst_errors(broken, code, (256, 128), 128, [7, 3], 2)) < TOLERANCE

@@ -33,7 +33,7 @@ def test_every_stage_is_done_once_and_no_block_waits_for_a_later_one(tmp_path):
     [
         ("(piece.item + 1) * stages - 1", "piece.item * stages", "the last dealer has the item's end"),
         ("grid.blocks() - 1 - grid.block()", "grid.block()", "a block's dealer is its own"),
-        ("dealt_end < dealt ? 0 : end % stages", "end % stages", "dealt shares are even"),
+        ("dealt_end_ < dealt_ ? 0 : end % stages_", "end % stages_", "dealt shares are even"),
         ("turn_(launch.cut + first_item(grid))", "turn_(launch.cut + grid.block() / 2)", "every stage of every item"),
         ("least(dealer, dealers) * (cut * stages) / dealers",
          "least(dealer * (cut * stages / dealers + 1), cut * stages)", "all blocks have as many stages"),
