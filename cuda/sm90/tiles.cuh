@@ -51,6 +51,11 @@ struct Wgmma64 : Sm90Tile<2, 1, 128> {
   static constexpr bool kCuts = false;
   static constexpr int kPartTokens = 64, kWidthStep = 32, kFenceLag = 0;
 };
+// Around 64 tokens of an expert, where half of the experts would have twice the columns that they need.
+struct Wgmma80 : Sm90Tile<2, 1, 128> {
+  static constexpr bool kCuts = false;
+  static constexpr int kPartTokens = 80, kWidthStep = 80, kFenceLag = 0;
+};
 struct Wgmma128 : Sm90Tile<2, 1, 128> {
   static constexpr bool kCuts = false;
   static constexpr int kPartTokens = 128, kWidthStep = 64, kFenceLag = 0;

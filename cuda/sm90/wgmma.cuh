@@ -45,6 +45,7 @@
 #define PM_FACTORS_32 "{%16, %17, %18, %19}, %20"
 #define PM_FACTORS_48 "{%24, %25, %26, %27}, %28"
 #define PM_FACTORS_64 "{%32, %33, %34, %35}, %36"
+#define PM_FACTORS_80 "{%40, %41, %42, %43}, %44"
 #define PM_FACTORS_96 "{%48, %49, %50, %51}, %52"
 #define PM_FACTORS_128 "{%64, %65, %66, %67}, %68"
 #define PM_FACTORS_160 "{%80, %81, %82, %83}, %84"
@@ -71,6 +72,7 @@ PM_WGMMA_BF16(16)
 PM_WGMMA_BF16(32)
 PM_WGMMA_BF16(48)
 PM_WGMMA_BF16(64)
+PM_WGMMA_BF16(80)
 PM_WGMMA_BF16(128)
 
 // d[64 x kColumns] += a[64 x 32] b[32 x kColumns] in e4m3.

@@ -21,7 +21,7 @@ def test_no_register_is_written_while_a_product_reads_it(check, cuda_library):
     multiplying = {name: code for name, code in kernels.items() if any(i.opcode.startswith(check.WGMMA) for i in code)}
     assert set(multiplying) == {name for name in kernels if "Wgmma" in name or "fp8_gemm" in name}
     trellises = sum("TRELLIS" in decoder.name for decoder in Decoder)
-    in_bf16 = 2 * (5 * len(Decoder) - trellises)  # products, tiles, decoders: sm90_wgmma48 takes no trellis words
+    in_bf16 = 2 * (6 * len(Decoder) - trellises)  # products, tiles, decoders: sm90_wgmma48 takes no trellis words
     in_e4m3 = 2 * 2 * len(GROUP_SIZES)  # products, decoders of words with steps, step groups
     assert len(multiplying) == in_bf16 + in_e4m3
     for name, code in multiplying.items():
