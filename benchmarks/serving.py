@@ -148,6 +148,7 @@ def measure(model: str, weights: str, batches: list[int], gpu_memory: float) -> 
             max_num_seqs=max(batches),
             gpu_memory_utilization=gpu_memory,
             enable_prefix_caching=False,
+            compilation_config={"cudagraph_capture_sizes": batches},
         )
         started = time.perf_counter() - began
     filled = sum(engine.apply_model(fill_experts))

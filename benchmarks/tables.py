@@ -102,9 +102,20 @@ def timed(point: Any, names: Sequence[str]) -> list[str]:
     return [str(point["tokens"]), f"{bf16:.0f}", *cells]
 
 
-def serving(model: str, run: str = "h100") -> str:
+def kernels_among_others() -> str:
+    """Microseconds that a layer adds to a decoder layer's other kernels."""
+    names = ("puzzlemoe mask16", "puzzlemoe angle8", "puzzlemoe trellis4", "vllm fp8", "vllm int4 marlin")
+    rows = [
+        [model, *timed(point, names)]
+        for model in ("Mixtral-8x7B", "Qwen3-30B-A3B")
+        for point in points("kernels-among-others-h100.json", model)
+    ]
+    return table(["model", "tokens", "vLLM bf16", "mask16", "angle8", "trellis4", "vLLM fp8", "vLLM int4"], rows)
+
+
+def serving(model: str) -> str:
     """A whole model by kind of weights, with the ratio of bf16's decode step over each where bf16 fits the card."""
-    results = load(f"serving-{model.lower()}-{run}.json")
+    results = load(f"serving-{model.lower()}-h100.json")
     base = next((result["rows"] for result in results if result["weights"] == "bf16"), None)
     rows = []
     for result in results:
@@ -296,8 +307,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "partners": lambda: accuracy("partners-mixtral-30m-cpu.json"),
     "comparison": comparison,
     **{f"kernels {model}": partial(kernels, model) for model in LAYERS},
+    "kernels among others": kernels_among_others,
     "serving qwen3": lambda: serving("Qwen3-30B-A3B"),
-    "serving qwen3 again": lambda: serving("Qwen3-30B-A3B", "again-h100"),
     "serving mixtral": lambda: serving("Mixtral-8x7B"),
     "in short": in_short,
     "compression": compression,
