@@ -9,17 +9,16 @@ struct Epilogue {
   static constexpr int kPartTiles = ItemSums<Tile>::kPartTiles;
 
   // Stores the sums of an item.
-  __device__ __forceinline__ static void store(const Items<Tile>& items, const WorkItem& work, const Sums& sums) {
-    const GroupedGemm& gemm = items.gemm;
+  __device__ __forceinline__ static void store(const GroupedGemm& gemm, const WorkItem& work, const Sums& sums) {
     const TokenGroup& group = work.group;
     const float scale = Code::scale(work.dense(gemm));
     const int first_strip = work.row_tile * Tile::kStrips;
 #pragma unroll
     for (int s = 0; s < Tile::kStripsPerWarp; ++s) {
       const int strips = first_strip + s * 4 * Tile::kConsumers;
-      store_tiles<0, kPartTiles>(items, strips, scale, sums[s], uniform(group.count[0]),
+      store_tiles<0, kPartTiles>(gemm, strips, scale, sums[s], uniform(group.count[0]),
                                  [&](int column) { return group.sorted_row(0, token_of(column)); });
-      store_tiles<kPartTiles, kPartTiles>(items, strips, scale, sums[s], uniform(group.count[1]),
+      store_tiles<kPartTiles, kPartTiles>(gemm, strips, scale, sums[s], uniform(group.count[1]),
                                           [&](int column) { return group.sorted_row(1, token_of(column)); });
     }
   }
@@ -33,11 +32,10 @@ struct Epilogue {
   // shared memory: there its four warps' rows meet and leave as whole lines of a token.  sorted_row(token) gives the
   // row in expert order, below 0 beyond the last.
   template <int kFirst, int kTiles, class SortedRow>
-  __device__ __forceinline__ static void store_tiles(const Items<Tile>& items, int first_strip, float scale,
+  __device__ __forceinline__ static void store_tiles(const GroupedGemm& gemm, int first_strip, float scale,
                                                      const float (&sums)[2 * kPartTiles][4], int count,
                                                      SortedRow sorted_row) {
     constexpr int kStripBytesOut = kGateUp ? 16 : 32;  // of a token, from one strip
-    const GroupedGemm& gemm = items.gemm;
     constexpr int kVectors = 4 * kStripBytesOut / 16, kTokensPerPass = 128 / kVectors;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
     const uint32_t staging = Stage::staging(group);

@@ -100,7 +100,7 @@ struct Sm90Gemm {
         multiply_piece(items, piece, work, slot, sums);
         starts = piece.first_stage == 0 && piece.end_stage < launch.stages;
         if (piece.first_stage > 0) ItemSums<Tile>::leave(items, work.group, sums);
-        else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items, work, sums);
+        else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
         if (!starts) piece = next_piece, work = next;
       }
     } else {
@@ -109,17 +109,18 @@ struct Sm90Gemm {
         multiply_piece(items, piece, work, slot, sums);
         starts = Tile::kCuts && piece.first_stage == 0 && piece.end_stage < launch.stages;
         if (Tile::kCuts && piece.first_stage > 0) ItemSums<Tile>::leave(items, work.group, sums);
-        else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items, work, sums);
+        else if (!starts) Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
       }
       if (starts) work = items.work(piece);
     }
     if (!starts) return;
     ItemSums<Tile>::add_left(items, work.group, launch.last_dealer(piece), sums);
-    Epilogue<Code, Tile, kGateUp>::store(items, work, sums);
+    Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
   }
 
   // Of items that are never cut.  Each is read while the one before it is multiplied: its reads depend on one another.
-  __device__ __forceinline__ static void consume_whole(const Items<Tile>& items, Walk<Tile, Items<Tile>>& walk, Slot& slot, Sums& sums) {
+  __device__ __forceinline__ static void consume_whole(const Items<Tile>& items, Walk<Tile, Items<Tile>>& walk,
+                                                       Slot& slot, Sums& sums) {
     Piece piece, next_piece;
     WorkItem work, next;
     bool more = walk.next(items, piece);
@@ -128,7 +129,7 @@ struct Sm90Gemm {
       more = walk.next(items, next_piece);
       if (more) next = items.work(next_piece);
       multiply_piece(items, piece, work, slot, sums);
-      Epilogue<Code, Tile, kGateUp>::store(items, work, sums);
+      Epilogue<Code, Tile, kGateUp>::store(items.gemm, work, sums);
       piece = next_piece, work = next;
     }
   }

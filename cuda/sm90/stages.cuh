@@ -45,10 +45,11 @@ struct SharedLayout {
   static constexpr int kStart = 1024, kBarrierBytes = 16, kAlignedTable = 128 * 1024;
 
   int slots = 0;  // stages that are held at once
-  int stages = 0, steps = 0;
+  int stages = kStart, steps = 0;
   int staging = 0, barriers = 0, table = 0, end = 0;
 
-  // Bytes of a stage and of its steps, of the results on their way out and of the table.  aligns_table: at a multiple of 64 KiB, with the stages before it and all else behind it.
+  // Bytes of a stage and of its steps, of the results on their way out and of the table.  aligns_table: at a multiple
+  // of 64 KiB, with the stages before it and all else behind it.
   constexpr SharedLayout(int limit, int stage_bytes, int step_bytes, int staging_bytes, int table_bytes,
                          bool aligns_table) {
     if (aligns_table) {
@@ -102,7 +103,7 @@ struct Stages {
                                         kTableBytes > 0 && Tile::kTableStride == 256};
   static constexpr int kSlots = kLayout.slots, kSharedBytes = kLayout.end - SharedLayout::kStart;
   static constexpr int kSteps = kLayout.steps, kTable = kLayout.table;
-  static_assert(kSlots > Tile::kFenceLag + 1 && kLayout.end <= kSharedEnd);
+  static_assert(kSlots > Tile::kFenceLag + 1 && kLayout.stages >= SharedLayout::kStart && kLayout.end <= kSharedEnd);
 
   // Addresses of a slot for a stage or of a consumer.
   __device__ static uint32_t stage(int slot) { return kLayout.stages + slot * kStageBytes; }

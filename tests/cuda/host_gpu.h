@@ -137,13 +137,18 @@ inline int __reduce_add_sync(unsigned, int value) {
 }
 inline uint32_t kept(uint32_t value) { return value; }
 
-// Shared memory.
+// Shared memory, whose first bytes are the driver's.
+constexpr uint32_t kShared = 1024;
+inline uint8_t* shared_bytes(uint32_t place, size_t bytes) {
+  if (place < kShared || place + bytes > block->shared.size()) fail("no such place in shared memory");
+  return &block->shared[place];
+}
 template <class Value>
 Value& shared_at(uint32_t place) {
-  if (place % sizeof(Value) || place + sizeof(Value) > block->shared.size()) fail("no such place in shared memory");
-  return reinterpret_cast<Value&>(block->shared[place]);
+  if (place % sizeof(Value)) fail("a place in shared memory is not aligned");
+  return reinterpret_cast<Value&>(*shared_bytes(place, sizeof(Value)));
 }
-inline uint32_t shared_address(const void*) { return 1024; }
+inline uint32_t shared_address(const void*) { return kShared; }
 inline uint4 load_shared_16(uint32_t place) { return shared_at<uint4>(place); }
 inline uint2 load_shared_8(uint32_t place) { return shared_at<uint2>(place); }
 inline uint32_t load_shared_4(uint32_t place) { return shared_at<uint32_t>(place); }
@@ -253,8 +258,7 @@ inline void barrier_wait(uint32_t barrier, int parity) {
 }
 inline void bulk_copy(uint32_t place, const void* from, int bytes, uint32_t barrier) {
   if (bytes % 16 || place % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a bulk copy is not aligned");
-  if (place + bytes > block->shared.size()) fail("a bulk copy leaves shared memory");
-  memcpy(&block->shared[place], from, bytes);
+  memcpy(shared_bytes(place, bytes), from, bytes);
   MemoryBarrier& own = block->barriers.at(barrier);
   own.bytes -= bytes;
   own.complete();

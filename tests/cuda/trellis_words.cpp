@@ -15,14 +15,15 @@ void decode(int count) {
   for (int tile = 0; tile < count; ++tile) {
     // An even tile and the odd one after it have what comes before either's words.
     const bool odd = tile % 2;
-    if (!odd && fread(own.shared.data(), Code::kTileBytes, 2, stdin) != 2) fail("there are fewer tiles");
+    uint8_t* both = shared_bytes(kShared, 2 * Code::kTileBytes);
+    if (!odd && fread(both, Code::kTileBytes, 2, stdin) != 2) fail("there are fewer tiles");
     for (int lane = 0; lane < 32; ++lane) {
       uint32_t out[16], none[4];
       uint32_t (&first)[4] = reinterpret_cast<uint32_t (&)[4]>(out[0]);
       uint32_t (&second)[4] = reinterpret_cast<uint32_t (&)[4]>(out[4]);
       uint32_t (&both0)[4] = reinterpret_cast<uint32_t (&)[4]>(out[8]);
       uint32_t (&both1)[4] = reinterpret_cast<uint32_t (&)[4]>(out[12]);
-      const auto entries = Code::look_up(Code::load(odd * Code::kTileBytes, lane, odd));
+      const auto entries = Code::look_up(Code::load(kShared + odd * Code::kTileBytes, lane, odd));
       Code(false, 0, 0, 0).template take_apart<false>(entries, first, none);
       Code(false, 1, 1, 0).template take_apart<false>(entries, second, none);
       Code(false, 0, 1, 0).template take_apart<true>(entries, both0, both1);
