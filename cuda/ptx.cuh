@@ -60,6 +60,12 @@ __device__ inline uint32_t load_shared_4(uint32_t shared) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
   return value;
 }
+// What no thread writes any more: it may be read at any time.
+__device__ inline uint32_t load_unchanging_4(uint32_t shared) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared));
+  return value;
+}
 __device__ inline uint16_t load_shared_2(uint32_t shared) {
   uint16_t value;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(shared) : "memory");

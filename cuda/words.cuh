@@ -166,7 +166,7 @@ class TableWords {
   __device__ Entries look_up(const Words& words) const {
     Entries entries;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) entries.of[i] = entry(place(words, i));
+    for (int i = 0; i < 8; ++i) entries.of[i] = load_unchanging_4(place(words, i));
     return entries;
   }
 
@@ -194,13 +194,6 @@ class TableWords {
       const uint32_t shifted = i < 6 ? __funnelshift_r(words.low, words.high, 6 * i) : words.high >> (6 * i - 32);
       return table_ + (shifted & 63) * kStride;
     }
-  }
-
-  // No "memory" here: the table never changes.
-  __device__ static uint32_t entry(uint32_t place) {
-    uint32_t value;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(place));
-    return value;
   }
 
   uint32_t table_, half0_, half1_;

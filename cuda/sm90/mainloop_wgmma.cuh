@@ -91,11 +91,11 @@ struct WgmmaMainloop {
   template <int kPositions>
   __device__ __forceinline__ static void read_until_here(uint32_t (&operand)[kPositions][4]) {
 #pragma unroll
-    for (int i = 0; i < 4 * kPositions; ++i) asm volatile("" : "+r"(operand[i / 4][i % 4])::"memory");
+    for (int i = 0; i < 4 * kPositions; ++i) changes_here(operand[i / 4][i % 4]);
   }
   template <int kTiles>
   __device__ __forceinline__ static void complete_here(float (&sums)[kTiles][4]) {
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) asm volatile("" : "+f"(sums[i / 4][i % 4])::"memory");
+    for (int i = 0; i < 4 * kTiles; ++i) changes_here(sums[i / 4][i % 4]);
   }
 };

@@ -71,6 +71,10 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// To the compiler, a value changes here.
+__device__ __forceinline__ void changes_here(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
+__device__ __forceinline__ void changes_here(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+
 // Descriptor of a K-major bf16 B operand in 128-byte rows, 128-byte swizzle, eight rows every 1024 bytes.
 // place: in shared memory, in units of 16 bytes.
 __device__ inline uint64_t wgmma_descriptor(uint32_t place) {

@@ -52,29 +52,16 @@ inline Index threadIdx, blockIdx, gridDim;
   abort();
 }
 
-// What is not emulated; kernels that need it are compiled, never run.  Of bf16, exact sums are, below.
 struct __nv_bfloat16 {
   uint16_t bits;
 };
 struct __nv_bfloat162 {
   uint32_t bits;
 };
-inline __nv_bfloat162 no_bf16() { fail("no arithmetic of bf16 here"); }
-inline __nv_bfloat162 __hmul2(__nv_bfloat162, __nv_bfloat162) { return no_bf16(); }
-inline __nv_bfloat162 __hfma2(__nv_bfloat162, __nv_bfloat162, __nv_bfloat162) { return no_bf16(); }
-inline __nv_bfloat162 __low2bfloat162(__nv_bfloat162) { return no_bf16(); }
-inline __nv_bfloat162 __high2bfloat162(__nv_bfloat162) { return no_bf16(); }
-inline void ldmatrix_x4(uint32_t (&)[4], uint32_t) { no_bf16(); }
+// What is not emulated; kernels that need it are compiled, never run.
+inline __nv_bfloat162 __hfma2(__nv_bfloat162, __nv_bfloat162, __nv_bfloat162) { fail("no __hfma2 here"); }
+inline void ldmatrix_x4(uint32_t (&)[4], uint32_t) { fail("no ldmatrix here"); }
 inline uint32_t transpose_8x8(uint32_t) { fail("no movmatrix here"); }
-inline void cp_async_16(uint32_t, const void*) { fail("no cp.async here"); }
-inline void cp_async_commit() { fail("no cp.async here"); }
-template <int kPending>
-void cp_async_wait() {
-  fail("no cp.async here");
-}
-inline void barrier_arrive_after_copies(uint32_t) { fail("no cp.async here"); }
-template <class Code, class Tile, bool kGateUp>
-struct WgmmaMainloop {};
 
 struct Registers {
   uint32_t of[6];
@@ -152,6 +139,7 @@ inline uint32_t shared_address(const void*) { return kShared; }
 inline uint4 load_shared_16(uint32_t place) { return shared_at<uint4>(place); }
 inline uint2 load_shared_8(uint32_t place) { return shared_at<uint2>(place); }
 inline uint32_t load_shared_4(uint32_t place) { return shared_at<uint32_t>(place); }
+inline uint32_t load_unchanging_4(uint32_t place) { return shared_at<uint32_t>(place); }
 inline uint16_t load_shared_2(uint32_t place) { return shared_at<uint16_t>(place); }
 inline uint32_t load_shared_1(uint32_t place) { return shared_at<uint8_t>(place); }
 inline void store_shared_4(uint32_t place, uint32_t value) { shared_at<uint32_t>(place) = value; }
@@ -184,6 +172,9 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int bits) {
   return uint32_t((uint64_t(high) << 32 | low) << bits >> 32);
 }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int bits) {
+  return uint32_t((uint64_t(high) << 32 | low) >> bits);
+}
 inline uint32_t __float_as_uint(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
@@ -212,6 +203,13 @@ inline uint32_t bf16_bits(float value) {
   return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline float low_half(uint32_t two) { return __uint_as_float(two << 16); }
+inline float high_half(uint32_t two) { return __uint_as_float(two & 0xFFFF0000); }
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {pack_bf16(low_half(a.bits) * low_half(b.bits), high_half(a.bits) * high_half(b.bits))};
+}
+inline __nv_bfloat162 __low2bfloat162(__nv_bfloat162 two) { return {two.bits << 16 | two.bits & 0xFFFF}; }
+inline __nv_bfloat162 __high2bfloat162(__nv_bfloat162 two) { return {two.bits & 0xFFFF0000 | two.bits >> 16}; }
 inline void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
   const Registers* all = of_all_lanes(Registers{{a[0], a[1], a[2], a[3], b0, b1}});
   const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -224,6 +222,32 @@ inline void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     }
   std::copy(sums, sums + 4, d);
 }
+
+// A warp's share of wgmma, which multiplies at once.  The descriptor is the first row's place in units of 16 bytes; rows
+// are 128 bytes apart, and in each the places of 16 bytes are swizzled by the row.
+inline uint64_t wgmma_descriptor(uint32_t place) { return place; }
+template <int kColumns>
+void wgmma_m64k16(float (&d)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t descriptor) {
+  const Registers* all = of_all_lanes(Registers{{a[0], a[1], a[2], a[3]}});
+  const int lane = threadIdx.x % 32;
+  for (int column = 0; column < kColumns; ++column) {
+    if (column % 8 / 2 != lane % 4) continue;
+    for (int k = 0; k < 16; k += 2) {
+      const uint32_t place = descriptor * 16 + column * 128 + k * 2;
+      const uint32_t b = shared_at<uint32_t>(place ^ (place >> 3 & 0x70));
+      for (int lower = 0; lower < 2; ++lower) {
+        const uint32_t two = all[lane / 4 * 4 + k % 8 / 2].of[k / 8 * 2 + lower];
+        d[column / 8][lower * 2 + column % 2] += low_half(two) * low_half(b) + high_half(two) * high_half(b);
+      }
+    }
+  }
+}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int kPending>
+void wgmma_wait() {}
+inline void changes_here(uint32_t&) {}
+inline void changes_here(float&) {}
 
 // Global memory.
 constexpr int kMaxMultiprocessors = 256;
@@ -263,6 +287,11 @@ inline void bulk_copy(uint32_t place, const void* from, int bytes, uint32_t barr
   own.bytes -= bytes;
   own.complete();
 }
+inline void cp_async_16(uint32_t place, const void* from) { memcpy(shared_bytes(place, 16), from, 16); }
+inline void cp_async_commit() {}
+template <int kPending>
+void cp_async_wait() {}
+inline void barrier_arrive_after_copies(uint32_t barrier) { barrier_arrive(barrier); }
 inline void fence_async_proxy() {}
 template <int kThreads>
 void come_to_barrier_of(int name) {

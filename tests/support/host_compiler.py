@@ -15,7 +15,7 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 CUDA = Path(__file__).parents[2] / "cuda"
-EMULATED = ("cuda_bf16.h", "ptx.cuh", "launch.cuh", "sm90/ptx_sm90.cuh", "sm90/mainloop_wgmma.cuh")
+EMULATED = ("cuda_bf16.h", "ptx.cuh", "launch.cuh", "sm90/ptx_sm90.cuh", "sm90/wgmma.cuh")
 """Headers that tests/cuda/host_gpu.h stands in for."""
 
 
