@@ -59,7 +59,6 @@ struct __nv_bfloat162 {
   uint32_t bits;
 };
 // What is not emulated; kernels that need it are compiled, never run.
-inline __nv_bfloat162 __hfma2(__nv_bfloat162, __nv_bfloat162, __nv_bfloat162) { fail("no __hfma2 here"); }
 inline void ldmatrix_x4(uint32_t (&)[4], uint32_t) { fail("no ldmatrix here"); }
 inline uint32_t transpose_8x8(uint32_t) { fail("no movmatrix here"); }
 
@@ -207,6 +206,10 @@ inline float low_half(uint32_t two) { return __uint_as_float(two << 16); }
 inline float high_half(uint32_t two) { return __uint_as_float(two & 0xFFFF0000); }
 inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return {pack_bf16(low_half(a.bits) * low_half(b.bits), high_half(a.bits) * high_half(b.bits))};
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  return {pack_bf16(low_half(a.bits) * low_half(b.bits) + low_half(c.bits),
+                    high_half(a.bits) * high_half(b.bits) + high_half(c.bits))};
 }
 inline __nv_bfloat162 __low2bfloat162(__nv_bfloat162 two) { return {two.bits << 16 | two.bits & 0xFFFF}; }
 inline __nv_bfloat162 __high2bfloat162(__nv_bfloat162 two) { return {two.bits & 0xFFFF0000 | two.bits >> 16}; }
