@@ -59,7 +59,7 @@ struct Workspace {
   int64_t bytes;
 
   Workspace(const pm_layer& layer, const Kernel& kernel) {
-    routing = {{layer.topk_ids, layer.expert_map, layer.tokens * layer.topk, layer.topk, layer.pairs, layer.dense},
+    routing = {layer.topk_ids, layer.expert_map, layer.tokens * layer.topk, layer.topk, layer.pairs, layer.dense,
                nullptr, nullptr, nullptr, nullptr};
     Scratch scratch{static_cast<uint8_t*>(layer.scratch)};
     routing.counts = scratch.take<int>(routing.experts());
@@ -93,8 +93,8 @@ GroupedGemm product(const pm_layer& layer, const Workspace& work, bool gate_up) 
           static_cast<const uint8_t*>(gate_up ? layer.w13_dense : layer.w2_dense),
           gate_up ? static_cast<const __nv_bfloat16*>(layer.x) : work.hidden,
           gate_up ? work.hidden : work.slots,
-          {work.routing.group_counts, work.routing.groups, work.routing.sorted_slots}, work.partials,
-          work.arrivals, work.routing,
+          work.routing.group_counts, work.routing.groups, work.routing.sorted_slots, work.partials, work.arrivals,
+          layer.topk, layer.pairs,
           gate_up ? 2 * layer.intermediate : layer.hidden,
           gate_up ? layer.hidden : layer.intermediate, group_shift, false, false};
 }
@@ -128,8 +128,8 @@ cudaError_t multiply_fp8(const pm_layer& layer, const Kernel& kernel, const Work
   Fp8Gemm gemm{all, work.fp8.rows, work.fp8.scales, work.fp8.slots, work.fp8.padded(), {}, layer.fp8_unit};
   memcpy(&gemm.sums.levels, layer.fp8_levels, 8);
   memcpy(&gemm.sums.directions, layer.fp8_directions, 16);
-  gemm.plan.groups = work.fp8.tiles;
-  gemm.plan.group_counts = work.fp8.tile_count;
+  gemm.groups = work.fp8.tiles;
+  gemm.group_counts = work.fp8.tile_count;
   gemm.skips_dense = true;
   return kernel.launch_fp8(layer.code, gate_up, gemm, stream);
 }

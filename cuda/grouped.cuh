@@ -5,24 +5,6 @@
 #include "ptx.cuh"
 #include "words.cuh"
 
-// What the router chose: an expert for every (token, k) slot.
-struct Choices {
-  const int32_t* topk_ids;    // [slots], below 0: none
-  const int32_t* expert_map;  // local expert of each, or -1; null: ids are local
-  int slots;                  // tokens * topk
-  int topk;
-  int pairs, dense;
-
-  __host__ __device__ int experts() const { return 2 * pairs + dense; }
-  __host__ __device__ int units() const { return pairs + dense; }
-  // Local expert of a slot, or -1.
-  __device__ int local_expert(int slot) const {
-    int id = topk_ids[slot];
-    if (id >= 0 && expert_map) id = expert_map[id];
-    return id < experts() ? id : -1;
-  }
-};
-
 // Up to two parts of tokens that are multiplied with one pair's weights from one load of them.  A part belongs to
 // one position of the pair, so a group serves both experts, or twice the tokens of one.
 struct TokenGroup {
@@ -43,35 +25,6 @@ struct TokenGroup {
   }
 };
 
-// A unit's rows in expert order, as they are cut into groups.
-struct UnitRows {
-  int unit, first;     // row
-  int count0, count1;  // of position 0 and 1
-  int part_tokens;
-
-  __device__ int parts(int count) const { return (count + part_tokens - 1) / part_tokens; }
-  __device__ int groups() const { return (parts(count0) + parts(count1) + 1) / 2; }
-  // Its group g; first_group: its first of the layer's.
-  __device__ TokenGroup group(int first_group, int g) const {
-    TokenGroup group{unit, first_group, groups(), 0, {0, 0}, {0, 0}};
-    for (int h = 0; h < 2; ++h) {
-      const int part = 2 * g + h, position = part >= parts(count0) && count1 > 0;
-      const int before = (part - (position ? parts(count0) : 0)) * part_tokens;
-      group.positions |= position << h;
-      group.start[h] = first + (position ? count0 : 0) + before;
-      group.count[h] = max(0, min(part_tokens, (position ? count1 : count0) - before));
-    }
-    return group;
-  }
-};
-
-// All groups of a layer, those of pairs first.
-struct Plan {
-  const int* group_counts;   // [2], of pairs and of all
-  const TokenGroup* groups;
-  const int* sorted_slots;   // (token, k) slot of every row in expert order
-};
-
 // One of the two matrix products: activations [rows in expert order, depth] times the units' [rows, depth] weights.
 struct GroupedGemm {
   const uint8_t* words;             // pairs, kernel order
@@ -80,10 +33,12 @@ struct GroupedGemm {
   const uint8_t* dense;             // dense experts, kernel order
   const __nv_bfloat16* activations;
   __nv_bfloat16* out;
-  Plan plan;
+  const int* group_counts;          // [2], of pairs and of all
+  const TokenGroup* groups;         // of the layer, those of pairs first
+  const int* sorted_slots;          // (token, k) slot of every row in expert order
   float4* partials;                 // by block, sums of pieces of items; null: cut none
   uint64_t* arrivals;               // [kMaxArrivals], kArrived where a warpgroup's sums are there
-  Choices choices;
+  int topk, pairs;
   int rows, depth;                  // of a unit's weight matrix
   int group_shift;                  // log2 of the tiles that share a step
   bool skips_pairs, skips_dense;    // whose groups other launches multiply
@@ -137,7 +92,7 @@ struct WorkItem {
     if (group.first + index != own) group = load(groups + group.first + index);
   }
 
-  __device__ bool dense(const GroupedGemm& gemm) const { return group.unit >= gemm.choices.pairs; }
+  __device__ bool dense(const GroupedGemm& gemm) const { return group.unit >= gemm.pairs; }
   __device__ int position(int part) const { return (group.positions >> part) & 1; }
 
  private:
@@ -152,8 +107,8 @@ struct WorkItem {
 template <class Code>
 __device__ inline const uint8_t* unit_weights(const GroupedGemm& gemm, int unit) {
   const int64_t bytes = int64_t(gemm.rows / 16) * (gemm.depth / 16) * Code::kTileBytes;
-  if (!Code::kReadsDense || unit < gemm.choices.pairs) return gemm.words + unit * bytes;
-  return gemm.dense + (unit - gemm.choices.pairs) * bytes;
+  if (!Code::kReadsDense || unit < gemm.pairs) return gemm.words + unit * bytes;
+  return gemm.dense + (unit - gemm.pairs) * bytes;
 }
 
 // Where a tile is among its unit's: see the order in words.cuh.
@@ -176,7 +131,7 @@ __device__ inline const uint8_t* strip_steps(const GroupedGemm& gemm, int pair, 
 // row that gate and up wrote in expert order.
 template <bool kGateUp>
 __device__ inline int64_t activation_row(const GroupedGemm& gemm, int sorted_row) {
-  return kGateUp ? gemm.plan.sorted_slots[sorted_row] / gemm.choices.topk : sorted_row;
+  return kGateUp ? gemm.sorted_slots[sorted_row] / gemm.topk : sorted_row;
 }
 
 // SiLU(gate) * up of an accumulator tile, rows 0..7 gate and 8..15 up: the lane's two tokens of row lane/4.
@@ -200,7 +155,7 @@ __device__ __forceinline__ void store_tile(const GroupedGemm& gemm, int strip, i
     uint32_t upper = transpose_8x8(pack_bf16(tile[0] * scale, tile[1] * scale));
     uint32_t lower = transpose_8x8(pack_bf16(tile[2] * scale, tile[3] * scale));
     if (sorted_row < 0) return;
-    int64_t offset = int64_t(gemm.plan.sorted_slots[sorted_row]) * gemm.rows + strip * 16 + column;
+    int64_t offset = int64_t(gemm.sorted_slots[sorted_row]) * gemm.rows + strip * 16 + column;
     *reinterpret_cast<uint32_t*>(gemm.out + offset) = upper;
     *reinterpret_cast<uint32_t*>(gemm.out + offset + 8) = lower;
   }

@@ -8,6 +8,28 @@ namespace {
 constexpr int kPlanThreads = kMaxExperts;  // one per expert
 constexpr int kChunk = 2048;               // slots that one block of the large sort counts and scatters
 
+// A unit's rows in expert order, as they are cut into groups.
+struct UnitRows {
+  int unit, first;     // row
+  int count0, count1;  // of position 0 and 1
+  int part_tokens;
+
+  __device__ int parts(int count) const { return (count + part_tokens - 1) / part_tokens; }
+  __device__ int groups() const { return (parts(count0) + parts(count1) + 1) / 2; }
+  // Its group g; first_group: its first of the layer's.
+  __device__ TokenGroup group(int first_group, int g) const {
+    TokenGroup group{unit, first_group, groups(), 0, {0, 0}, {0, 0}};
+    for (int h = 0; h < 2; ++h) {
+      const int part = 2 * g + h, position = part >= parts(count0) && count1 > 0;
+      const int before = (part - (position ? parts(count0) : 0)) * part_tokens;
+      group.positions |= position << h;
+      group.start[h] = first + (position ? count0 : 0) + before;
+      group.count[h] = max(0, min(part_tokens, (position ? count1 : count0) - before));
+    }
+    return group;
+  }
+};
+
 // One thread per expert, each with its expert's count: returns the expert's first row in expert order, and writes the
 // groups.
 __device__ int plan(const Routing& routing, int part_tokens, int count) {

@@ -71,13 +71,13 @@ struct Sm80Gemm {
     __device__ Loader(const GroupedGemm& gemm, uint8_t* shared, int first_group, int row_tiles, int items)
         : gemm(gemm), shared(shared), first_group(first_group), row_tiles(row_tiles), items(items), item(blockIdx.x) {
       if (item >= items) return;
-      next = WorkItem(gemm.plan.groups, first_group, item, row_tiles);
+      next = WorkItem(gemm.groups, first_group, item, row_tiles);
       start_item();
     }
 
     __device__ void start_item() {
       work = next;
-      if (item + gridDim.x < items) next = WorkItem(gemm.plan.groups, first_group, item + gridDim.x, row_tiles);
+      if (item + gridDim.x < items) next = WorkItem(gemm.groups, first_group, item + gridDim.x, row_tiles);
       strips = gemm.rows / 16 - work.row_tile * Tile::kStrips;
       weights = unit_weights<Code>(gemm, work.group.unit);
 #pragma unroll
@@ -229,8 +229,8 @@ struct Sm80Gemm {
     let_next_kernel_start();
     float4* exchange = reinterpret_cast<float4*>(shared + kStages * kStageBytes);
     const int row_tiles = (gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips;
-    const int first_group = gemm.skips_pairs ? gemm.plan.group_counts[0] : 0;
-    const int items = (gemm.plan.group_counts[gemm.skips_dense ? 0 : 1] - first_group) * row_tiles;
+    const int first_group = gemm.skips_pairs ? gemm.group_counts[0] : 0;
+    const int items = (gemm.group_counts[gemm.skips_dense ? 0 : 1] - first_group) * row_tiles;
     const int lane = threadIdx.x % 32, row_warp = threadIdx.x / 32 % Tile::kRowWarps;
     const bool stores = threadIdx.x / 32 < Tile::kRowWarps;
 
@@ -239,7 +239,7 @@ struct Sm80Gemm {
 
     int slot = 0;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      const WorkItem work(gemm.plan.groups, first_group, item, row_tiles);
+      const WorkItem work(gemm.groups, first_group, item, row_tiles);
       const bool dense = work.dense(gemm);
       const Code code(dense, work.position(0), work.position(1), table);
       Accumulators sums = {};

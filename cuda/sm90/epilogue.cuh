@@ -46,7 +46,7 @@ struct Epilogue {
 #pragma unroll
     for (int i = 0; i < int(sizeof places / sizeof *places); ++i) {
       const int row = sorted_row(i * kTokensPerPass + token);
-      places[i] = row < 0 || kGateUp ? row : gemm.plan.sorted_slots[row];
+      places[i] = row < 0 || kGateUp ? row : gemm.sorted_slots[row];
     }
 
 #pragma unroll

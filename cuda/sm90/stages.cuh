@@ -16,10 +16,10 @@ struct Items {
   __device__ explicit Items(const GroupedGemm& gemm)
       : gemm(gemm),
         row_tiles((gemm.rows / 16 + Tile::kStrips - 1) / Tile::kStrips),
-        first_group(gemm.skips_pairs ? uniform(gemm.plan.group_counts[0]) : 0) {}
+        first_group(gemm.skips_pairs ? uniform(gemm.group_counts[0]) : 0) {}
 
   __device__ int items() const {
-    return (uniform(gemm.plan.group_counts[gemm.skips_dense ? 0 : 1]) - first_group) * row_tiles;
+    return (uniform(gemm.group_counts[gemm.skips_dense ? 0 : 1]) - first_group) * row_tiles;
   }
   __device__ int stages() const { return (gemm.depth / 16 + Tile::kDepthTiles - 1) / Tile::kDepthTiles; }
   __device__ int blocks() const { return gridDim.x; }
@@ -27,7 +27,7 @@ struct Items {
   __device__ bool has_room() const { return gemm.partials; }
 
   __device__ WorkItem work(const Piece& piece) const {
-    return WorkItem(gemm.plan.groups, first_group, piece.item, row_tiles);
+    return WorkItem(gemm.groups, first_group, piece.item, row_tiles);
   }
   // A piece's tiles of the depth.
   __device__ int first_tile(const Piece& piece) const { return piece.first_stage * Tile::kDepthTiles; }

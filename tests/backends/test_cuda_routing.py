@@ -25,11 +25,11 @@ def part(text: str, pattern: str) -> str:
 def on_the_host(kernels: str) -> str:
     """routing.cu with what it includes, in C++."""
     header, grouped, sums = ((CUDA / name).read_text() for name in ("routing.cuh", "grouped.cuh", "block_sums.cuh"))
-    needed = [part(grouped, rf"^struct {name} \{{.*?^\}};") for name in ("Choices", "TokenGroup", "UnitRows")]
+    needed = part(grouped, r"^struct TokenGroup \{.*?^\};")
     assert header.count(GROUPED) == 1
     kernels = re.sub(r'#include ".*?"\n', "", sums + kernels)
     kernels = re.sub(r"(\w+)<<<(.*?)>>>\(", r"launch_early(\1, \2, ", kernels)
-    return (header.replace(GROUPED, "\n".join(needed) + "\n") + kernels).replace("#pragma once", "")
+    return (header.replace(GROUPED, needed + "\n") + kernels).replace("#pragma once", "")
 
 
 def checked(kernels: str, folder: Path) -> subprocess.CompletedProcess[str]:

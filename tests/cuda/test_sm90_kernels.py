@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.host_compiler import emulated_library, needs_compiler
-from support.token_groups import Choices, token_groups
+from support.token_groups import token_groups
 from torch import Tensor
 
 from puzzlemoe_vllm.backends import cuda
@@ -31,8 +31,7 @@ class GroupedGemm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("words", "steps", "table", "dense", "activations", "out")),
         *((name, ctypes.c_void_p) for name in ("group_counts", "groups", "sorted_slots", "partials", "arrivals")),
-        ("choices", Choices),
-        *((name, ctypes.c_int) for name in ("rows", "depth", "group_shift")),
+        *((name, ctypes.c_int) for name in ("topk", "pairs", "rows", "depth", "group_shift")),
         *((name, ctypes.c_bool) for name in ("skips_pairs", "skips_dense")),
     ]
 
@@ -67,7 +66,7 @@ class Product:
             "words": torch.stack([cuda.blocks(of) for of in tiled]),
             "out": torch.full((slots, rows // 2 if gate_up else rows), float("nan"), dtype=torch.bfloat16),
         }
-        self.gemm = GroupedGemm(rows=rows, depth=depth)
+        self.gemm = GroupedGemm(topk=TOPK, pairs=pairs, rows=rows, depth=depth)
         self.steps = None
         if code.has_steps:
             self.steps = ((torch.rand(pairs, rows, depth // group_size) + 0.5) * depth**-0.5 / 18).bfloat16()
@@ -123,7 +122,6 @@ def worst_errors(
     partials = torch.full((kernel.library.partial_floats(),), float("nan"))
     arrivals = torch.full((kernel.library.max_arrivals(),), -1)
     for product, activations in ((gate_up, tokens), (down, gate_up.out)):
-        product.gemm.choices = Choices(experts.data_ptr(), None, slots, TOPK, pairs, 0)
         product.give({"partials": partials, "arrivals": arrivals, "activations": activations} | plan)
         kernel.library.multiply(blocks, product.gate_up, ctypes.byref(product.gemm))
     assert set(arrivals.tolist()) <= {-1, 0}

@@ -1,20 +1,9 @@
-"""What a router chose, and the groups of tokens that the CUDA library makes of it."""
+"""The groups of tokens that the CUDA library makes of what a router chose."""
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
-
-
-class Choices(ctypes.Structure):
-    """`Choices` of cuda/grouped.cuh."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("topk_ids", "expert_map")),
-        *((name, ctypes.c_int) for name in ("slots", "topk", "pairs", "dense")),
-    ]
 
 
 def token_groups(counts: list[int], part: int, pairs: int) -> Tensor:
