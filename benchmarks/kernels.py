@@ -117,6 +117,16 @@ def copies(layers: list, tokens: int) -> list:
     return layers if tokens < 512 else layers[:1]
 
 
+AMONG_OTHERS_BYTES = 32e9
+"""Of the layers in bf16 that are timed with other kernels between: of few, the difference of two times is noise."""
+
+
+def layer_count(model: Model, between: bool) -> int:
+    if not between:
+        return model.copies
+    return max(model.copies, int(AMONG_OTHERS_BYTES / (6 * model.experts * model.hidden * model.intermediate)))
+
+
 def among_others(model: Model, calls: list[Callable[[], object]], x: Tensor) -> float:
     """Median time that a call adds to a decoder layer's other kernels, in about: norms, attention's projections and the
     router, which chooses experts last."""
@@ -279,7 +289,7 @@ def measure(
     points: dict[tuple[float, int], Point] = {}
     for contender in contenders:
         try:
-            layers = [CONTENDERS[contender](model) for _ in range(model.copies)]
+            layers = [CONTENDERS[contender](model) for _ in range(layer_count(model, between))]
             generator = torch.Generator("cuda").manual_seed(0)
             for skew in skews:
                 for count in tokens:

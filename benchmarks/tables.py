@@ -113,6 +113,17 @@ def kernels_among_others() -> str:
     return table(["model", "tokens", "vLLM bf16", "mask16", "angle8", "trellis4", "vLLM fp8", "vLLM int4"], rows)
 
 
+def kernels_few_tokens() -> str:
+    """Microseconds of one layer of 16-bit words, back to back, and what it adds to a decoder layer's other kernels."""
+    rows = []
+    for model in ("Mixtral-8x7B", "Qwen3-30B-A3B"):
+        files = ("kernels-few-tokens-h100.json", "kernels-few-tokens-among-others-h100.json")
+        for alone, among in zip(*(points(file, model) for file in files), strict=True):
+            rows.append([model, *timed(alone, ["puzzlemoe mask16"]), *timed(among, ["puzzlemoe mask16"])[1:]])
+    columns = ["vLLM bf16", "mask16", "vLLM bf16, among others", "mask16, among others"]
+    return table(["model", "tokens", *columns], rows)
+
+
 def serving(model: str) -> str:
     """A whole model by kind of weights, with the ratio of bf16's decode step over each where bf16 fits the card."""
     results = load(f"serving-{model.lower()}-h100.json")
@@ -308,6 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "comparison": comparison,
     **{f"kernels {model}": partial(kernels, model) for model in LAYERS},
     "kernels among others": kernels_among_others,
+    "kernels few tokens": kernels_few_tokens,
     "serving qwen3": lambda: serving("Qwen3-30B-A3B"),
     "serving mixtral": lambda: serving("Mixtral-8x7B"),
     "in short": in_short,

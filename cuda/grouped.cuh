@@ -95,7 +95,6 @@ struct WorkItem {
   __device__ bool dense(const GroupedGemm& gemm) const { return group.unit >= gemm.pairs; }
   __device__ int position(int part) const { return (group.positions >> part) & 1; }
 
- private:
   __device__ static TokenGroup load(const TokenGroup* from) {
     const int4* quads = reinterpret_cast<const int4*>(from);
     int4 low = quads[0], high = quads[1];

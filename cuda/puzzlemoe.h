@@ -7,7 +7,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PM_ABI_VERSION 9
+#define PM_ABI_VERSION 10
 #define PM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus

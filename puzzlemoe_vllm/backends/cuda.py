@@ -23,7 +23,7 @@ from puzzlemoe_vllm.format.codes.table import ByteSums
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 READS_CHECKPOINT_ORDER = False
 LIBRARY_VARIABLE = "PUZZLEMOE_CUDA_LIBRARY"
 CALL_TOKENS = 32768

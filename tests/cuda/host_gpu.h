@@ -20,6 +20,7 @@
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __align__(bytes)
 
 using std::max, std::min;
@@ -35,6 +36,9 @@ struct alignas(16) uint4 {
 };
 struct alignas(16) int4 {
   int x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
@@ -60,7 +64,6 @@ struct __nv_bfloat162 {
 };
 // What is not emulated; kernels that need it are compiled, never run.
 inline void ldmatrix_x4(uint32_t (&)[4], uint32_t) { fail("no ldmatrix here"); }
-inline uint32_t transpose_8x8(uint32_t) { fail("no movmatrix here"); }
 
 struct Registers {
   uint32_t of[6];
@@ -122,6 +125,12 @@ inline int __reduce_add_sync(unsigned, int value) {
   return int(sum);
 }
 inline uint32_t kept(uint32_t value) { return value; }
+inline uint32_t transpose_8x8(uint32_t value) {
+  const Registers* all = of_all_lanes(value);
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  auto element = [&](int r, int c) { return all[r * 4 + c / 2].of[0] >> c % 2 * 16 & 0xFFFF; };
+  return element(column, row) | element(column + 1, row) << 16;
+}
 
 // Shared memory, whose first bytes are the driver's.
 constexpr uint32_t kShared = 1024;
@@ -213,6 +222,16 @@ inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162
 }
 inline __nv_bfloat162 __low2bfloat162(__nv_bfloat162 two) { return {two.bits << 16 | two.bits & 0xFFFF}; }
 inline __nv_bfloat162 __high2bfloat162(__nv_bfloat162 two) { return {two.bits & 0xFFFF0000 | two.bits >> 16}; }
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const Registers* all = of_all_lanes(Registers{{a[0], a[1], a[2], a[3], b0, b1}});
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 8; ++k) {  // two columns of the depth each
+      const uint32_t two = all[row * 4 + k % 4].of[k / 4 * 2 + i / 2];
+      const uint32_t b = all[(column + i % 2) * 4 + k % 4].of[4 + k / 4];
+      d[i] += low_half(two) * low_half(b) + high_half(two) * high_half(b);
+    }
+}
 inline void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
   const Registers* all = of_all_lanes(Registers{{a[0], a[1], a[2], a[3], b0, b1}});
   const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -296,17 +315,24 @@ template <int kPending>
 void cp_async_wait() {}
 inline void barrier_arrive_after_copies(uint32_t barrier) { barrier_arrive(barrier); }
 inline void fence_async_proxy() {}
+inline void come_to_barrier(int name, int threads) {
+  NamedBarrier& own = block->named[name];
+  if (++own.arrived == threads) own.arrived = 0, ++own.turn;
+}
+inline void wait_at_barrier(int name, int threads) {
+  const int turn = block->named[name].turn;
+  come_to_barrier(name, threads);
+  while (block->named[name].turn == turn) let_others_run();
+}
 template <int kThreads>
 void come_to_barrier_of(int name) {
-  NamedBarrier& own = block->named[name];
-  if (++own.arrived == kThreads) own.arrived = 0, ++own.turn;
+  come_to_barrier(name, kThreads);
 }
 template <int kThreads>
 void barrier_of(int name) {
-  const int turn = block->named[name].turn;
-  come_to_barrier_of<kThreads>(name);
-  while (block->named[name].turn == turn) let_others_run();
+  wait_at_barrier(name, kThreads);
 }
+inline void __syncthreads() { wait_at_barrier(0, block->threads.size()); }
 inline void warpgroup_barrier(int name) { barrier_of<128>(name); }
 template <int kRegisters>
 void registers_up() {}

@@ -1,8 +1,9 @@
-// A kernel of cuda/sm90 on the host, for test_sm90_kernels.py, of a TILE and words of CODE: built with host_gpu.h in
-// place of the headers that hold instructions.
+// A kernel of cuda/sm90 on the host, for test_sm90_kernels.py: GEMM of a TILE and words of CODE, built with host_gpu.h
+// in place of the headers that hold instructions.
 #include "host_gpu.h"
 #include "trellis_words.cuh"
 #include "sm90/sm90_gemm.cuh"
+#include "sm90/warp_gemm.cuh"
 
 namespace {
 
@@ -10,7 +11,16 @@ GroupedGemm gemm;
 
 template <bool kGateUp>
 void product() {
-  Sm90Gemm<CODE, TILE, kGateUp>::run(gemm);
+  GEMM::run(gemm);
+}
+
+template <class Tile, int = Tile::kBlocks>
+int partial_floats_of(int) {
+  return kMaxMultiprocessors * Tile::kBlocks * 16 * Tile::kStrips * 2 * Tile::kPartTokens;
+}
+template <class>
+int partial_floats_of(...) {  // its items are never cut
+  return 0;
 }
 
 }  // namespace
@@ -18,7 +28,7 @@ void product() {
 extern "C" {
 
 int part_tokens() { return TILE::kPartTokens; }
-int partial_floats() { return kMaxMultiprocessors * TILE::kBlocks * 16 * TILE::kStrips * 2 * TILE::kPartTokens; }
+int partial_floats() { return partial_floats_of<TILE>(0); }
 int max_arrivals() { return kMaxArrivals; }
 
 void multiply(int blocks, bool gate_up, const GroupedGemm* given) {

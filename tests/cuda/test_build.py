@@ -79,10 +79,10 @@ def test_kernels_say_which_codes_they_take(cuda_library, loaded):
     trellises = {name for name, code in CODES.items() if isinstance(code, TrellisCode)}
     assert takes.pop("sm90_fp8_256") == {"angle8", "angle6"}
     assert takes.pop("sm90_imma8") == trellises
-    assert takes.pop("sm90_wgmma48") == set(CODES) - trellises
+    assert takes.pop("sm90_wgmma48") == takes.pop("sm90_mma8") == set(CODES) - trellises
     assert all(codes == set(CODES) for codes in takes.values())
-    with pytest.raises(ValueError, match=r"has no kernel sm90_mma8, but sm80_mma8, .*sm90_wgmma128"):
-        cuda.kernel_takes("sm90_mma8", get_code("angle8"))
+    with pytest.raises(ValueError, match=r"has no kernel sm90_mma16, but sm80_mma8, .*sm90_wgmma128"):
+        cuda.kernel_takes("sm90_mma16", get_code("angle8"))
 
 
 LAYER = {"tokens": 3, "topk": 2, "hidden": 256, "intermediate": 128, "pairs": 2, "group_size": 128}

@@ -21,6 +21,7 @@ from puzzlemoe_vllm.format.codes.trellis import values
 SOURCE = Path(__file__).with_name("sm90_kernel.cpp")
 
 TOPK = 2
+TRELLISES = [name for name, code in CODES.items() if isinstance(code, TrellisCode)]
 
 pytestmark = needs_compiler
 
@@ -51,7 +52,9 @@ def built(folder: Path, tile: str, code: PairCode, changes: tuple[tuple[str, str
         name = f"TrellisWords<{code.bits}>"
     else:
         name = f"TableWords<{code.bits},{tile}::kTableStride>" if code.has_steps else code.name.title()
-    return Kernel(emulated_library(SOURCE, folder, changes, [f"TILE={tile}", f"CODE={name}"]), tile, code)
+    gemm = "WarpGemm<CODE,kGateUp>" if tile == "WarpTile" else "Sm90Gemm<CODE,TILE,kGateUp>"
+    macros = [f"TILE={tile}", f"CODE={name}", f"GEMM={gemm}"]
+    return Kernel(emulated_library(SOURCE, folder, changes, macros), tile, code)
 
 
 class Product:
@@ -85,12 +88,15 @@ class Product:
             setattr(self.gemm, name, tensor.data_ptr())
 
     def weights(self, pair: int, position: int) -> Tensor:
-        """float64 [rows, depth], rounded to bf16 but where the kernel multiplies in integers."""
-        steps = None if self.steps is None else self.steps[pair]
-        if self.kernel.tile != "Imma8":
-            return self.kernel.code.decode(self.words[pair], position, steps).double()
-        value = values(self.kernel.code.states(self.words[pair]))[position].double()
-        return (value.unflatten(-1, (-1, self.group_size)) * steps.double()[..., None]).flatten(-2)
+        """float64 [rows, depth], rounded to bf16 but where the kernel multiplies sums by the steps."""
+        steps, code, words = None if self.steps is None else self.steps[pair], self.kernel.code, self.words[pair]
+        if steps is None or self.kernel.tile not in ("Imma8", "WarpTile"):
+            return code.decode(words, position, steps).double()
+        if isinstance(code, TrellisCode):
+            value = values(code.states(words))[position]
+        else:
+            value = code.decode(words, position, torch.ones_like(steps))
+        return (value.double().unflatten(-1, (-1, self.group_size)) * steps.double()[..., None]).flatten(-2)
 
     def expert(self, expert: int, row: Tensor) -> Tensor:
         """What an expert makes of bf16 [depth], in float64."""
@@ -174,10 +180,17 @@ def test_products_are_those_of_the_format(tile, code, tmp_path):
         assert max(worst_errors(kernel, *layer)) < TOLERANCE, layer
 
 
-@pytest.mark.parametrize("code", [c for c in CODES.values() if isinstance(c, TrellisCode)], ids=lambda c: c.name)
+@pytest.mark.parametrize("code", [CODES[name] for name in TRELLISES], ids=lambda c: c.name)
 def test_products_in_integers_are_those_of_the_format(code, tmp_path):
     kernel = built(tmp_path, "Imma8", code)
     for layer in LAYERS:
+        assert max(worst_errors(kernel, *layer)) < TOLERANCE, layer
+
+
+@pytest.mark.parametrize("code", [c for c in CODES.values() if c.name not in TRELLISES], ids=lambda c: c.name)
+def test_products_of_warps_on_their_own_are_those_of_the_format(code, tmp_path):
+    kernel = built(tmp_path, "WarpTile", code)
+    for layer in (*layers_around(8), ((1152, 1088), 64, [1, 9], 5)):
         assert max(worst_errors(kernel, *layer)) < TOLERANCE, layer
 
 
@@ -192,6 +205,9 @@ def test_products_in_integers_are_those_of_the_format(code, tmp_path):
         ("Wgmma80", "angle8", "sm90/mainloop_wgmma.cuh", "tokens + Tile::kPartTokens * 8", "tokens"),
         ("Wgmma80", "angle8", "sm90/epilogue.cuh", "lane / 8 % 2 * 16", "lane / 8 % 2 * 8"),
         ("Wgmma16", "angle8", "sm90/sums.cuh", "sum[2] += other.z", "sum[2] += other.w"),
+        ("WarpTile", "angle8", "sm90/warp_gemm.cuh", "columns[tile * 8 + 4]", "columns[tile * 8 + 2]"),
+        ("WarpTile", "angle8", "sm90/warp_gemm.cuh", "threadIdx.x % 32 / 4 * 4", "threadIdx.x % 8 * 4"),
+        ("WarpTile", "mask16", "sm90/warp_gemm.cuh", "from - (from > warp)", "max(from - 1, 0)"),
     ],
 )
 def test_a_wrong_kernel_is_seen(tile, code, header, right, wrong, tmp_path):
