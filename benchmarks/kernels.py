@@ -122,9 +122,9 @@ AMONG_OTHERS_BYTES = 32e9
 
 
 def layer_count(model: Model, between: bool) -> int:
-    if not between:
-        return model.copies
-    return max(model.copies, int(AMONG_OTHERS_BYTES / (6 * model.experts * model.hidden * model.intermediate)))
+    """Layers to time in turn; between: other kernels run between them."""
+    bf16_bytes = 2 * 3 * model.experts * model.hidden * model.intermediate
+    return max(model.copies, int(AMONG_OTHERS_BYTES / bf16_bytes)) if between else model.copies
 
 
 def among_others(model: Model, calls: list[Callable[[], object]], x: Tensor) -> float:

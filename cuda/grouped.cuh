@@ -25,6 +25,12 @@ struct TokenGroup {
   }
 };
 
+__device__ inline TokenGroup load_group(const TokenGroup* from) {
+  const int4* quads = reinterpret_cast<const int4*>(from);
+  int4 low = quads[0], high = quads[1];
+  return {low.x, low.y, low.z, low.w, {high.x, high.y}, {high.z, high.w}};
+}
+
 // One of the two matrix products: activations [rows in expert order, depth] times the units' [rows, depth] weights.
 struct GroupedGemm {
   const uint8_t* words;             // pairs, kernel order
@@ -82,24 +88,18 @@ struct WorkItem {
   // first_group: of the launch.
   __device__ WorkItem(const TokenGroup* groups, int first_group, int item, int row_tiles) {
     const int own = first_group + item / row_tiles;
-    group = load(groups + own);
+    group = load_group(groups + own);
     int rest = item - (group.first - first_group) * row_tiles;
     int band = rest / (kBand * group.unit_groups);
     rest -= band * kBand * group.unit_groups;
     int tiles = min(kBand, row_tiles - band * kBand);
     int index = rest / tiles;
     row_tile = band * kBand + rest - index * tiles;
-    if (group.first + index != own) group = load(groups + group.first + index);
+    if (group.first + index != own) group = load_group(groups + group.first + index);
   }
 
   __device__ bool dense(const GroupedGemm& gemm) const { return group.unit >= gemm.pairs; }
   __device__ int position(int part) const { return (group.positions >> part) & 1; }
-
-  __device__ static TokenGroup load(const TokenGroup* from) {
-    const int4* quads = reinterpret_cast<const int4*>(from);
-    int4 low = quads[0], high = quads[1];
-    return {low.x, low.y, low.z, low.w, {high.x, high.y}, {high.z, high.w}};
-  }
 };
 
 // First byte of the unit's weights.

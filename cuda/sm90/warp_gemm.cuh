@@ -5,8 +5,7 @@
 // chunks on their way, of the next items too, so that nothing but adding up an item's sums makes warps wait for one
 // another; and items are so small that they go round evenly without being cut.
 #pragma once
-#include "../grouped.cuh"
-#include "ptx_sm90.cuh"
+#include "stages.cuh"
 
 struct WarpTile {
   static constexpr int kPartTokens = 8, kStrips = 2, kWarps = 16, kThreads = 32 * kWarps;
@@ -86,7 +85,7 @@ struct WarpGemm {
 
   // The token of a part whose columns a lane has in its B operands.
   struct Token {
-    const uint32_t* columns = nullptr;  // the first two of a tile's eight pairs that are the lane's, or null
+    const uint32_t* columns = nullptr;  // the lane's first two of the depth, or null where the part has no such token
 
     __device__ Token(const GroupedGemm& gemm, const TokenGroup& group, int part) {
       const int lane = threadIdx.x % 32, row = group.sorted_row(part, lane / 4);
@@ -209,7 +208,9 @@ struct WarpGemm {
     const int groups = gemm.group_counts[gemm.skips_dense ? 0 : 1];
     const int row_tiles = Cursor::row_tiles(gemm), group_step = gridDim.x / row_tiles, row_step = gridDim.x % row_tiles;
     Cursor here(gemm, first_group, warp), ahead = here;
-    int unit = here.group < groups ? gemm.groups[here.group].unit : 0, ahead_slot = 0;
+    int unit = here.group < groups ? gemm.groups[here.group].unit : 0;
+    RingSlot<kSlots> slot;
+    int ahead_slot = 0;
     auto fetch_next = [&]() __attribute__((always_inline)) {
       if (ahead.group >= groups) return;
       if (ahead.has_tiles(gemm)) {
@@ -222,9 +223,8 @@ struct WarpGemm {
     const uint32_t table = fill_table<Code, Tile::kThreads>(gemm, shared_at);
     __syncthreads();
     if constexpr (!kGateUp) wait_for_previous_kernel();
-    int slot = 0, parity = 0;
     while (here.group < groups) {
-      const TokenGroup group = WorkItem::load(gemm.groups + here.group);
+      const TokenGroup group = load_group(gemm.groups + here.group);
       const Token token[2] = {{gemm, group, 0}, {gemm, group, 1}};
       const Cursor item = here;
       Sums sums = {};
@@ -232,10 +232,10 @@ struct WarpGemm {
         __syncwarp();  // all lanes have read the slot that is filled anew
         fetch_next();
         if (!here.has_tiles(gemm)) continue;
-        const uint32_t at = ring + slot * kSlotBytes, barrier = barriers + slot * 8;
-        if (group.count[1] > 0) multiply<true>(gemm, here, group, token, at, barrier, parity, table, sums);
-        else multiply<false>(gemm, here, group, token, at, barrier, parity, table, sums);
-        if (++slot == kSlots) slot = 0, parity ^= 1;
+        const uint32_t at = ring + slot.index * kSlotBytes, barrier = barriers + slot.index * 8;
+        if (group.count[1] > 0) multiply<true>(gemm, here, group, token, at, barrier, slot.parity, table, sums);
+        else multiply<false>(gemm, here, group, token, at, barrier, slot.parity, table, sums);
+        slot.next();
       } while (!here.next(gemm, warp, group_step, row_step));
       finish(gemm, item, group, warp, shared_at + kSums, sums);
     }
